@@ -1,0 +1,1 @@
+"""Training: base-model pretraining, codec training, evaluation."""

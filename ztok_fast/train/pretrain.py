@@ -1,0 +1,259 @@
+"""Pretraining of a small Llama-shaped language model from scratch: the base of ``ztok-mini``.
+
+The run is resumable at any step: the token stream is stored once, the order of the blocks follows
+from the seed, and a checkpoint holds the model, the optimiser and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ztok_fast.train.text_data import iter_texts
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of ``ztok pretrain`` (read from YAML).
+
+    Lengths are in tokens, ``tokenizer_chars`` in characters; ``learning_rate`` is the peak of a
+    linear warm-up followed by a cosine decay to a tenth.
+    """
+
+    out: str
+    train_files: list[str]
+    dev_files: list[str] = field(default_factory=list)
+    exclude_sources: list[str] = field(default_factory=list)
+    vocab_size: int = 2048
+    tokenizer_chars: int = 20_000_000
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    context: int = 256
+    batch_size: int = 16
+    steps: int = 2000
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    checkpoint_every: int = 200
+    eval_every: int = 200
+    seed: int = 0
+    threads: int = 0
+
+    def validate(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "context", "batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pretrain setting {name}: expected a positive number, got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "pretrain settings: expected hidden_size divisible by num_heads and num_heads by num_kv_heads, "
+                f"got {self.hidden_size}, {self.num_heads}, {self.num_kv_heads}"
+            )
+        if not self.train_files:
+            raise ValueError("pretrain setting train_files: expected at least one file, got none")
+
+
+def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the first ``tokenizer_chars`` characters of the corpus."""
+
+    def sample():
+        seen = 0
+        for text in iter_texts(config.train_files, config.exclude_sources):
+            yield text
+            seen += len(text)
+            if seen >= config.tokenizer_chars:
+                return
+
+    bpe = ByteLevelBPETokenizer(add_prefix_space=False)
+    bpe.train_from_iterator(
+        sample(), vocab_size=config.vocab_size, min_frequency=2, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and the sizes of ``config``, freshly initialised from its seed."""
+    torch.manual_seed(config.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=4 * config.context,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def token_stream(paths, exclude, tokenizer, cache: Path) -> np.ndarray:
+    """All texts as one ``uint16``/``uint32`` token array, an end-of-text token after each; kept in ``cache``."""
+    if cache.is_file():
+        return np.load(cache, mmap_mode="r")
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    pieces, batch = [], []
+
+    def flush():
+        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            pieces.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype))
+        batch.clear()
+
+    for text in iter_texts(paths, exclude):
+        batch.append(text)
+        if len(batch) == 256:
+            flush()
+    flush()
+    stream = np.concatenate(pieces)
+    temporary = cache.with_suffix(".tmp.npy")
+    np.save(temporary, stream)
+    os.replace(temporary, cache)
+    return np.load(cache, mmap_mode="r")
+
+
+def blocks_of_step(stream: np.ndarray, step: int, config: PretrainConfig) -> torch.Tensor:
+    """The token blocks ``[batch_size, context + 1]`` of one step; a function of seed and step alone."""
+    count = (len(stream) - 1) // config.context
+    if count < 1:
+        raise ValueError(f"training text: expected more than {config.context} tokens, got {len(stream)}")
+    rows = []
+    for index in range(step * config.batch_size, (step + 1) * config.batch_size):
+        epoch, offset = divmod(index, count)
+        order = _epoch_order(config.seed, epoch, count)
+        start = int(order[offset]) * config.context
+        rows.append(np.asarray(stream[start : start + config.context + 1], dtype=np.int64))
+    return torch.from_numpy(np.stack(rows))
+
+
+_ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    key = (seed, epoch, count)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        _ORDERS[key] = np.random.default_rng([seed, epoch]).permutation(count)
+    return _ORDERS[key]
+
+
+def learning_rate(step: int, config: PretrainConfig) -> float:
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def next_token_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of ``blocks[:, 1:]`` given what precedes."""
+    logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
+
+
+@torch.no_grad()
+def dev_bits_per_token(model, stream: np.ndarray, config: PretrainConfig, blocks: int = 64) -> float:
+    """Bits per token on the first ``blocks`` blocks of the dev text."""
+    count = min(blocks, (len(stream) - 1) // config.context)
+    rows = [np.asarray(stream[i * config.context : (i + 1) * config.context + 1], np.int64) for i in range(count)]
+    losses = [
+        next_token_loss(model, torch.from_numpy(np.stack(rows[i : i + config.batch_size]))).item()
+        * len(rows[i : i + config.batch_size])
+        for i in range(0, count, config.batch_size)
+    ]
+    return sum(losses) / count / math.log(2)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train, or go on training, the model of ``config``; returns the folder of the finished model.
+
+    ``config.out`` receives ``tokens-*.npy``, ``checkpoint.pt`` (replaced atomically),
+    ``metrics.jsonl`` and, when the last step is done, ``model/`` in Hugging Face format.
+    """
+    config.validate()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer_dir = out / "tokenizer"
+    if tokenizer_dir.is_dir():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    else:
+        tokenizer = train_tokenizer(config)
+        tokenizer.save_pretrained(tokenizer_dir)
+    train = token_stream(config.train_files, config.exclude_sources, tokenizer, out / "tokens-train.npy")
+    dev = None
+    if config.dev_files:
+        dev = token_stream(config.dev_files, config.exclude_sources, tokenizer, out / "tokens-dev.npy")
+    model = build_model(config, tokenizer)
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    first = _resume(out / "checkpoint.pt", model, optimizer)
+    started = time.monotonic()
+    with (out / "metrics.jsonl").open("a") as metrics:
+        progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="pretrain", mininterval=5)
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            loss = next_token_loss(model, blocks_of_step(train, step, config))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            row = {"step": step + 1, "loss": loss.item(), "lr": learning_rate(step, config)}
+            row["tokens_per_second"] = (
+                (step + 1 - first) * config.batch_size * config.context / (time.monotonic() - started)
+            )
+            done = step + 1 == config.steps
+            if dev is not None and (done or (step + 1) % config.eval_every == 0):
+                row["dev_bits_per_token"] = dev_bits_per_token(model, dev, config)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if done or (step + 1) % config.checkpoint_every == 0:
+                _save(out / "checkpoint.pt", model, optimizer, step + 1, config)
+    folder = out / "model"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _save(path: Path, model, optimizer, step: int, config: PretrainConfig) -> None:
+    temporary = path.with_suffix(".tmp")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config)}
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, model, optimizer) -> int:
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
