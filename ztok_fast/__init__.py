@@ -1,0 +1,26 @@
+"""Compress long text into short sequences of discrete latent codes (Z-tokens) and back.
+
+Public names are imported on first use, so that `import ztok_fast` stays cheap and never loads transformers.
+"""
+
+from importlib import import_module
+
+# name -> module that defines it
+_EXPORTS = {
+    "backend": "ztok_fast.ops.dispatch",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module 'ztok_fast' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_EXPORTS))

@@ -1,0 +1,54 @@
+"""Runs every op test over the backends that are present.
+
+A test that asks for `backend` and carries `@pytest.mark.op("name")` runs once per (backend, device) row of the
+requirements table; what is not present on this machine is skipped with the table's own reason. Inside the test the
+backend is forced, and `device` is the device to put the inputs on.
+"""
+
+import pytest
+import torch
+
+import ztok_fast
+from ztok_fast.ops import requirements
+
+DEVICES = ("cpu", "cuda")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "op(name): the op under test; decides which backends it runs over")
+
+
+def _cases(op):
+    for row in requirements.rows_of(op):
+        for device in DEVICES:
+            if row.device_types is not None and device not in row.device_types:
+                continue
+            reasons = requirements.unmet(row, torch.device(device))
+            if device == "cuda" and not torch.cuda.is_available():
+                reasons.append("no CUDA device")
+            marks = pytest.mark.skip(reason="; ".join(reasons)) if reasons else ()
+            yield pytest.param(row.backend, device, id=f"{row.backend}-{device}", marks=marks)
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("op")
+    if marker is None:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid} uses `backend` without @pytest.mark.op")
+    if "device" not in metafunc.fixturenames:
+        raise pytest.UsageError(f"{metafunc.definition.nodeid} uses `backend` without `device`")
+    metafunc.parametrize(("backend", "device"), list(_cases(*marker.args)), indirect=["backend"])
+
+
+@pytest.fixture
+def backend(request):
+    """The backend under test, forced for its op while the test runs."""
+    op = request.node.get_closest_marker("op").args[0]
+    with ztok_fast.backend(request.param, ops=[op]):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,122 @@
+"""Argument checks shared by all op families.
+
+Two kinds. Checks of shape, dtype and device run in the public functions and cost nothing on the device. Checks of
+*values* (`cu_seqlens` that decrease, mass out of range) read the data: they run inside the registered op, on the CPU
+always, elsewhere only when the environment variable `ZTOK_DEBUG_CHECKS` is set to something other than "0", because
+there they synchronise.
+
+Every failure is a `ValueError` of the form "<op>: <argument> must be <expected>, got <got>".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from ztok_fast.ops.requirements import FLOATS
+
+INDICES = (torch.int32, torch.int64)
+
+
+def fail(op: str, argument: str, expected: str, got: object) -> None:
+    """Raise the error that every check raises."""
+    raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def describe(value: object) -> str:
+    """Shape, dtype and device of a tensor, or the type and value of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    op: str,
+    argument: str,
+    value: object,
+    layout: str,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """A tensor of one of `dtypes` whose rank is one that `layout` names, such as "[M, d]" or "[V, d] or [L, V, d]"."""
+    ranks = [part.count(",") + 1 for part in layout.split(" or ")]
+    if not isinstance(value, torch.Tensor) or value.ndim not in ranks:
+        fail(op, argument, f"a tensor {layout}", describe(value))
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        fail(op, argument, f"of dtype {names}", describe(value))
+
+
+def check_same_device(op: str, argument: str, value: torch.Tensor, other_argument: str, other: torch.Tensor) -> None:
+    """Two tensors on one device."""
+    if value.device != other.device:
+        fail(op, argument, f"on the device of {other_argument} ({other.device})", describe(value))
+
+
+def check_size(op: str, argument: str, value: torch.Tensor, dim: int, size: int, meaning: str) -> None:
+    """A given size in one dimension; `meaning` says where the size comes from."""
+    if value.shape[dim] != size:
+        fail(op, argument, f"of size {size} in dimension {dim} ({meaning})", describe(value))
+
+
+def check_not_empty(op: str, argument: str, value: torch.Tensor) -> None:
+    """No dimension of size zero."""
+    if any(size == 0 for size in value.shape):
+        fail(op, argument, "not empty", describe(value))
+
+
+def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of some strings."""
+    if value not in choices:
+        fail(op, argument, f"one of {', '.join(map(repr, choices))}", repr(value))
+
+
+def check_positive(op: str, argument: str, value: object) -> None:
+    """A finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        fail(op, argument, "a finite number above 0", repr(value))
+
+
+def check_count(op: str, argument: str, value: object) -> None:
+    """An integer of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
+        fail(op, argument, "an integer of at least 0", repr(value))
+
+
+def check_cu_seqlens(op: str, argument: str, value: object, main_argument: str, main: torch.Tensor) -> None:
+    """int32 or int64 [B + 1] on the device of the packed rows; its values are checked by `check_cu_seqlens_values`."""
+    check_tensor(op, argument, value, "[B + 1]", INDICES)
+    if value.shape[0] == 0:
+        fail(op, argument, "a tensor [B + 1] of at least one element", describe(value))
+    check_same_device(op, argument, value, main_argument, main)
+
+
+def value_checks(value: torch.Tensor) -> bool:
+    """Whether values on this tensor's device are to be checked."""
+    return value.device.type == "cpu" or os.environ.get("ZTOK_DEBUG_CHECKS", "0") not in ("", "0")
+
+
+def check_cu_seqlens_values(op: str, argument: str, cu_seqlens: torch.Tensor, total: int) -> None:
+    """First 0, non-decreasing, last = number of packed rows."""
+    if not value_checks(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        fail(op, argument, "0 in its first element", values[0])
+    for i in range(1, len(values)):
+        if values[i] < values[i - 1]:
+            fail(op, argument, "non-decreasing", f"{values[i - 1]} followed by {values[i]} at index {i}")
+    if values[-1] != total:
+        fail(op, argument, f"{total} in its last element (the number of packed rows)", values[-1])
+
+
+def check_finite_values(op: str, argument: str, value: torch.Tensor) -> None:
+    """No NaN and no infinity."""
+    if value_checks(value) and not bool(torch.isfinite(value).all()):
+        fail(op, argument, "finite", "NaN or infinity in it")
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype an op accumulates in: float64 when any of its tensors is float64, float32 otherwise."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

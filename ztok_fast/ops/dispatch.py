@@ -1,0 +1,122 @@
+"""Which backend runs an op.
+
+The preferred backend whose row in `ztok_fast.ops.requirements` is satisfied runs, unless one is forced, either with
+`with ztok_fast.backend("reference"):` or for the whole process with the environment variable `ZTOK_BACKEND`. A forced
+backend that cannot run an op is an error: nothing falls back in silence.
+
+The choice is made when the op runs, inside the registered custom op, so compiled code obeys it as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+
+import torch
+
+from ztok_fast.ops import requirements
+
+# backend forced for an op; the key None stands for every op not named
+_forced: ContextVar[dict[str | None, str] | None] = ContextVar("ztok_forced_backend", default=None)
+
+
+class BackendUnavailable(ValueError):
+    """No backend, or not the forced one, can run an op on the given input; the message says why for each."""
+
+
+def _check_backend_name(name: str, source: str) -> None:
+    known = requirements.backends()
+    if name not in known:
+        raise ValueError(f"{source} must be one of {', '.join(known)}, got {name!r}")
+
+
+@contextmanager
+def backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
+    """Force a backend inside the `with` block, in the current thread.
+
+    Args:
+        name: a backend of the requirements table, for example "reference".
+        ops: names of the ops it is forced for; None forces it for all. Blocks nest: the inner one decides for
+            the ops it names.
+
+    Raises:
+        ValueError: the backend or an op is not in the table.
+
+    Inside the block an op that this backend cannot run raises `BackendUnavailable`. Enter the block outside of code
+    given to `torch.compile`.
+    """
+    _check_backend_name(name, "backend: name")
+    if ops is None:
+        forced: dict[str | None, str] = {None: name}
+    else:
+        forced = dict(_forced.get() or {})
+        for op in ops:
+            if op not in requirements.ops():
+                raise ValueError(f"backend: ops must name ops of {', '.join(requirements.ops())}, got {op!r}")
+            forced[op] = name
+    token = _forced.set(forced)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend(op: str) -> str | None:
+    """The backend forced for an op by the innermost `backend` block or else by `ZTOK_BACKEND`; None when free."""
+    forced = _forced.get() or {}
+    if op in forced:
+        return forced[op]
+    if None in forced:
+        return forced[None]
+    name = os.environ.get("ZTOK_BACKEND")
+    if not name:
+        return None
+    _check_backend_name(name, "ZTOK_BACKEND")
+    return name
+
+
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+) -> requirements.Requirement:
+    """The row of the backend that runs an op on such input.
+
+    Args:
+        op: name of the op.
+        device, dtype, width: those of the op's main tensor (its first argument, width = size of the last dimension).
+
+    Raises:
+        BackendUnavailable: no backend can, or the forced one cannot.
+    """
+    forced = forced_backend(op)
+    refused = []
+    for row in requirements.rows_of(op):
+        if forced is not None and row.backend != forced:
+            continue
+        reasons = requirements.unmet(row, device, dtype, width)
+        if not reasons:
+            return row
+        refused.append(f"{row.backend}: {'; '.join(reasons)}")
+    if forced is not None:
+        why = refused[0] if refused else f"{forced}: the op has no such backend"
+        raise BackendUnavailable(f"{op}: the forced backend cannot run it ({why})")
+    raise BackendUnavailable(f"{op}: no backend can run it ({' | '.join(refused)})")
+
+
+@functools.cache
+def load(implementation: str) -> Callable:
+    """Import the function named "module:function"."""
+    module, function = implementation.split(":")
+    return getattr(import_module(module), function)
+
+
+def call(op: str, main: torch.Tensor, *args):
+    """Run an op's chosen backend on `main` (which decides the choice) and the other arguments."""
+    row = choose(op, main.device, main.dtype, main.shape[-1])
+    return load(row.implementation)(main, *args)

@@ -1,0 +1,116 @@
+"""What each backend of each op needs: one table that drives dispatch, error messages, test skips and the doctor.
+
+A new backend of an op is one module in the family's folder and one row in `REQUIREMENTS`. Rows of an op stand in order
+of preference; the first one whose needs are met is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One backend of one op and what it needs. `None` means no limit.
+
+    Attributes:
+        op: name of the op, as in `torch.ops.ztok`.
+        backend: name given to `ztok_fast.backend` and `ZTOK_BACKEND`.
+        implementation: "module:function", imported on first use; the function takes the op's arguments.
+        device_types: torch device types that it runs on.
+        dtypes: dtypes of the op's main tensor (its first argument).
+        max_width: largest width (size of the last dimension) of the main tensor.
+        min_compute_capability: lowest CUDA compute capability (major, minor).
+        library: name in `LIBRARIES` of what must be present.
+    """
+
+    op: str
+    backend: str
+    implementation: str
+    device_types: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    max_width: int | None = None
+    min_compute_capability: tuple[int, int] | None = None
+    library: str | None = None
+
+
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+# name -> function that returns None when the library is present and otherwise why it is not
+LIBRARIES: dict[str, Callable[[], str | None]] = {
+    "triton": _triton_missing,
+}
+
+
+def _reference(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Requirement:
+    return Requirement(op, "reference", f"ztok_fast.ops.{family}.reference:{op}", dtypes=dtypes)
+
+
+REQUIREMENTS: tuple[Requirement, ...] = (
+    _reference("codebook_assign", "nearest"),
+    _reference("halting_units", "halting"),
+    _reference("integrate_units", "halting"),
+    _reference("residual_quantize", "quantize"),
+    _reference("quantize_ragged", "quantize"),
+)
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops in the table, in its order."""
+    return tuple(dict.fromkeys(row.op for row in REQUIREMENTS))
+
+
+def backends() -> tuple[str, ...]:
+    """Names of all backends in the table, in its order."""
+    return tuple(dict.fromkeys(row.backend for row in REQUIREMENTS))
+
+
+def rows_of(op: str) -> tuple[Requirement, ...]:
+    """The rows of one op, preferred backend first.
+
+    Raises:
+        KeyError: the table has no such op.
+    """
+    rows = tuple(row for row in REQUIREMENTS if row.op == op)
+    if not rows:
+        raise KeyError(f"no op named {op!r}; the table has {', '.join(ops())}")
+    return rows
+
+
+def unmet(
+    row: Requirement,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+) -> list[str]:
+    """Why a backend cannot run here, one plain phrase per need that is not met; empty when it can.
+
+    `dtype` and `width` describe the main tensor; None leaves that need out (what the doctor and the tests do).
+    """
+    reasons = []
+    if row.device_types is not None and device.type not in row.device_types:
+        reasons.append(f"runs on {' or '.join(row.device_types)}, not on {device.type}")
+    if dtype is not None and dtype not in row.dtypes:
+        reasons.append(f"takes {', '.join(str(d) for d in row.dtypes)}, not {dtype}")
+    if width is not None and row.max_width is not None and width > row.max_width:
+        reasons.append(f"takes a width of at most {row.max_width}, not {width}")
+    if row.min_compute_capability is not None and device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < row.min_compute_capability:
+            reasons.append(
+                f"needs compute capability {'.'.join(map(str, row.min_compute_capability))}, "
+                f"the device has {'.'.join(map(str, capability))}"
+            )
+    if row.library is not None:
+        missing = LIBRARIES[row.library]()
+        if missing is not None:
+            reasons.append(missing)
+    return reasons
