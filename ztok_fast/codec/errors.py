@@ -3,3 +3,15 @@
 
 class BaseModelError(ValueError):
     """A base model cannot be found, read or written."""
+
+
+class ZBatchError(ValueError):
+    """Compressed documents whose parts do not fit together, or that another codec made."""
+
+
+class ZFileError(ValueError):
+    """A ``.ztok`` file or a compressed corpus is truncated, foreign, of another version or inconsistent."""
+
+
+class ExactMismatchError(ValueError):
+    """The bytes that came back are not those that were compressed."""
