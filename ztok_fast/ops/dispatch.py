@@ -118,5 +118,5 @@ def load(implementation: str) -> Callable:
 
 def call(op: str, main: torch.Tensor, *args):
     """Run an op's chosen backend on `main` (which decides the choice) and the other arguments."""
-    row = choose(op, main.device, main.dtype, main.shape[-1])
+    row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None)
     return load(row.implementation)(main, *args)
