@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+ANY_DTYPE = (*FLOATS, *INTEGERS, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _reference("integrate_units", "halting"),
     _reference("residual_quantize", "quantize"),
     _reference("quantize_ragged", "quantize"),
+    _reference("ragged_pack", "ragged", ANY_DTYPE),
+    _reference("ragged_unpack", "ragged", ANY_DTYPE),
+    _reference("ragged_layout", "ragged", INTEGERS),
+    _reference("ragged_gather", "ragged", ANY_DTYPE),
+    _reference("ragged_scatter_add", "ragged"),
+    _reference("lora_linear", "lora"),
+    _reference("lora_linear_backward", "lora"),
+    _reference("z_select", "zhead"),
 )
 
 

@@ -1,7 +1,7 @@
 """Plain PyTorch version of the LoRA linear layer, forward and backward.
 
-The adapters are laid side by side as one ``[n·r, in]`` and one ``[n·r, out]`` matrix, and a row's coefficients for the
-adapters that it does not use are set to zero. That costs n times the low-rank work, which is small beside x Wᵀ, and
+The adapters are laid side by side as one `[n·r, in]` and one `[n·r, out]` matrix, and what a row would get from the
+adapters that it does not use is set to zero. That costs n times the low-rank work, which is small beside x Wᵀ, and
 needs neither a sort of the rows by adapter nor a count of them on the host.
 """
 
@@ -10,18 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ztok_fast.ops.checks import compute_dtype
 from ztok_fast.ops.ragged.reference import sequence_of_row
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that the low-rank products are accumulated in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def adapter_coefficients(
     x: Tensor, scaling: Tensor, adapters: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Return ``[M, n]``: the scaling of the adapter that a row uses, zero for all others."""
+    """Return `[M, n]`: the scaling of the adapter that a row uses, zero for all others."""
     scaling = scaling.to(compute_dtype(x))
     if adapters is None:
         return scaling.expand(x.shape[0], -1)
@@ -32,16 +28,15 @@ def adapter_coefficients(
 
 
 def select(low_rank: Tensor, coefficients: Tensor) -> Tensor:
-    """Scale ``low_rank [M, n·r]`` by a row's coefficients; what belongs to unused adapters becomes exactly zero."""
-    num_rows, num_adapters = coefficients.shape
-    grouped = low_rank.view(num_rows, num_adapters, -1)
+    """Scale `low_rank [M, n·r]` by a row's coefficients; what belongs to unused adapters becomes exactly zero."""
+    grouped = low_rank.unflatten(1, (coefficients.shape[1], -1))  # [M, n, r]
     # where, not a product: an adapter that overflowed must not turn rows of other adapters into NaN.
     scaled = torch.where(coefficients[:, :, None] != 0, grouped * coefficients[:, :, None], 0.0)
-    return scaled.view(num_rows, -1)
+    return scaled.flatten(1)
 
 
 def flatten_adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return A as ``[n·r, in]`` and B as ``[n·r, out]``."""
+    """Return A as `[n·r, in]` and B as `[n·r, out]`."""
     return A.to(dtype).flatten(0, 1), B.to(dtype).transpose(1, 2).flatten(0, 1)
 
 
@@ -74,14 +69,14 @@ def lora_linear_backward(
     cu_seqlens: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight, bias, A and B; one that ``needs`` does not ask for is an empty tensor."""
+    """Return the gradients of x, weight, bias, A and B; one that `needs` does not ask for is an empty tensor."""
     need_x, need_weight, need_bias, need_A, need_B = needs
     dtype = compute_dtype(x)
     down, up = flatten_adapters(A, B, dtype)
     coefficients = adapter_coefficients(x, scaling, adapters, cu_seqlens)
     wide_grad, wide_x = grad.to(dtype), x.to(dtype)
-    not_needed = grad.new_empty(0)
-    d_x = d_weight = d_bias = d_A = d_B = not_needed
+    # Five tensors, not one five times: outputs of a custom op must not alias each other.
+    d_x, d_weight, d_bias, d_A, d_B = (grad.new_empty(0) for _ in needs)
     if need_x or need_A:
         d_low_rank = select(wide_grad @ up.T, coefficients)  # [M, n·r]
     if need_x:
@@ -94,6 +89,6 @@ def lora_linear_backward(
         d_A = (d_low_rank.T @ wide_x).view(A.shape).to(A.dtype)
     if need_B:
         low_rank = select(wide_x @ down.T, coefficients)
-        d_up = (low_rank.T @ wide_grad).view(A.shape[0], A.shape[1], -1)  # [n, r, out]
+        d_up = (low_rank.T @ wide_grad).unflatten(0, A.shape[:2])  # [n, r, out]
         d_B = d_up.transpose(1, 2).to(B.dtype).contiguous()
     return d_x, d_weight, d_bias, d_A, d_B

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def sequence_of_row(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Return the sequence that each of ``total`` packed rows belongs to, int64 ``[total]``."""
+    """Return the sequence that each of `total` packed rows belongs to, int64 `[total]`."""
     rows = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     # The first sequence whose end lies beyond the row: empty sequences end where they begin and are passed over.
     return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
 def position_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Return each packed row's distance from the start of its sequence, int64 ``[total]``."""
+    """Return each packed row's distance from the start of its sequence, int64 `[total]`."""
     starts = cu_seqlens.long().index_select(0, sequence_of_row(cu_seqlens, total))
     return torch.arange(total, device=cu_seqlens.device) - starts
 
@@ -40,9 +40,9 @@ def ragged_unpack(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: flo
 
 
 def ragged_layout(cu_seqlens: list[Tensor], totals: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(cu_seqlens [B + 1], position_ids int64 [T], destination int64 [T])`` of the interleaved sources.
+    """Return `(cu_seqlens [B + 1], position_ids int64 [T], destination int64 [T])` of the interleaved sources.
 
-    ``destination`` holds, for the rows of source 0, then those of source 1 and so on, the output row each goes to.
+    `destination` holds, for the rows of source 0, then those of source 1 and so on, the output row each goes to.
     """
     first = cu_seqlens[0]
     lengths = torch.stack([cu.long().diff() for cu in cu_seqlens])  # [n, B]
@@ -73,10 +73,10 @@ def ragged_gather(
 
 
 def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Return ``[num_rows, D]`` whose row i is the sum of the ``rows`` with ``index == i``, the same bits every time.
+    """Return `[num_rows, D]` whose row i is the sum of the `rows` with `index == i`, the same bits every time.
 
     The dense backward of an embedding is what PyTorch has that adds in a fixed order on the CPU and on CUDA alike
-    (``index_add`` uses atomics there), without asking for deterministic mode globally.
+    (`index_add` uses atomics there), without asking for deterministic mode globally.
     """
     wide = rows if rows.dtype == torch.float64 else rows.float()
     summed = torch.ops.aten.embedding_dense_backward(wide, index.long(), num_rows, -1, False)

@@ -25,7 +25,7 @@ def split_64(value: int) -> tuple[int, int]:
 
 
 def multiply_high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of ``multiplier * word``, both factors below 2³²."""
+    """Return the high and low 32 bits of `multiplier * word`, both factors below 2³²."""
     # The 64-bit product may set the sign bit; its bits are right all the same, and the mask undoes the sign extension.
     product = word * multiplier
     return (product >> 32) & MASK_32, product & MASK_32

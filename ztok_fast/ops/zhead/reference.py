@@ -9,7 +9,7 @@ from ztok_fast.ops.zhead.philox import MASK_32, philox_4x32, split_64
 
 
 def z_logits(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Return fp32 (float64 for float64 input) logits ``[B, V]``, the same for a row whatever else is in the batch.
+    """Return fp32 (float64 for float64 input) logits `[B, V]`, the same for a row whatever else is in the batch.
 
     A matrix product orders its sums by the shape of the whole batch. Summing in float64 and rounding once makes that
     order invisible in fp32, and gives equal rows of the codebook equal logits, so that ties are ties.
@@ -19,9 +19,9 @@ def z_logits(hidden: Tensor, rows: Tensor) -> Tensor:
 
 
 def gumbel_noise(num_codes: int, row_ids: Tensor, seed: int, step: int) -> Tensor:
-    """Return standard Gumbel noise, float64 ``[B, V]``, a function of (seed, row id, step, code) alone.
+    """Return standard Gumbel noise, float64 `[B, V]`, a function of (seed, row id, step, code) alone.
 
-    The counter is (code // 4, row id low, row id high, step), the key is the seed, and code takes word ``code % 4``
+    The counter is (code // 4, row id low, row id high, step), the key is the seed, and code takes word `code % 4`
     of the four. With w = (word + 1/2) / 2³² the noise is -log(-log1p(-w)): the large values, which decide the draw,
     come from small w, where w is fine-grained in floating point.
     """
@@ -34,7 +34,7 @@ def gumbel_noise(num_codes: int, row_ids: Tensor, seed: int, step: int) -> Tenso
 
 
 def nucleus_mask(scores: Tensor, top_p: float) -> Tensor:
-    """Return bool ``[B, V]``: the smallest set of codes whose probability reaches ``top_p``."""
+    """Return bool `[B, V]`: the smallest set of codes whose probability reaches `top_p`."""
     ordered, order = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
     # A code stays while the codes before it have not reached top_p, so the first always stays.
     before = torch.nn.functional.pad(ordered[:, :-1].cumsum(-1), (1, 0))

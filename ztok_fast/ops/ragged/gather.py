@@ -1,0 +1,260 @@
+"""Public functions `ragged_gather`, `ragged_layout` and `ragged_scatter_add`: checks, registration, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ztok_fast.ops import checks, dispatch
+from ztok_fast.ops.requirements import ANY_DTYPE, FLOATS
+
+
+class RaggedBatch(NamedTuple):
+    """Several sources packed into one batch.
+
+    Attributes:
+        values: [T, D], the rows.
+        cu_seqlens: [B + 1], dtype of the first source's.
+        position_ids: int64 [T], the distance of a row from the start of its sequence.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    position_ids: Tensor
+
+
+class RaggedLayout(NamedTuple):
+    """Where the rows of several sources go in one packed batch.
+
+    Attributes:
+        cu_seqlens: [B + 1], dtype of the first source's.
+        position_ids: int64 [T], the distance of a row from the start of its sequence.
+        destinations: one int64 [T_i] per source, the output row of each of its rows.
+    """
+
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    destinations: tuple[Tensor, ...]
+
+    def place(self, parts: Sequence[Tensor]) -> Tensor:
+        """Pack one tensor [T_i, *] per source into [T, *], differentiably; the way to place labels or position ids."""
+        rows = torch.cat(list(parts))
+        return torch.empty_like(rows).index_copy(0, torch.cat(self.destinations), rows)
+
+
+def _length(value: object) -> object:
+    return len(value) if hasattr(value, "__len__") else "unknown"
+
+
+def _check_index_values(op: str, argument: str, index: Tensor, num_rows: int) -> None:
+    if not checks.value_checks(index) or index.numel() == 0:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= num_rows:
+        checks.fail(op, argument, f"in [0, {num_rows}) (rows of the table)", f"{low if low < 0 else high}")
+
+
+@torch.library.custom_op("ztok::ragged_layout", mutates_args=())
+def _ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    for i, (cu, total) in enumerate(zip(cu_seqlens, totals)):
+        checks.check_cu_seqlens_values("ragged_layout", f"cu_seqlens[{i}]", cu, total)
+    row = dispatch.choose("ragged_layout", cu_seqlens[0].device, cu_seqlens[0].dtype)
+    return dispatch.load(row.implementation)(list(cu_seqlens), list(totals))
+
+
+@_ragged_layout.register_fake
+def _(cu_seqlens, totals):
+    first, total = cu_seqlens[0], sum(totals)
+    return (
+        torch.empty_like(first),
+        first.new_empty(total, dtype=torch.int64),
+        first.new_empty(total, dtype=torch.int64),
+    )
+
+
+def _check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor | None) -> None:
+    if not isinstance(cu_seqlens, (list, tuple)) or not cu_seqlens:
+        checks.fail(op, "cu_seqlens", "a list of at least one tensor [B + 1]", checks.describe(cu_seqlens))
+    for i, cu in enumerate(cu_seqlens):
+        argument = f"cu_seqlens[{i}]"
+        checks.check_cu_seqlens(op, argument, cu, main_argument, main if main is not None else cu_seqlens[0])
+        checks.check_size(op, argument, cu, 0, cu_seqlens[0].shape[0], "as cu_seqlens[0]")
+
+
+def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int]) -> RaggedLayout:
+    """Lay out a batch whose sequence b is source 0's sequence b, then source 1's, and so on.
+
+    Use it to place anything else the way `ragged_gather` places its rows, or to find a source's rows again.
+
+    Args:
+        cu_seqlens: one int32 or int64 [B + 1] per source.
+        totals: number of rows T_i of each source, known to the caller.
+
+    Returns:
+        A `RaggedLayout`; T = sum of T_i.
+
+    Raises:
+        ValueError: no source, wrong rank, dtype, device or size; under the value checks also `cu_seqlens` that do
+            not add up to their total.
+    """
+    op = "ragged_layout"
+    _check_sources(op, cu_seqlens, "cu_seqlens[0]", None)
+    if not isinstance(totals, (list, tuple)) or len(totals) != len(cu_seqlens):
+        checks.fail(op, "totals", f"a list of {len(cu_seqlens)} integers (one per source)", checks.describe(totals))
+    for i, total in enumerate(totals):
+        checks.check_count(op, f"totals[{i}]", total)
+    merged, position_ids, destination = _ragged_layout(list(cu_seqlens), list(totals))
+    return RaggedLayout(merged, position_ids, destination.split(list(totals)))
+
+
+@torch.library.custom_op("ztok::ragged_gather", mutates_args=())
+def _ragged_gather(
+    tables: Sequence[Tensor], indices: Sequence[Tensor | None], cu_seqlens: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    for i, (table, index, cu) in enumerate(zip(tables, indices, cu_seqlens)):
+        rows = table if index is None else index
+        checks.check_cu_seqlens_values("ragged_gather", f"cu_seqlens[{i}]", cu, rows.shape[0])
+        if index is not None:
+            _check_index_values("ragged_gather", f"indices[{i}]", index, table.shape[0])
+    main = tables[0]
+    row = dispatch.choose("ragged_gather", main.device, main.dtype, main.shape[-1])
+    return dispatch.load(row.implementation)(list(tables), list(indices), list(cu_seqlens))
+
+
+def _source_totals(tables: Sequence[Tensor], indices: Sequence[Tensor | None]) -> list[int]:
+    return [(table if index is None else index).shape[0] for table, index in zip(tables, indices)]
+
+
+@_ragged_gather.register_fake
+def _(tables, indices, cu_seqlens):
+    main, total = tables[0], sum(_source_totals(tables, indices))
+    return (
+        main.new_empty(total, main.shape[1]),
+        torch.empty_like(cu_seqlens[0]),
+        main.new_empty(total, dtype=torch.int64),
+    )
+
+
+def _gather_context(ctx, inputs, output):
+    tables, indices, cu_seqlens = inputs
+    ctx.table_rows = [table.shape[0] for table in tables]
+    ctx.indexed = [index is not None for index in indices]
+    ctx.totals = _source_totals(tables, indices)
+    ctx.save_for_backward(*cu_seqlens, *(index for index in indices if index is not None))
+
+
+def _gather_backward(ctx, grad, _grad_cu_seqlens, _grad_position_ids):
+    num_sources = len(ctx.totals)
+    cu_seqlens, given = list(ctx.saved_tensors[:num_sources]), iter(ctx.saved_tensors[num_sources:])
+    indices = [next(given) if indexed else None for indexed in ctx.indexed]
+    _, _, destination = _ragged_layout(cu_seqlens, ctx.totals)
+    table_grads: list[Tensor | None] = []
+    for i, rows in enumerate(destination.split(ctx.totals)):
+        if not ctx.needs_input_grad[0][i]:
+            table_grads.append(None)
+            continue
+        source_grad = grad.index_select(0, rows)
+        if indices[i] is not None:
+            source_grad = _ragged_scatter_add(source_grad, indices[i], ctx.table_rows[i])
+        table_grads.append(source_grad)
+    # PyTorch wants the structure of the input back: a list of tensors only where every entry was one.
+    index_grads = [None] * num_sources if all(ctx.indexed) else None
+    return table_grads, index_grads, [None] * num_sources
+
+
+_ragged_gather.register_autograd(_gather_backward, setup_context=_gather_context)
+
+
+def ragged_gather(
+    tables: Sequence[Tensor], indices: Sequence[Tensor | None], cu_seqlens: Sequence[Tensor]
+) -> RaggedBatch:
+    """Assemble a packed batch from rows of several tables, several sources per sequence.
+
+    Sequence b of the result is the concatenation over the sources i of
+    `tables[i][indices[i][cu_seqlens[i][b]:cu_seqlens[i][b + 1]]]`: for example the Z prefix from the codebooks, a
+    separator from the embedding table, then text from the embedding table.
+
+    Args:
+        tables: one [R_i, D] per source, all of one dtype (any real or bool) and on one device. A table may be
+            given several times.
+        indices: for each source int32 or int64 [T_i] with values in [0, R_i), or None for the table's own rows in
+            order (T_i = R_i).
+        cu_seqlens: for each source int32 or int64 [B + 1] that ends at T_i. A source may have no rows at all.
+
+    Returns:
+        A `RaggedBatch`; T = sum of T_i. Differentiable in every table: gradients of rows used several times are
+        added in a fixed order, in fp32 at least, so they have the same bits every time.
+
+    Raises:
+        ValueError: no source, lists of different lengths, wrong rank, dtype, device or size; under the value checks
+            (`ztok_fast.ops.checks`) also `cu_seqlens` that do not add up and indices out of range.
+    """
+    op = "ragged_gather"
+    if not isinstance(tables, (list, tuple)) or not tables:
+        checks.fail(op, "tables", "a list of at least one tensor [R, D]", checks.describe(tables))
+    for argument, values in (("indices", indices), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(values, (list, tuple)) or len(values) != len(tables):
+            expected = f"a list of {len(tables)} tensors (one per table)"
+            checks.fail(op, argument, expected, f"{type(values).__name__} of length {_length(values)}")
+    main = tables[0]
+    for i, (table, index) in enumerate(zip(tables, indices)):
+        checks.check_tensor(op, f"tables[{i}]", table, "[R, D]", ANY_DTYPE)
+        checks.check_size(op, f"tables[{i}]", table, 1, main.shape[1], "as tables[0]")
+        checks.check_same_device(op, f"tables[{i}]", table, "tables[0]", main)
+        if table.dtype != main.dtype:
+            checks.fail(op, f"tables[{i}]", f"of the dtype of tables[0] ({main.dtype})", checks.describe(table))
+        if index is not None:
+            checks.check_tensor(op, f"indices[{i}]", index, "[T]", checks.INDICES)
+            checks.check_same_device(op, f"indices[{i}]", index, "tables[0]", main)
+    _check_sources(op, cu_seqlens, "tables[0]", main)
+    return RaggedBatch(*_ragged_gather(list(tables), list(indices), list(cu_seqlens)))
+
+
+@torch.library.custom_op("ztok::ragged_scatter_add", mutates_args=())
+def _ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    _check_index_values("ragged_scatter_add", "index", index, num_rows)
+    return dispatch.call("ragged_scatter_add", rows, index, num_rows)
+
+
+@_ragged_scatter_add.register_fake
+def _(rows, index, num_rows):
+    return rows.new_empty(num_rows, rows.shape[1])
+
+
+def _scatter_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx, grad):
+    (index,) = ctx.saved_tensors
+    return grad.index_select(0, index), None, None
+
+
+_ragged_scatter_add.register_autograd(_scatter_backward, setup_context=_scatter_context)
+
+
+def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Add rows into a zero table, in a fixed order: the transpose of `table[index]`.
+
+    Args:
+        rows: [T, D], float16, bfloat16, float32 or float64.
+        index: int32 or int64 [T] with values in [0, num_rows).
+        num_rows: rows R of the result.
+
+    Returns:
+        [R, D], dtype of `rows`, summed in fp32 (float64 for float64); the same bits every time. Differentiable in
+        `rows`.
+
+    Raises:
+        ValueError: wrong rank, dtype, device or size; under the value checks also an index out of range.
+    """
+    op = "ragged_scatter_add"
+    checks.check_tensor(op, "rows", rows, "[T, D]", FLOATS)
+    checks.check_tensor(op, "index", index, "[T]", checks.INDICES)
+    checks.check_same_device(op, "index", index, "rows", rows)
+    checks.check_size(op, "index", index, 0, rows.shape[0], "rows of rows")
+    checks.check_count(op, "num_rows", num_rows)
+    return _ragged_scatter_add(rows, index, num_rows)
