@@ -7,17 +7,38 @@ where and `ztok_fast.ops.dispatch` for how a backend is chosen.
 
 from ztok_fast.ops.dispatch import BackendUnavailable, backend
 from ztok_fast.ops.halting import HaltingUnits, halting_units, integrate_units
+from ztok_fast.ops.lora import lora_linear
 from ztok_fast.ops.nearest import Assignment, codebook_assign
 from ztok_fast.ops.quantize import ResidualCodes, residual_quantize
+from ztok_fast.ops.ragged import (
+    RaggedBatch,
+    RaggedLayout,
+    ragged_gather,
+    ragged_layout,
+    ragged_pack,
+    ragged_scatter_add,
+    ragged_unpack,
+)
+from ztok_fast.ops.zhead import Selection, z_select
 
 __all__ = [
     "Assignment",
     "BackendUnavailable",
     "HaltingUnits",
+    "RaggedBatch",
+    "RaggedLayout",
     "ResidualCodes",
+    "Selection",
     "backend",
     "codebook_assign",
     "halting_units",
     "integrate_units",
+    "lora_linear",
+    "ragged_gather",
+    "ragged_layout",
+    "ragged_pack",
+    "ragged_scatter_add",
+    "ragged_unpack",
     "residual_quantize",
+    "z_select",
 ]
