@@ -1,0 +1,149 @@
+"""One frozen base model under three named LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ztok_fast.codec.attention import ATTENTION_NAME, register
+from ztok_fast.codec.config import ConfigError, ZTokConfig
+
+ADAPTERS = ("compressor", "decompressor", "inferencer")
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The stack of layers under a causal language model's head (``LlamaModel``, ``GPT2Model``, …)."""
+    return getattr(model, model.base_model_prefix)
+
+
+def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The attribute name and the list of a decoder's transformer layers."""
+    lists = [(name, child) for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)]
+    if len(lists) != 1:
+        raise ConfigError(
+            f"base model {type(decoder).__name__}: expected one list of transformer layers, "
+            f"got {[name for name, _ in lists]}"
+        )
+    return lists[0]
+
+
+class AdaptedBase(nn.Module):
+    """The frozen base, its three adapters and the switch between them.
+
+    The base's own weights never require grad; the adapters' do, whichever is active, so that one
+    backward pass reaches the adapters of several forward passes.
+    """
+
+    def __init__(self, base: nn.Module, config: ZTokConfig) -> None:
+        super().__init__()
+        register()
+        base.set_attn_implementation(ATTENTION_NAME)
+        layer_count = len(find_layers(find_decoder(base))[1])
+        depth = config.compressor_layers or layer_count
+        if depth > layer_count:
+            raise ConfigError(f"codec setting compressor_layers: expected at most {layer_count}, got {depth}")
+        self.compressor_layers = depth
+        model: PeftModel | None = None
+        for name in ADAPTERS:
+            lora = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                target_modules="all-linear",
+                layers_to_transform=list(range(depth)) if name == "compressor" and depth < layer_count else None,
+                task_type="CAUSAL_LM",
+            )
+            if model is None:
+                model = get_peft_model(base, lora, adapter_name=name)
+            else:
+                model.add_adapter(name, lora)
+        self.peft = model
+        self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self.activate("compressor")
+
+    @property
+    def model(self) -> nn.Module:
+        """The causal language model with the adapters injected."""
+        return self.peft.get_base_model()
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.weight.shape[1]
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self.peft.named_parameters() if "lora_" in n)
+
+    def activate(self, name: str) -> None:
+        """Make ``name`` the adapter of every layer that has it; layers without it run as the base."""
+        for layer in self._tuned:
+            layer.set_adapter(name)
+        # PEFT freezes the adapters it switches away from; training needs the gradients of all three.
+        for _, parameter in self.adapter_parameters():
+            parameter.requires_grad_(True)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_length: int | None = None,
+        mask: torch.Tensor | None = None,
+        cache=None,
+        adapter: str | None = None,
+        layers: int | None = None,
+    ) -> torch.Tensor:
+        """Last hidden states under one adapter.
+
+        Args:
+            embeds: packed ``[T, D]`` with ``cu_seqlens`` and ``max_length``, or ``[B, T, D]`` with ``mask``.
+            position_ids: int64, the leading shape of ``embeds``.
+            adapter: one of :data:`ADAPTERS`, or ``None`` for the bare base model.
+            layers: run only the first ``layers`` of the stack.
+
+        Returns:
+            The shape of ``embeds``.
+        """
+        packed = embeds.dim() == 2
+        kwargs = {"use_cache": cache is not None, "past_key_values": cache, "attention_mask": mask}
+        if packed:
+            embeds, position_ids = embeds[None], position_ids[None]
+            kwargs.update(cu_seq_lens_q=cu_seqlens, max_length_q=max_length)
+        if adapter is not None:
+            self.activate(adapter)
+        with self._without_adapters(adapter is None), self._truncated(layers):
+            decoder = find_decoder(self.model)
+            hidden = decoder(inputs_embeds=embeds, position_ids=position_ids, **kwargs).last_hidden_state
+        return hidden[0] if packed else hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary logits ``[..., vocab]`` of hidden states ``[..., D]``."""
+        return self.model.get_output_embeddings()(hidden)
+
+    @contextmanager
+    def _without_adapters(self, disable: bool):
+        if not disable:
+            yield
+            return
+        with self.peft.disable_adapter():
+            yield
+
+    @contextmanager
+    def _truncated(self, layers: int | None):
+        decoder = find_decoder(self.model)
+        name, stack = find_layers(decoder)
+        if layers is None or layers >= len(stack):
+            yield
+            return
+        setattr(decoder, name, stack[:layers])
+        try:
+            yield
+        finally:
+            setattr(decoder, name, stack)

@@ -1,0 +1,92 @@
+"""Attention for packed batches, registered with transformers under the name ``ztok``.
+
+Two ways in. With ``cu_seq_lens_q`` the rows of all sequences lie one after another in a batch of one,
+and each sequence attends causally to itself, whatever its position ids: the mask is said here and never
+guessed from position ids. With a four-dimensional boolean mask (decoding over a cache) the mask is used
+as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ztok_fast.ops import ragged_pack, ragged_unpack
+
+ATTENTION_NAME = "ztok"
+
+
+def packed_attention(query, key, value, cu_seqlens, max_length: int, scaling: float | None):
+    """Causal self-attention of every packed sequence to itself.
+
+    Args:
+        query: ``[T, H, d]``; ``key``, ``value``: ``[T, H_kv, d]`` with H a multiple of H_kv.
+        cu_seqlens: int32 ``[B + 1]`` offsets; ``max_length`` the longest sequence.
+
+    Returns:
+        ``[T, H, d]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, cu_seqlens, max_length, scaling)
+    # Padding lies to the right of each sequence, so the causal mask alone keeps it out of every valid row.
+    q, k, v = (ragged_unpack(x, cu_seqlens, max_length).transpose(1, 2) for x in (query, key, value))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    return ragged_pack(out.transpose(1, 2).contiguous(), cu_seqlens, query.shape[0])
+
+
+def _varlen(query, key, value, cu_seqlens, max_length, scaling):
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The causal switch was renamed between torch releases: a window of (-1, 0) replaced `is_causal`.
+    causal = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    cu = cu_seqlens.to(torch.int32)
+    return varlen_attn(query, key, value, cu, cu, max_length, max_length, scale=scaling, **causal)
+
+
+def masked_attention(query, key, value, mask, scaling: float | None):
+    """Attention ``[B, H, Tq, d]`` over ``[B, H_kv, Tk, d]`` with a boolean mask ``[B, 1, Tq, Tk]``.
+
+    The heads that share a key head are folded into the query rows, so the cache is never expanded.
+    """
+    batch, heads, rows, width = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    folded = query.reshape(batch, kv_heads, groups * rows, width)
+    if mask is not None and groups > 1:
+        mask = mask.expand(batch, 1, rows, mask.shape[-1]).repeat(1, 1, groups, 1)
+    out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, heads, rows, width)
+
+
+def ztok_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The function transformers calls: ``[B, H, T, d]`` in, ``([B, T, H, d], None)`` out."""
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        if query.shape[0] != 1:
+            raise ValueError(f"packed attention: expected a batch of one packed row, got {query.shape[0]}")
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return packed_attention(q, k, v, cu_seqlens, kwargs["max_length_q"], scaling)[None], None
+    if attention_mask is None:
+        groups = query.shape[1] // key.shape[1]
+        k, v = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        out = scaled_dot_product_attention(query, k, v, is_causal=query.shape[2] > 1, scale=scaling)
+    else:
+        out = masked_attention(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2), None
+
+
+def no_mask(*args, **kwargs) -> None:
+    """Packed batches carry their structure in ``cu_seq_lens_q``; no mask tensor is built."""
+    return None
+
+
+def register() -> None:
+    """Make ``attn_implementation="ztok"`` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, ztok_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, no_mask)

@@ -1,0 +1,107 @@
+"""Which text positions give a Z-token: halting mass, its budget, and the units that follow.
+
+The mass of a token is the share of a Z-token it asks for. A budget r wants sum(mass) = N / r over a
+document; the mass is scaled to that, so the achieved ratio follows from the arithmetic while *where* the
+Z-tokens go is learned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.ops import HaltingUnits, halting_units
+
+
+def mass_floor(max_unit_length: int) -> float:
+    """The least mass of a token: ``max_unit_length`` of them reach the threshold despite rounding."""
+    return 1.0 / max_unit_length + 2.0**-20
+
+
+class HaltingHead(nn.Module):
+    """Predicts the relative density of every text token: the logarithm of its mass times r."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(hidden_size, 64)
+        self.out = nn.Linear(64, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: torch.Tensor, ratio: torch.Tensor, max_unit_length: int) -> torch.Tensor:
+        """Raw mass ``[T]`` from hidden states ``[T, D]`` and the ratio asked of each row ``[T]``."""
+        log_density = self.out(torch.nn.functional.silu(self.hidden(hidden)))[:, 0].float()
+        return (log_density.clamp(-4, 4).exp() / ratio).clamp(mass_floor(max_unit_length), 1.0)
+
+
+def fixed_mass(ratio: torch.Tensor) -> torch.Tensor:
+    """Equal mass for every token: units of r tokens, the baseline of every report."""
+    # A hair above 1/r, so that r equal summands reach the threshold despite rounding.
+    return (1.0 / ratio + 2.0**-19).clamp(max=1.0)
+
+
+def surprisal_mass(bits: torch.Tensor, ratio: torch.Tensor, cu_groups: torch.Tensor, config: ZTokConfig) -> torch.Tensor:
+    """The mass that the halting head learns: half uniform, half in proportion to the token's surprisal.
+
+    Args:
+        bits: surprisal of every token under the bare base model, ``[T]``, in bits.
+        ratio: the ratio asked of every token, ``[T]``.
+        cu_groups: ``[G + 1]`` offsets of the groups (documents) over which the mean is taken.
+    """
+    lengths = cu_groups.diff().long()
+    group = torch.repeat_interleave(torch.arange(len(lengths), device=bits.device), lengths)
+    total = torch.zeros(len(lengths), device=bits.device).index_add_(0, group, bits)
+    mean = (total / lengths.clamp(min=1)).clamp(min=1e-3)
+    density = 0.5 + 0.5 * bits / mean[group]
+    return (density / ratio).clamp(mass_floor(config.max_unit_length), 1.0)
+
+
+def scale_to_budget(
+    mass: torch.Tensor,
+    ratio: torch.Tensor,
+    cu_segments: torch.Tensor,
+    cu_groups: torch.Tensor,
+    max_unit_length: int,
+    iterations: int = 14,
+) -> torch.Tensor:
+    """Scale the mass of every group so that its number of units is the nearest to tokens / ratio.
+
+    The number of units falls with the scale, so a bisection finds it; the scale itself carries no gradient.
+
+    Args:
+        mass: ``[T]`` raw mass in [1/max_unit_length, 1].
+        ratio: ``[G]`` ratio asked of each group.
+        cu_segments: ``[S + 1]`` token offsets of the segments, at whose ends units are closed.
+        cu_groups: ``[G + 1]`` offsets of the groups in *segments*.
+
+    Returns:
+        ``[T]`` mass, differentiable in ``mass``.
+    """
+    floor = mass_floor(max_unit_length)
+    with torch.no_grad():
+        lengths = cu_segments.diff().long()
+        group_of_segment = torch.repeat_interleave(
+            torch.arange(len(cu_groups) - 1, device=mass.device), cu_groups.diff().long()
+        )
+        group = torch.repeat_interleave(group_of_segment, lengths)
+        groups = len(cu_groups) - 1
+        tokens = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, lengths.float())
+        wanted = (tokens / ratio).clamp(min=1.0)
+        low = torch.full_like(wanted, -4.0)
+        high = torch.full_like(wanted, 4.0)
+        for _ in range(iterations):
+            middle = (low + high) / 2
+            counts = halting_units((mass * middle.exp2()[group]).clamp(floor, 1.0), cu_segments).counts
+            units = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, counts.float())
+            over = units > wanted
+            high = torch.where(over, middle, high)
+            low = torch.where(over, low, middle)
+        scale = low.exp2()[group]
+    return (mass * scale).clamp(floor, 1.0)
+
+
+def unit_lengths(units: HaltingUnits, total_units: int) -> torch.Tensor:
+    """Text tokens of every unit, int32 ``[K]``."""
+    lengths = torch.zeros(total_units, dtype=torch.int32, device=units.unit.device)
+    return lengths.index_add_(0, units.unit.long(), torch.ones_like(units.unit))

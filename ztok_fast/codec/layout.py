@@ -1,0 +1,63 @@
+"""Index arithmetic of packed batches: ranges, offsets, joined sequences. No model here."""
+
+from __future__ import annotations
+
+import torch
+
+
+def offsets(lengths: torch.Tensor) -> torch.Tensor:
+    """``[B]`` lengths to int32 ``[B + 1]`` offsets."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def sequence_of_row(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """The sequence that every packed row belongs to, int64 ``[total]``."""
+    lengths = cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+
+
+def position_in_sequence(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """0-based position of every packed row in its own sequence, int64 ``[total]``."""
+    return torch.arange(total, device=cu_seqlens.device) - cu_seqlens.long()[sequence_of_row(cu_seqlens, total)]
+
+
+def expand_ranges(begin: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of ranges [begin_i, end_i), one range after another: int64 ``[R]`` rows, int32 offsets."""
+    cu = offsets(end - begin)
+    total = int(cu[-1])
+    return begin.long()[sequence_of_row(cu, total)] + position_in_sequence(cu, total), cu
+
+
+def joined_rows(cu_parts: list[torch.Tensor], totals: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Where the rows of each part land when every sequence is the concatenation of its parts.
+
+    Args:
+        cu_parts: offsets ``[B + 1]`` of each part; ``totals`` their row counts.
+
+    Returns:
+        For each part the output row of each of its rows (int64 ``[T_i]``), and the joined int32 offsets.
+    """
+    lengths = [cu.diff().long() for cu in cu_parts]
+    cu_out = offsets(sum(lengths))
+    base = cu_out[:-1].long()
+    rows = []
+    for cu, length, total in zip(cu_parts, lengths, totals):
+        rows.append(base[sequence_of_row(cu, total)] + position_in_sequence(cu, total))
+        base = base + length
+    return rows, cu_out
+
+
+def split_segments(lengths: list[int], segment_length: int) -> tuple[list[int], list[int]]:
+    """Cut documents of ``lengths`` tokens into segments.
+
+    Returns:
+        Tokens of every segment in order, and the number of segments of every document. An empty
+        document has no segment.
+    """
+    segments, counts = [], []
+    for length in lengths:
+        full, rest = divmod(length, segment_length)
+        own = [segment_length] * full + ([rest] if rest else [])
+        segments += own
+        counts.append(len(own))
+    return segments, counts

@@ -1,0 +1,225 @@
+"""The trainable model: a frozen base under three adapters, halting, quantiser, embeddings and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ztok_fast.codec.adapters import AdaptedBase
+from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
+from ztok_fast.codec.layout import expand_ranges, joined_rows, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.zspace import ZSpaceHead
+from ztok_fast.ops import QuantizedUnits, quantize_ragged, ragged_gather
+
+
+@dataclass
+class Encoded:
+    """Segments after compression.
+
+    Attributes:
+        raw_mass: halting mass before scaling, ``[T]``; mass: after, ``[T]``.
+        quantized: codes ``[K, L]``, vectors ``[K, d_z]``, latents, losses, usage, units.
+        lengths: text tokens of every unit, int32 ``[K]``.
+        cu_units: int32 ``[S + 1]`` units of every segment.
+    """
+
+    raw_mass: torch.Tensor
+    mass: torch.Tensor
+    quantized: QuantizedUnits
+    lengths: torch.Tensor
+    cu_units: torch.Tensor
+
+    @property
+    def total_units(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass
+class DecoderInputs:
+    """Packed decompressor sequences: Z prefix, start row, text; ``text_rows`` are the rows that predict."""
+
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
+    text_rows: torch.Tensor
+
+
+class ZTokModel(nn.Module):
+    """Base, adapters and the codec's own small modules.
+
+    Everything a codec saves is in :meth:`codec_state`; the base's weights are never part of it.
+    """
+
+    def __init__(self, base: nn.Module, config: ZTokConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.adapted = AdaptedBase(base, config)
+        width, latent = self.adapted.hidden_size, config.latent_dim
+        rms = self.adapted.embedding.weight.detach().float().pow(2).mean().sqrt().item()
+        self.halting = HaltingHead(width)
+        self.end_projection = nn.Parameter(torch.randn(latent, width) / width**0.5)
+        self.mean_projection = nn.Parameter(torch.randn(latent, width) / width**0.5)
+        self.codebooks = nn.Parameter(torch.randn(config.num_codebooks, config.codebook_size, latent) * 0.1)
+        self.budget_embedding = nn.Parameter(torch.zeros(2, width))
+        self.z_projection = nn.Linear(latent, width)
+        nn.init.normal_(self.z_projection.weight, std=rms / latent**0.5)
+        nn.init.zeros_(self.z_projection.bias)
+        self.length_embedding = nn.Embedding(config.max_unit_length + 1, width)
+        nn.init.normal_(self.length_embedding.weight, std=0.3 * rms)
+        self.start_embedding = nn.Parameter(torch.randn(width) * rms)
+        self.zspace = ZSpaceHead(width, config, rms)
+
+    # Compression
+
+    def encode(
+        self,
+        tokens: torch.Tensor,
+        cu_segments: torch.Tensor,
+        cu_groups: torch.Tensor,
+        ratio: torch.Tensor,
+        levels: torch.Tensor | None = None,
+        fixed_units: bool | None = None,
+        mass: torch.Tensor | None = None,
+    ) -> Encoded:
+        """Compress packed segments.
+
+        Args:
+            tokens: int64 ``[T]`` text tokens of all segments.
+            cu_segments: int32 ``[S + 1]`` token offsets of the segments.
+            cu_groups: int32 ``[G + 1]`` offsets, in segments, of the documents that share one budget.
+            ratio: fp32 ``[G]``, text tokens per Z-token asked of each document.
+            levels: int32 ``[S]`` residual levels to use, ``None`` for all.
+            fixed_units: units of exactly ``ratio`` tokens instead of learned ones; ``None`` as configured.
+            mass: halting mass ``[T]`` to use instead of the predicted one (used to warm up training).
+        """
+        config = self.config
+        total = len(tokens)
+        group_of_segment = sequence_of_row(cu_groups, len(cu_segments) - 1)
+        row_ratio = ratio[group_of_segment[sequence_of_row(cu_segments, total)]]
+        embeds = self.adapted.embedding(tokens)
+        features = torch.stack([torch.ones_like(row_ratio), row_ratio.log2() - 1], dim=1).to(embeds.dtype)
+        hidden = self.adapted(
+            embeds + features @ self.budget_embedding.to(embeds.dtype),
+            position_in_sequence(cu_segments, total),
+            cu_segments,
+            config.segment_length,
+            adapter="compressor",
+            layers=self.adapted.compressor_layers,
+        )
+        raw_mass = self.halting(hidden, row_ratio, config.max_unit_length)
+        if config.emission == "fixed" if fixed_units is None else fixed_units:
+            scaled = fixed_mass(row_ratio)
+        else:
+            scaled = scale_to_budget(
+                raw_mass if mass is None else mass, ratio, cu_segments, cu_groups, config.max_unit_length
+            )
+        quantized = quantize_ragged(
+            hidden, scaled, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
+        )
+        total_units = len(quantized.codes)
+        return Encoded(
+            raw_mass, scaled, quantized, unit_lengths(quantized.units, total_units), quantized.units.cu_units
+        )
+
+    # Z-tokens as inputs
+
+    def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
+        """Sum of the code vectors, ``[K, d_z]``; a code of -1 is a dropped level and adds nothing."""
+        vectors = torch.stack([self.codebooks[level][codes[:, level].clamp(min=0).long()] for level in range(codes.shape[1])])
+        return (vectors * (codes.T >= 0)[:, :, None]).sum(0)
+
+    def z_embeddings(self, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Input embeddings ``[K, D]`` of Z-tokens with code vectors ``[K, d_z]`` and unit lengths ``[K]``."""
+        return self.z_projection(vectors) + self.length_embedding(lengths.long())
+
+    def unit_positions(self, lengths: torch.Tensor, cu_units: torch.Tensor) -> torch.Tensor:
+        """Position, in its segment, that stands for each unit (as ``z_position`` says), int64 ``[K]``."""
+        total = len(lengths)
+        before = offsets(lengths).long()
+        start = before[:-1] - before[cu_units.long()][sequence_of_row(cu_units, total)]
+        shift = {"start": torch.zeros_like(start), "center": lengths.long() // 2, "end": lengths.long() - 1}
+        return start + shift[self.config.z_position]
+
+    def prefix(self, embeddings, lengths, cu_units, first_segment):
+        """The Z-tokens that each segment's decompressor sees: those of its context segments, then its own.
+
+        Args:
+            embeddings: ``[K, D]``; lengths int32 ``[K]``; cu_units int32 ``[S + 1]``.
+            first_segment: int64 ``[S]``, the first segment of the document that each segment belongs to.
+
+        Returns:
+            rows int64 ``[R]`` into ``embeddings``, their position ids ``[R]``, int32 offsets ``[S + 1]``.
+        """
+        config = self.config
+        segments = torch.arange(len(cu_units) - 1, device=cu_units.device)
+        begin = torch.maximum(first_segment, segments - config.context_segments)
+        rows, cu_prefix = expand_ranges(cu_units.long()[begin], cu_units.long()[1:])
+        own = self.unit_positions(lengths, cu_units)
+        segment_of_unit = sequence_of_row(cu_units, len(lengths))
+        back = sequence_of_row(cu_prefix, len(rows)) - segment_of_unit[rows]
+        return rows, own[rows] + (config.context_segments - back) * config.segment_length, cu_prefix
+
+    def decoder_inputs(
+        self, embeddings, lengths, cu_units, first_segment, tokens, cu_segments
+    ) -> DecoderInputs:
+        """Teacher-forced decompressor inputs of packed segments (see :class:`DecoderInputs`)."""
+        total = len(tokens)
+        rows, z_positions, cu_prefix = self.prefix(embeddings, lengths, cu_units, first_segment)
+        position = position_in_sequence(cu_segments, total)
+        previous = self.adapted.embedding(torch.roll(tokens, 1))
+        text = torch.where((position == 0)[:, None], self.start_embedding.to(previous.dtype), previous)
+        joined = ragged_gather([embeddings.to(text.dtype), text], [rows, None], [cu_prefix, cu_segments])
+        (z_rows, text_rows), cu_joined = joined_rows([cu_prefix, cu_segments], [len(rows), total])
+        position_ids = torch.empty(len(rows) + total, dtype=torch.int64, device=tokens.device)
+        position_ids[z_rows] = z_positions
+        position_ids[text_rows] = position + self.config.context_segments * self.config.segment_length
+        return DecoderInputs(
+            joined.values, position_ids, cu_joined, int(cu_joined.diff().max()) if len(cu_joined) > 1 else 0, text_rows
+        )
+
+    def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
+        """Hidden states ``[T, D]`` of the rows that predict the text tokens."""
+        hidden = self.adapted(
+            inputs.embeds, inputs.position_ids, inputs.cu_seqlens, inputs.max_length, adapter="decompressor"
+        )
+        return hidden[inputs.text_rows]
+
+    # The bare base model
+
+    @torch.no_grad()
+    def surprisal(self, tokens: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+        """Bits of every token under the bare base model, each segment on its own, fp32 ``[T]``.
+
+        The first token of a segment has nothing before it; it gets the mean of the others.
+        """
+        total = len(tokens)
+        position = position_in_sequence(cu_segments, total)
+        hidden = self.adapted(
+            self.adapted.embedding(tokens), position, cu_segments, int(cu_segments.diff().max()), adapter=None
+        )
+        bits = torch.zeros(total, device=tokens.device)
+        for start in range(0, total - 1, 4096):
+            stop = min(start + 4096, total - 1)
+            loss = torch.nn.functional.cross_entropy(
+                self.adapted.logits(hidden[start:stop]).float(), tokens[start + 1 : stop + 1], reduction="none"
+            )
+            bits[start + 1 : stop + 1] = loss / 0.6931471805599453
+        first = position == 0
+        if (~first).any():
+            bits[first] = bits[~first].mean()
+        return bits
+
+    # What a codec saves
+
+    def codec_state(self) -> dict[str, torch.Tensor]:
+        """Adapters, codebooks, projections and heads by name; nothing of the base."""
+        adapters = {f"adapters.{name}": p for name, p in self.adapted.adapter_parameters()}
+        own = {n: p for n, p in self.named_parameters() if not n.startswith("adapted.")}
+        return {**adapters, **own}
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return self.codec_state()

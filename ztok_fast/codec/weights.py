@@ -1,0 +1,61 @@
+"""A codec's weights on disk: safetensors with adapters, codebooks, projections and heads, nothing of the base."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ztok_fast.codec.config import ZTokConfig
+
+WEIGHTS = "codec.safetensors"
+
+
+class WeightsError(ValueError):
+    """Codec weights are missing, damaged or of another codec."""
+
+
+def save_weights(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Write ``state``, cast to ``dtype`` if given, under :data:`WEIGHTS`."""
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise WeightsError(f"codec folder {folder}: expected the weights file {WEIGHTS}, got none")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: expected a whole safetensors file, got {error}") from error
+
+
+def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Copy ``state`` into the tensors of ``own`` by name, after checking every name and shape."""
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or unknown:
+        raise WeightsError(f"codec weights: expected the tensors of this codec, got missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise WeightsError(
+                f"codec weights {name}: expected shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def codec_fingerprint(config: ZTokConfig, state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the settings that matter for decoding and every weight, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(config.base_fingerprint.encode())
+    for name in ("segment_length", "context_segments", "num_codebooks", "codebook_size", "max_unit_length", "z_position"):
+        digest.update(f"{name}={getattr(config, name)};".encode())
+    for name in sorted(state):
+        tensor = state[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""Streaming training batches: rows → documents → chunks of consecutive segments → packed batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ztok_fast.codec.layout import offsets, split_segments
+from ztok_fast.train.text_data import iter_rows
+
+
+@dataclass
+class Chunk:
+    """Consecutive text tokens of one document, with a question and its answer where the row has one."""
+
+    tokens: list[int]
+    question: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """A packed batch of chunks.
+
+    Attributes:
+        tokens: int64 ``[T]``; cu_segments int32 ``[S + 1]`` in tokens; cu_groups int32 ``[G + 1]`` in segments.
+        first_segment: int64 ``[S]``, the first segment of each segment's chunk.
+        chunks: the chunks themselves, in order.
+    """
+
+    tokens: torch.Tensor
+    cu_segments: torch.Tensor
+    cu_groups: torch.Tensor
+    first_segment: torch.Tensor
+    chunks: list[Chunk]
+
+    def to(self, device) -> Batch:
+        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_groups, self.first_segment))
+        return Batch(*moved, self.chunks)
+
+
+def make_batch(chunks: list[Chunk], segment_length: int) -> Batch:
+    """Pack ``chunks``; every chunk is cut into segments of ``segment_length`` tokens."""
+    segments, counts = split_segments([len(c.tokens) for c in chunks], segment_length)
+    counts = torch.tensor(counts)
+    cu_groups = offsets(counts)
+    return Batch(
+        torch.tensor([t for c in chunks for t in c.tokens], dtype=torch.int64),
+        offsets(torch.tensor(segments)),
+        cu_groups,
+        torch.repeat_interleave(cu_groups[:-1].long(), counts),
+        chunks,
+    )
+
+
+class ChunkStream:
+    """Endless shuffled stream of batches over JSON-lines files, with a state that can be saved.
+
+    Rows are read one at a time and never all held; the shuffle draws from a buffer of chunks. Two streams
+    with the same settings and state give the same batches.
+
+    Args:
+        files: JSON-lines files, read in order, again and again.
+        tokenizer: Hugging Face tokenizer.
+        chunk_tokens: most tokens of a chunk; shorter rests under ``min_tokens`` are left out.
+        batch_tokens: a batch is closed when it holds at least this many tokens.
+        rank, world: this process reads every ``world``-th row.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        tokenizer,
+        *,
+        segment_length: int,
+        chunk_tokens: int,
+        batch_tokens: int,
+        seed: int,
+        exclude_sources: list[str] = (),
+        buffer_chunks: int = 2048,
+        min_tokens: int = 16,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.files, self.tokenizer = list(files), tokenizer
+        self.segment_length, self.chunk_tokens, self.batch_tokens = segment_length, chunk_tokens, batch_tokens
+        self.excluded = tuple(exclude_sources)
+        self.buffer_chunks, self.min_tokens = buffer_chunks, min_tokens
+        self.rank, self.world = rank, world
+        self.random = random.Random(f"{seed}-{rank}")
+        self.rows_read = 0
+        self.buffer: list[Chunk] = []
+        self._rows: Iterator[dict] | None = None
+
+    def _read_rows(self, skip: int) -> Iterator[dict]:
+        per_pass, passed = 0, 0
+        while True:
+            for path in self.files:
+                for row in iter_rows(path):
+                    per_pass += 1
+                    passed += 1
+                    if passed > skip:
+                        yield row
+            if not per_pass:
+                raise ValueError(f"training files {self.files}: expected at least one row, got none")
+
+    def _fill(self) -> None:
+        if self._rows is None:
+            self._rows = self._read_rows(self.rows_read)
+        without_chunk = 0
+        while len(self.buffer) < self.buffer_chunks:
+            row = next(self._rows)
+            self.rows_read += 1
+            if self.rows_read % self.world != self.rank % self.world:
+                continue
+            if self.excluded and str(row.get("source", "")).startswith(self.excluded):
+                chunks = []
+            else:
+                chunks = self.chunks_of(row)
+            self.buffer += chunks
+            without_chunk = 0 if chunks else without_chunk + 1
+            if without_chunk > 100_000:
+                raise ValueError(
+                    f"training files {self.files}: expected rows of at least {self.min_tokens} tokens "
+                    "outside the excluded sources, got none in 100,000 rows"
+                )
+
+    def chunks_of(self, row: dict) -> list[Chunk]:
+        """The chunks of one row; a question goes with its row's text only where that fits one chunk."""
+        ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        if len(ids) < self.min_tokens:
+            return []
+        if len(ids) <= self.chunk_tokens:
+            question, answer = self._question(row)
+            return [Chunk(ids, question, answer)]
+        pieces = [ids[i : i + self.chunk_tokens] for i in range(0, len(ids), self.chunk_tokens)]
+        return [Chunk(piece) for piece in pieces if len(piece) >= self.min_tokens]
+
+    def _question(self, row: dict) -> tuple[list[int], list[int]]:
+        pairs = [(row.get("question"), row.get("answer"))]
+        pairs += [(item.get("question"), item.get("answer")) for item in row.get("qa") or [] if isinstance(item, dict)]
+        pairs = [(q, a) for q, a in pairs if isinstance(q, str) and isinstance(a, str) and q and a]
+        if not pairs:
+            return [], []
+        question, answer = self.random.choice(pairs)
+        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        return encode(question), encode(answer)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next_batch()
+
+    def next_batch(self) -> Batch:
+        chosen, count = [], 0
+        while count < self.batch_tokens:
+            self._fill()
+            index = self.random.randrange(len(self.buffer))
+            self.buffer[index], self.buffer[-1] = self.buffer[-1], self.buffer[index]
+            chosen.append(self.buffer.pop())
+            count += len(chosen[-1].tokens)
+        return make_batch(chosen, self.segment_length)
+
+    def state(self) -> dict:
+        """What :meth:`load_state` needs to go on with exactly the next batch."""
+        return {
+            "rows_read": self.rows_read,
+            "random": self.random.getstate(),
+            "buffer": [(c.tokens, c.question, c.answer) for c in self.buffer],
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.rows_read = state["rows_read"]
+        version, internal, gauss = state["random"]
+        self.random.setstate((version, tuple(internal), gauss))
+        self.buffer = [Chunk(*item) for item in state["buffer"]]
+        self._rows = None

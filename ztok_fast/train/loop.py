@@ -1,0 +1,247 @@
+"""The training loop of a codec: resumable, checkpointed, on one process or several (Accelerate)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather
+from tqdm import tqdm
+
+from ztok_fast.codec.base_model import load_base
+from ztok_fast.codec.codec import ZTokCodec
+from ztok_fast.train.batches import Batch, ChunkStream
+from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks
+from ztok_fast.train.evaluate import dev_documents, evaluate
+from ztok_fast.train.objective import Objective
+from ztok_fast.train.settings import SettingsError, TrainSettings
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+class Trainer:
+    """Trains the codec of ``settings``; :meth:`run` begins, or goes on from the checkpoint in ``settings.out``.
+
+    Args:
+        settings: the run; base: a loaded :class:`~ztok_fast.codec.base_model.BaseModel` to use instead of
+            resolving ``settings.base``.
+    """
+
+    def __init__(self, settings: TrainSettings, base=None) -> None:
+        self.settings = settings
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if torch.cuda.is_available() else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.out = Path(settings.out)
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(settings.seed)
+        base = base or load_base(settings.base)
+        config = dataclasses.replace(settings.codec_config(), base_model=base.name, base_fingerprint=base.fingerprint)
+        self.codec = ZTokCodec(base, config)
+        self.model = self.codec.model
+        self.care = CodebookCare(config.num_codebooks, config.codebook_size, settings.kmeans_latents)
+        self.stream = ChunkStream(
+            settings.train_files,
+            base.tokenizer,
+            segment_length=config.segment_length,
+            chunk_tokens=settings.chunk_tokens,
+            batch_tokens=settings.batch_tokens,
+            seed=settings.seed,
+            exclude_sources=settings.exclude_sources,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        self.dev = dev_documents(
+            settings.dev_files, base.tokenizer, settings.eval_documents, settings.eval_tokens, settings.exclude_sources
+        )
+        own = self.model.trainable_parameters()
+        groups = [
+            {"params": [p for n, p in own.items() if n != "codebooks"], "peak": settings.learning_rate},
+            {"params": [own["codebooks"]], "peak": settings.codebook_learning_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.step = 0
+        self._restore(optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(
+            Objective(self.model, settings.loss_weights()), optimizer
+        )
+        if settings.compile:
+            self.model.adapted.compile(dynamic=True)
+
+    def run(self) -> Path:
+        """Train to the last step; returns the folder of the saved codec.
+
+        Ctrl-C, or ``max_minutes``, stops after a checkpoint; the same command goes on from there.
+        """
+        settings, started = self.settings, time.monotonic()
+        progress = tqdm(
+            initial=self.step, total=settings.steps, desc="train", mininterval=5,
+            disable=not self.accelerator.is_local_main_process,
+        )
+        saved_at = self.step
+        try:
+            while self.step < settings.steps:
+                row = self.train_step()
+                if self.step == settings.steps or (settings.eval_every and self.step % settings.eval_every == 0):
+                    row["eval"] = self.evaluate()
+                self._log(row)
+                progress.set_postfix(
+                    loss=f"{row['reconstruction']:.3f}", acc=f"{row['accuracy']:.3f}", ratio=f"{row['ratio']:.2f}",
+                    used=min(row["codes_alive"]), ppl=f"{min(row['perplexity']):.0f}", refresh=False,
+                )
+                progress.update()
+                if self.step % settings.checkpoint_every == 0:
+                    self._save()
+                    saved_at = self.step
+                if settings.max_minutes and time.monotonic() - started > settings.max_minutes * 60:
+                    break
+        finally:
+            progress.close()
+            if saved_at != self.step:
+                self._save()
+        folder = self.out / "codec"
+        if self.accelerator.is_main_process:
+            self.codec.save_pretrained(folder, dtype=torch.bfloat16)
+        return folder
+
+    def train_step(self) -> dict:
+        """One optimiser step over ``accumulation`` batches; returns its metrics."""
+        settings, began = self.settings, time.monotonic()
+        if self.step == settings.continuous_steps:
+            self._initialise_codebooks()
+        phase = settings.phase(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * settings.learning_rate_factor(self.step)
+        row: dict = {"step": self.step + 1}
+        tokens = units = 0
+        for part in range(settings.accumulation):
+            batch = self.stream.next_batch().to(self.accelerator.device)
+            ratio = self._draw_ratios(batch, part)
+            part_phase = dataclasses.replace(phase, seed=phase.seed * settings.accumulation + part)
+            # Gradients of several processes are averaged once, with the last batch of the step.
+            last = part == settings.accumulation - 1
+            with self.accelerator.autocast(), _sync_when(last, self.accelerator, self.objective):
+                terms, encoded = self.objective(batch, ratio, part_phase)
+                self.accelerator.backward(terms["total"] / settings.accumulation)
+            self.care.observe(encoded.quantized.latents, encoded.quantized.usage if phase.blend > 0 else None)
+            tokens, units = tokens + len(batch.tokens), units + encoded.total_units
+            for name, value in terms.items():
+                row[name] = row.get(name, 0.0) + value.item() / settings.accumulation
+        if not torch.isfinite(torch.tensor(row["total"])):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {row['total']}; lower learning_rate (now {settings.learning_rate}). "
+                f"The last checkpoint in {self.out} is from before."
+            )
+        norm = self.accelerator.clip_grad_norm_(self.model.trainable_parameters().values(), settings.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if phase.blend > 0 and settings.dead_code_every and self.step % settings.dead_code_every == 0:
+            row["codes_replaced"] = self._replace_dead()
+        row.update(
+            gradient_norm=float(norm), ratio=tokens / max(1, units), blend=phase.blend, sampling=phase.sampling,
+            codes_alive=self.care.alive(), perplexity=self.care.perplexity(),
+            tokens_per_second=tokens / (time.monotonic() - began),
+        )
+        return row
+
+    def evaluate(self) -> dict:
+        """Teacher-forced and free-running accuracy on the dev documents at every budget; empty without dev files."""
+        if not self.dev or not self.accelerator.is_main_process:
+            return {}
+        return evaluate(self.codec, self.dev, self.model.config.budgets, quantized=self.step > self.settings.continuous_steps)
+
+    def _draw_ratios(self, batch: Batch, part: int) -> torch.Tensor:
+        budgets = torch.tensor(self.model.config.budgets, dtype=torch.float32)
+        draw = torch.Generator().manual_seed(
+            (self.settings.seed * 1_000_003 + self.step) * 64 + part + 7919 * self.accelerator.process_index
+        )
+        chosen = torch.randint(len(budgets), (len(batch.chunks),), generator=draw)
+        return budgets[chosen].to(self.accelerator.device)
+
+    def _initialise_codebooks(self) -> None:
+        latents = gather(self.care.latents.to(self.accelerator.device))
+        initialise_codebooks(
+            self.model.codebooks.data, latents, self.settings.kmeans_iterations, self.settings.seed
+        )
+        broadcast(self.model.codebooks.data)
+
+    def _replace_dead(self) -> int:
+        draw = torch.Generator().manual_seed(self.settings.seed * 31 + self.step)
+        replaced = self.care.replace_dead(self.model.codebooks.data, self.settings.dead_code_threshold, draw)
+        broadcast(self.model.codebooks.data)
+        moments = self.optimizer.state.get(self.model.codebooks, {})
+        for level, dead in enumerate(replaced):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in moments:
+                    moments[name][level, dead.to(moments[name].device)] = 0.0
+        return sum(len(d) for d in replaced)
+
+    def _log(self, row: dict) -> None:
+        if self.accelerator.is_main_process:
+            with (self.out / METRICS).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        streams = self.stream.state()
+        path = self.out / CHECKPOINT
+        if not self.accelerator.is_main_process:
+            path = self.out / f"stream-{self.accelerator.process_index}.pt"
+            state = {"step": self.step, "stream": streams, "care": self.care.state()}
+        else:
+            state = {
+                "step": self.step,
+                "stream": streams,
+                "care": self.care.state(),
+                "codec": {n: p.detach() for n, p in self.model.codec_state().items()},
+                "optimizer": self.optimizer.state_dict(),
+                "config": self.model.config.to_dict(),
+            }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def _restore(self, optimizer) -> None:
+        path = self.out / CHECKPOINT
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["config"] != self.model.config.to_dict():
+            changed = sorted(k for k, v in self.model.config.to_dict().items() if state["config"].get(k) != v)
+            raise SettingsError(
+                f"{path}: expected a checkpoint of the same codec settings and base model, got other {changed}; "
+                "choose another `out` folder or remove the checkpoint"
+            )
+        self.codec.load_state(state["codec"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        if self.accelerator.process_index:
+            state = torch.load(
+                self.out / f"stream-{self.accelerator.process_index}.pt", map_location="cpu", weights_only=True
+            )
+        self.stream.load_state(state["stream"])
+        self.care.load_state(state["care"])
+        _truncate_metrics(self.out / METRICS, self.step)
+
+
+def _sync_when(last: bool, accelerator: Accelerator, module):
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(module)
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop the rows of steps after the checkpoint, which the resumed run writes again."""
+    if path.is_file():
+        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,253 @@
+"""The training objective, term by term; every weighted term moves the parameters it is meant to move.
+
+    loss = CE(x | Z) + λ_commit·commitment + λ_code·codebook + λ_len·(E[K]/N − 1/r)²
+           + λ_use·usage + λ_density·density + λ_z·CE(next Z-token) + λ_answer·CE(answer | Z, question)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ztok_fast.codec.emission import surprisal_mass
+from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.model import Encoded, ZTokModel
+from ztok_fast.ops import ragged_gather
+from ztok_fast.train.batches import Batch
+
+
+@dataclass
+class LossWeights:
+    """Weights λ of the terms beside CE(x | Z); a term of weight 0 is not computed."""
+
+    commitment: float = 0.25
+    codebook: float = 1.0
+    length: float = 10.0
+    usage: float = 0.01
+    density: float = 1.0
+    zspace: float = 0.05
+    answer: float = 0.1
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"loss weight {f.name}: expected a number of at least 0, got {value!r}")
+
+
+@dataclass
+class Phase:
+    """What a training step does besides its batch; a function of the step alone.
+
+    Attributes:
+        blend: 0 = continuous latents, 1 = quantised; between, the decompressor sees a mixture.
+        sampling: probability that a text input of the decompressor is its own prediction (scheduled sampling).
+        noise: probability that a text input of the decompressor is a random token.
+        level_dropout: probability that a segment uses fewer residual levels.
+        predicted_mass: use the learned mass; before that, the surprisal's own.
+        seed: of this step's random draws.
+    """
+
+    blend: float = 1.0
+    sampling: float = 0.0
+    noise: float = 0.0
+    level_dropout: float = 0.0
+    predicted_mass: bool = True
+    seed: int = 0
+
+
+class Objective(nn.Module):
+    """Wraps the model so that one ``forward`` gives every loss term (what DDP and FSDP need)."""
+
+    def __init__(self, model: ZTokModel, weights: LossWeights) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, batch: Batch, ratio: torch.Tensor, phase: Phase) -> tuple[dict[str, torch.Tensor], Encoded]:
+        """The loss terms (0-d, unweighted; ``"total"`` is their weighted sum) and the encoded batch.
+
+        Args:
+            ratio: fp32 ``[G]``, the ratio asked of each chunk.
+        """
+        model, weights = self.model, self.weights
+        draw = torch.Generator(device=batch.tokens.device).manual_seed(phase.seed)
+        levels = self._draw_levels(len(batch.cu_segments) - 1, phase.level_dropout, draw)
+        target = None
+        if weights.density or not phase.predicted_mass:
+            target = self._target_mass(batch, ratio)
+        encoded = model.encode(
+            batch.tokens,
+            batch.cu_segments,
+            batch.cu_groups,
+            ratio,
+            levels,
+            mass=None if phase.predicted_mass else target,
+        )
+        terms = {}
+        vectors = blend_vectors(encoded, phase.blend)
+        embeddings = model.z_embeddings(vectors, encoded.lengths)
+        logits = self._decompress(batch, encoded, embeddings, phase, draw)
+        terms["reconstruction"] = cross_entropy(logits, batch.tokens)
+        terms["accuracy"] = (logits.detach().argmax(-1) == batch.tokens).float().mean()
+        quantizing = phase.blend > 0
+        if weights.commitment and quantizing:
+            terms["commitment"] = encoded.quantized.commitment
+        if weights.codebook and quantizing:
+            terms["codebook"] = encoded.quantized.codebook_loss
+        if weights.usage and quantizing:
+            terms["usage"] = usage_loss(encoded.quantized.latents, model.codebooks)
+        group = sequence_of_row(batch.cu_groups, len(batch.cu_segments) - 1)[
+            sequence_of_row(batch.cu_segments, len(batch.tokens))
+        ]
+        if weights.length:
+            terms["length"] = length_loss(encoded.raw_mass, group, ratio)
+        if weights.density and phase.predicted_mass is not None and target is not None:
+            terms["density"] = ((encoded.raw_mass - target) * ratio[group]).square().mean()
+        if (weights.zspace or weights.answer) and quantizing:
+            zspace, answer = self._inferencer(batch, encoded, embeddings)
+            terms["zspace"] = zspace
+            if answer is not None:
+                terms["answer"] = answer
+        terms["total"] = terms["reconstruction"] + sum(
+            getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)
+        )
+        return terms, encoded
+
+    def _draw_levels(self, segments: int, probability: float, draw) -> torch.Tensor | None:
+        count = self.model.config.num_codebooks
+        if probability <= 0 or count == 1:
+            return None
+        device = draw.device
+        fewer = torch.rand(segments, generator=draw, device=device) < probability
+        chosen = torch.randint(1, count + 1, (segments,), generator=draw, device=device)
+        return torch.where(fewer, chosen, count).to(torch.int32)
+
+    def _target_mass(self, batch: Batch, ratio: torch.Tensor) -> torch.Tensor:
+        bits = self.model.surprisal(batch.tokens, batch.cu_segments)
+        cu_tokens = batch.cu_segments[batch.cu_groups.long()]
+        group = sequence_of_row(cu_tokens, len(batch.tokens))
+        return surprisal_mass(bits, ratio[group], cu_tokens, self.model.config)
+
+    def _decompress(self, batch: Batch, encoded: Encoded, embeddings, phase: Phase, draw) -> torch.Tensor:
+        model = self.model
+
+        def logits_of(tokens):
+            inputs = model.decoder_inputs(
+                embeddings, encoded.lengths, encoded.cu_units, batch.first_segment, tokens, batch.cu_segments
+            )
+            return model.adapted.logits(model.decompressor_hidden(inputs)).float()
+
+        tokens = batch.tokens
+        if phase.noise > 0:
+            random = torch.randint(
+                model.adapted.embedding.weight.shape[0], tokens.shape, generator=draw, device=tokens.device
+            )
+            swap = torch.rand(tokens.shape, generator=draw, device=tokens.device) < phase.noise
+            tokens = torch.where(swap, random, tokens)
+        if phase.sampling > 0:
+            with torch.no_grad():
+                own = logits_of(tokens).argmax(-1)
+            swap = torch.rand(tokens.shape, generator=draw, device=tokens.device) < phase.sampling
+            tokens = torch.where(swap, own, tokens)
+        return logits_of(tokens)
+
+    def _inferencer(self, batch: Batch, encoded: Encoded, embeddings) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """CE of the next Z-token over every chunk's Z-tokens, and of the answers where there are some."""
+        model, device = self.model, batch.tokens.device
+        marks = model.zspace.marks
+        cu_z = encoded.cu_units[batch.cu_groups.long()]
+        groups, total = len(cu_z) - 1, encoded.total_units
+        table = embeddings.detach()
+        one_each = torch.arange(groups + 1, dtype=torch.int32, device=device)
+        texts = [
+            ([], []) if not c.answer else (c.question, [*c.answer, self._end_token()]) for c in batch.chunks
+        ]
+        question, cu_question = _pack([q for q, _ in texts], device)
+        answer, cu_answer = _pack([a for _, a in texts], device)
+        asked = torch.tensor([int(bool(a)) for _, a in texts], device=device)
+        cu_mark = offsets(asked)
+        mark_count = int(cu_mark[-1])
+        words = model.adapted.embedding.weight
+        sources = [
+            (marks[:1].to(table.dtype), torch.zeros(groups, dtype=torch.int64, device=device), one_each),
+            (table, None, cu_z),
+            (marks[1:2].to(table.dtype), torch.zeros(mark_count, dtype=torch.int64, device=device), cu_mark),
+            (words, question, cu_question),
+            (marks[2:3].to(table.dtype), torch.zeros(mark_count, dtype=torch.int64, device=device), cu_mark),
+            (words, answer, cu_answer),
+        ]
+        joined = ragged_gather([s[0] for s in sources], [s[1] for s in sources], [s[2] for s in sources])
+        rows, cu_joined = joined_rows(
+            [s[2] for s in sources], [groups, total, mark_count, len(question), mark_count, len(answer)]
+        )
+        hidden = model.adapted(
+            joined.values,
+            position_in_sequence(cu_joined, len(joined.values)),
+            cu_joined,
+            int(cu_joined.diff().max()),
+            adapter="inferencer",
+        )
+        # The start row and every Z row predict: the next Z-token, and after the last one the end.
+        (start_out, z_out), cu_predict = joined_rows([one_each, cu_z], [groups, total])
+        predict = torch.empty(groups + total, dtype=torch.int64, device=device)
+        predict[start_out], predict[z_out] = rows[0], rows[1]
+        is_end = torch.zeros(groups + total, dtype=torch.bool, device=device)
+        is_end[cu_predict[1:].long() - 1] = True
+        codes = torch.full((groups + total, model.config.num_codebooks), -1, dtype=torch.int32, device=device)
+        codes[~is_end] = encoded.quantized.codes
+        lengths = torch.ones(groups + total, dtype=torch.int32, device=device)
+        lengths[~is_end] = encoded.lengths
+        zspace = model.zspace.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
+        if not len(answer):
+            return zspace, None
+        # The row before each answer token predicts it: the answer mark first, then the answer's own rows.
+        logits = model.adapted.logits(hidden[rows[5] - 1]).float()
+        return zspace, cross_entropy(logits, answer)
+
+    def _end_token(self) -> int:
+        end = self.model.adapted.model.config.eos_token_id
+        return end[0] if isinstance(end, list) else end
+
+
+def _pack(sequences: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    flat = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
+    return flat, offsets(torch.tensor([len(s) for s in sequences], device=device))
+
+
+def blend_vectors(encoded: Encoded, blend: float) -> torch.Tensor:
+    """The vectors the decompressor sees: latents (0), straight-through code vectors (1), or a mixture."""
+    latents = encoded.quantized.latents
+    if blend >= 1:
+        return encoded.quantized.quantized
+    if blend <= 0:
+        return latents
+    return latents + blend * (encoded.quantized.quantized - latents).detach()
+
+
+def length_loss(raw_mass: torch.Tensor, group: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """(E[K]/N − 1/r)², the mean over groups; E[K] = Σ mass is differentiable where an integer K is not."""
+    sums = torch.zeros_like(ratio).index_add_(0, group, raw_mass)
+    counts = torch.zeros_like(ratio).index_add_(0, group, torch.ones_like(raw_mass))
+    return (sums / counts.clamp(min=1) - 1 / ratio).square().mean()
+
+
+def usage_loss(latents: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+    """log V minus the entropy of the mean soft assignment, the mean over levels, in nats.
+
+    The soft assignment is a softmax over negative squared distances, so the histogram has a gradient
+    to the latents and the codebooks; a histogram of hard codes has none.
+    """
+    residual, total = latents.float(), latents.new_zeros((), dtype=torch.float32)
+    for codebook in codebooks.float():
+        distance = torch.cdist(residual, codebook).square()
+        nearest = distance.min(dim=1)
+        temperature = nearest.values.mean().detach().clamp(min=1e-6)
+        share = torch.softmax(-distance / temperature, dim=1).mean(0)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        total = total + math.log(len(codebook)) - entropy
+        residual = residual - codebook[nearest.indices].detach()
+    return total / len(codebooks)

@@ -1,0 +1,150 @@
+"""Settings of ``ztok train``, read from YAML, and what each step does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.train.objective import LossWeights, Phase
+
+
+class SettingsError(ValueError):
+    """A training setting is missing, unknown, of the wrong type or out of range."""
+
+
+@dataclass
+class TrainSettings:
+    """One codec training run.
+
+    Attributes:
+        base: base model, as ``load_base`` resolves it; out: folder for checkpoint, metrics and codec.
+        codec: codec settings (see :class:`ZTokConfig`); loss: the weights (see :class:`LossWeights`).
+        train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.
+        steps: optimiser steps; accumulation: batches per step; batch_tokens, chunk_tokens: text tokens.
+        continuous_steps: steps with continuous latents before k-means; blend_steps: ramp to full quantisation.
+        noise: random-token probability in decompressor inputs, falling to ``noise_end`` over the run.
+        sampling: scheduled-sampling probability, reached linearly from ``sampling_start`` (share of the run) on;
+            it needs a second forward pass, so it is drawn on one step in ``sampling_every``.
+        surprisal_steps: steps that use the surprisal's own mass while the halting head learns it.
+        max_minutes: stop with a checkpoint after this wall-clock time; 0 = no limit.
+    """
+
+    base: str
+    out: str
+    train_files: list[str]
+    dev_files: list[str] = field(default_factory=list)
+    exclude_sources: list[str] = field(default_factory=list)
+    codec: dict = field(default_factory=dict)
+    loss: dict = field(default_factory=dict)
+    steps: int = 2000
+    accumulation: int = 1
+    batch_tokens: int = 2048
+    chunk_tokens: int = 256
+    learning_rate: float = 1e-3
+    codebook_learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    gradient_clip: float = 1.0
+    continuous_steps: int = 400
+    blend_steps: int = 100
+    kmeans_latents: int = 16384
+    kmeans_iterations: int = 8
+    dead_code_every: int = 50
+    dead_code_threshold: float = 0.1
+    level_dropout: float = 0.1
+    noise: float = 0.3
+    noise_end: float = 0.05
+    sampling: float = 0.25
+    sampling_start: float = 0.7
+    sampling_every: int = 2
+    surprisal_steps: int = 200
+    eval_every: int = 200
+    eval_documents: int = 16
+    eval_tokens: int = 256
+    checkpoint_every: int = 100
+    max_minutes: float = 0.0
+    compile: bool = False
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kinds = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}.get(str(f.type))
+            if kinds and (not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool))):
+                raise SettingsError(f"training setting {f.name}: expected {f.type}, got {value!r}")
+        for name in ("steps", "accumulation", "batch_tokens", "chunk_tokens", "sampling_every", "kmeans_latents"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"training setting {name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("noise", "noise_end", "sampling", "sampling_start", "level_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"training setting {name}: expected a share in [0, 1], got {getattr(self, name)}")
+        if not self.train_files:
+            raise SettingsError("training setting train_files: expected at least one file, got none")
+        if self.continuous_steps >= self.steps:
+            raise SettingsError(
+                f"training setting continuous_steps: expected fewer than steps ({self.steps}), so that the codec "
+                f"is trained quantised, got {self.continuous_steps}"
+            )
+        self.codec_config()
+        self.loss_weights()
+
+    def codec_config(self) -> ZTokConfig:
+        return ZTokConfig.from_dict({"base_model": self.base, **self.codec})
+
+    def loss_weights(self) -> LossWeights:
+        unknown = sorted(set(self.loss) - {f.name for f in fields(LossWeights)})
+        if unknown:
+            raise SettingsError(f"training setting loss: expected known terms, got {unknown}")
+        return LossWeights(**self.loss)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainSettings:
+        return cls(**load_yaml(path, {f.name for f in fields(cls)}, ("base", "out", "train_files")))
+
+    def phase(self, step: int) -> Phase:
+        """What step ``step`` (0-based) does."""
+        blend = 0.0
+        if step >= self.continuous_steps:
+            blend = min(1.0, (step - self.continuous_steps + 1) / max(1, self.blend_steps))
+        done = step / self.steps
+        sampling = 0.0
+        if self.sampling and done >= self.sampling_start and step % self.sampling_every == 0:
+            sampling = self.sampling * min(1.0, 0.2 + (done - self.sampling_start) / max(1e-9, 1 - self.sampling_start))
+        return Phase(
+            blend=blend,
+            sampling=sampling,
+            noise=self.noise + (self.noise_end - self.noise) * done,
+            level_dropout=self.level_dropout if blend >= 1 else 0.0,
+            predicted_mass=step >= self.surprisal_steps,
+            seed=self.seed * 1_000_003 + step,
+        )
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then cosine to a twentieth."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def load_yaml(path: str | Path, known: set[str], required: tuple[str, ...]) -> dict:
+    """The settings of a YAML file, checked for unknown and missing names."""
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"settings file {path}: expected an existing YAML file, got none")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path}: expected YAML, got {error}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"settings file {path}: expected a mapping, got {type(values).__name__}")
+    unknown, missing = sorted(set(values) - known), sorted(set(required) - set(values))
+    if unknown:
+        raise SettingsError(f"settings file {path}: expected names among {sorted(known)}, got unknown {unknown}")
+    if missing:
+        raise SettingsError(f"settings file {path}: expected the settings {missing}, got none of them")
+    return values
