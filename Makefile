@@ -1,0 +1,53 @@
+# make demo       compress and decompress a text that ships in the repository
+# make test       the tests, without those marked slow
+# make test-all   every test
+# make bench-ready  the environment with the benchmark peers installed
+# make build      the package and its C++/CUDA libraries, in place
+# make venv       the virtual environment alone
+# Each makes what it needs first. PYTHON=python3.12 picks the interpreter of a new environment; ARGS=... goes to pytest
+# or to the demo.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+ARGS ?=
+
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+PINS := requirements/constraints.txt requirements/runtime.txt
+
+.PHONY: venv build demo test test-all bench-ready clean
+
+venv: $(PY)
+build: $(VENV)/.built
+
+demo: $(VENV)/.demo $(VENV)/.built
+	$(PY) -m ztok_fast.demo $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.built
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test $(VENV)/.built
+	$(PY) -m pytest $(ARGS)
+
+bench-ready: $(VENV)/.bench $(VENV)/.built
+
+$(PY):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python >= 3.10 is needed, this is %d.%d; set PYTHON=" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of requirements: a set is installed again when its pins change.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: requirements/%.txt $(PINS) | $(PY)
+	$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.bench: requirements/test.txt
+
+# Built against the torch that is installed, hence after the requirements and without build isolation. Its requirements
+# are the pins above (--no-deps): resolving the ranges again could fetch another torch.
+$(VENV)/.built: $(SOURCES) $(PINS) | $(if $(filter demo,$(MAKECMDGOALS)),$(VENV)/.demo,$(VENV)/.test)
+	$(PIP) install --no-build-isolation --no-deps --verbose -e .
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)/.built ztok_fast/lib ztok_fast/_host*.so
