@@ -15,3 +15,7 @@ class ZFileError(ValueError):
 
 class ExactMismatchError(ValueError):
     """The bytes that came back are not those that were compressed."""
+
+
+class CodecError(ValueError):
+    """A codec cannot be found, does not fit its base model, or is asked for what it cannot do."""

@@ -1,0 +1,221 @@
+"""A compressed corpus as Parquet: one row a document, so that any data tool reads it.
+
+Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``sha256``, ``byte_length`` as in
+:class:`~ztok_fast.codec.zbatch.DocumentInfo`; ``codes``, the document's codes as one list, ``levels`` of them for each
+Z-token; ``unit_lengths``, one for each Z-token; ``segment_rows``, Z-tokens of each segment; ``corrections``, exact
+mode's (null without). What holds for all rows stands in the schema's metadata. Needs the package pyarrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ztok_fast.codec.atomic import replace_atomically
+from ztok_fast.codec.corrections import Corrections
+from ztok_fast.codec.errors import ZBatchError, ZFileError
+from ztok_fast.codec.exact_patch import Patch
+from ztok_fast.codec.zbatch import MAX_CODEBOOKS, DocumentInfo, ZBatch
+
+FORMAT = "ztok-corpus"
+FORMAT_VERSION = 1
+_SETTINGS = ("num_codebooks", "codebook_size", "max_unit_length")
+_MAX_CODEBOOK = 1 << 16
+
+
+def write_corpus(path: str | Path, rows: Iterable[tuple[str, ZBatch]], rows_per_group: int = 1024) -> int:
+    """Stream ``(id, batch of one document)`` rows into a Parquet file; returns how many.
+
+    For a batch of several documents: ``write_corpus(path, zip(ids, batch))``. Codes are stored as
+    uint16. The file appears only once it is whole.
+
+    Raises:
+        ZBatchError: no row is given, a row is no valid batch of one document, or rows are of different codecs.
+        ImportError: pyarrow is not installed.
+    """
+    arrow, parquet = _arrow()
+    if rows_per_group < 1:
+        raise ZBatchError(f"rows_per_group: expected at least 1, got {rows_per_group}")
+    iterator = iter(rows)
+    head = next(iterator, None)
+    if head is None:
+        raise ZBatchError("rows: expected at least one (id, batch of one document), got none")
+    first = head[1]
+    if first.codebook_size > _MAX_CODEBOOK:
+        raise ZBatchError(f"codebook_size: expected at most {_MAX_CODEBOOK} in a corpus, got {first.codebook_size}")
+    metadata = {name: str(getattr(first, name)) for name in _SETTINGS}
+    metadata |= {"codec_fingerprint": first.codec_fingerprint, "format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    schema = _schema(arrow).with_metadata(metadata)
+    iterator = chain([head], iterator)
+    count = 0
+    with replace_atomically(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        while group := [_to_row(identifier, one, first) for identifier, one in islice(iterator, rows_per_group)]:
+            writer.write_table(arrow.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
+
+
+def read_corpus(path: str | Path, rows_at_once: int = 256) -> Iterator[tuple[str, ZBatch]]:
+    """Stream the rows of a corpus as ``(id, batch of one document)``, each checked.
+
+    Raises:
+        ZFileError: the file is missing, no compressed corpus, of another version, or a row is not valid.
+        ImportError: pyarrow is not installed.
+    """
+    arrow, parquet = _arrow()
+    path = Path(path)
+    if not path.is_file():
+        raise ZFileError(f"{path}: expected an existing Parquet file, got none")
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            settings = _read_settings(arrow, schema, path)
+            number = 0
+            for group in file.iter_batches(batch_size=rows_at_once):
+                for row in group.to_pylist():
+                    yield row["id"], _from_row(row, settings, f"{path}, row {number}")
+                    number += 1
+    except (arrow.ArrowException, OSError) as error:
+        raise ZFileError(f"{path}: not a whole Parquet file: {error}") from error
+
+
+def _arrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("a compressed corpus needs the package pyarrow: pip install pyarrow") from error
+    return pyarrow, pyarrow.parquet
+
+
+def _schema(arrow):
+    def listed(kind):
+        return arrow.list_(arrow.field("element", kind, nullable=False))
+
+    corrections = arrow.struct(
+        [
+            ("positions", listed(arrow.int32())),
+            ("tokens", listed(arrow.int32())),
+            ("patch", arrow.struct([("start", arrow.int64()), ("end", arrow.int64()), ("bytes", arrow.binary())])),
+            ("raw", arrow.binary()),
+        ]
+    )
+    return arrow.schema(
+        [
+            arrow.field("id", arrow.string(), nullable=False),
+            arrow.field("tokens", arrow.int64(), nullable=False),
+            arrow.field("budget", arrow.float64(), nullable=False),
+            arrow.field("levels", arrow.int32(), nullable=False),
+            arrow.field("sha256", arrow.string()),
+            arrow.field("byte_length", arrow.int64()),
+            arrow.field("codes", listed(arrow.uint16()), nullable=False),
+            arrow.field("unit_lengths", listed(arrow.int32()), nullable=False),
+            arrow.field("segment_rows", listed(arrow.int32()), nullable=False),
+            arrow.field("corrections", corrections),
+        ]
+    )
+
+
+def _to_row(identifier: str, one: ZBatch, first: ZBatch) -> dict:
+    if not isinstance(identifier, str):
+        raise ZBatchError(f"id: expected a string, got {identifier!r}")
+    if len(one) != 1:
+        raise ZBatchError(f"row {identifier!r}: expected a batch of one document, got {len(one)}")
+    one.validate()
+    first.check_codec(one.codec_fingerprint)
+    for name in _SETTINGS:
+        if getattr(one, name) != getattr(first, name):
+            raise ZBatchError(f"row {identifier!r}: expected {name} {getattr(first, name)}, got {getattr(one, name)}")
+    info = one.documents[0]
+    return {
+        "id": identifier,
+        "tokens": info.tokens,
+        "budget": info.budget,
+        "levels": info.levels,
+        "sha256": info.sha256,
+        "byte_length": info.byte_length,
+        "codes": one.codes[:, : info.levels].reshape(-1).tolist(),
+        "unit_lengths": one.unit_lengths.tolist(),
+        "segment_rows": one.cu_segments.diff().tolist(),
+        "corrections": _corrections_to(info.corrections),
+    }
+
+
+def _corrections_to(corrections: Corrections | None) -> dict | None:
+    if corrections is None:
+        return None
+    patch = corrections.patch
+    return {
+        "positions": corrections.positions.tolist(),
+        "tokens": corrections.tokens.tolist(),
+        "patch": None if patch is None else {"start": patch.start, "end": patch.end, "bytes": patch.replacement},
+        "raw": corrections.raw,
+    }
+
+
+def _read_settings(arrow, schema, path: Path) -> dict:
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ZFileError(
+            f"{path}: expected a compressed corpus of format version {FORMAT_VERSION}, got format "
+            f"{metadata.get('format')!r}, version {metadata.get('format_version')!r}"
+        )
+    if not schema.equals(_schema(arrow)):
+        raise ZFileError(f"{path}: expected the columns {_schema(arrow).names}, got other columns or types")
+    settings: dict = {"codec_fingerprint": metadata.get("codec_fingerprint", "")}
+    for name in _SETTINGS:
+        value = metadata.get(name, "")
+        if not (value.isascii() and value.isdigit() and len(value) <= 9):
+            raise ZFileError(f"{path}: metadata {name}: expected a decimal number, got {value[:40]!r}")
+        settings[name] = int(value)
+    if not 1 <= settings["num_codebooks"] <= MAX_CODEBOOKS:
+        raise ZFileError(f"{path}: num_codebooks: expected 1 to {MAX_CODEBOOKS}, got {settings['num_codebooks']}")
+    return settings
+
+
+def _from_row(row: dict, settings: dict, where: str) -> ZBatch:
+    width, levels, ztokens = settings["num_codebooks"], row["levels"], len(row["unit_lengths"])
+    if not 1 <= levels <= width or len(row["codes"]) != ztokens * levels:
+        raise ZFileError(
+            f"{where}: expected {ztokens} Z-tokens of 1 to {width} levels, got {len(row['codes'])} codes, {levels} levels"
+        )
+    try:
+        corrections = _corrections_from(row["corrections"])
+        codes = np.array(row["codes"], np.int32).reshape(ztokens, levels)
+        rows = np.array(row["segment_rows"], np.int64)
+        return ZBatch(
+            codes=torch.from_numpy(np.pad(codes, ((0, 0), (0, width - levels)), constant_values=-1)),
+            unit_lengths=torch.tensor(row["unit_lengths"], dtype=torch.int32),
+            cu_segments=torch.from_numpy(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),
+            cu_documents=torch.tensor([0, len(rows)], dtype=torch.int32),
+            documents=[
+                DocumentInfo(
+                    row["tokens"], row["budget"], levels, row["sha256"], row["byte_length"], corrections
+                )
+            ],
+            codec_fingerprint=settings["codec_fingerprint"],
+            codebook_size=settings["codebook_size"],
+            max_unit_length=settings["max_unit_length"],
+        ).validate()
+    except ZBatchError as error:
+        raise ZFileError(f"{where}: {error}") from error
+
+
+def _corrections_from(row: dict | None) -> Corrections | None:
+    if row is None:
+        return None
+    if row["positions"] is None or row["tokens"] is None:
+        raise ZBatchError("corrections: expected lists of positions and tokens, got null")
+    patch = row["patch"]
+    if patch is not None and None in patch.values():
+        raise ZBatchError("corrections.patch: expected start, end and bytes, got null among them")
+    return Corrections(
+        torch.tensor(row["positions"], dtype=torch.int32),
+        torch.tensor(row["tokens"], dtype=torch.int32),
+        None if patch is None else Patch(patch["start"], patch["end"], patch["bytes"]),
+        row["raw"],
+    )

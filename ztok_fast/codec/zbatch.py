@@ -1,0 +1,294 @@
+"""Compressed documents in memory: packed codes with their offsets, and what is known of each document."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ztok_fast.codec.corrections import Corrections
+from ztok_fast.codec.errors import ExactMismatchError, ZBatchError
+
+MAX_CODEBOOKS = 256
+"""Far above any useful number of levels; bounds what a file can make its reader allocate."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class DocumentInfo:
+    """One document of a :class:`ZBatch`.
+
+    Attributes:
+        tokens: text tokens that the document had, N.
+        budget: the ratio asked for, text tokens per Z-token.
+        levels: residual levels used, 1 to L; the codes of the others are -1.
+        sha256, byte_length: of the original as UTF-8; ``None`` where there is none, as for generated Z-tokens.
+        corrections: of exact mode, else ``None``.
+    """
+
+    tokens: int
+    budget: float
+    levels: int
+    sha256: str | None = None
+    byte_length: int | None = None
+    corrections: Corrections | None = None
+
+    def verify(self, data: bytes) -> None:
+        """Raise :class:`ExactMismatchError` unless ``data`` is byte for byte what was compressed."""
+        if self.sha256 is None:
+            raise ExactMismatchError("document: expected a SHA-256 of its original to compare with, got none")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != self.sha256 or len(data) != self.byte_length:
+            raise ExactMismatchError(
+                f"the text that came back ({len(data)} bytes, SHA-256 {digest[:16]}...) is not the original "
+                f"({self.byte_length} bytes, SHA-256 {self.sha256[:16]}...). Decoding depends on hardware, dtype and "
+                "library versions: decompress as the text was compressed"
+            )
+
+
+@dataclass(eq=False)
+class ZBatch:
+    """Documents as Z-tokens, packed without padding.
+
+    Attributes:
+        codes: int32 ``[K, L]``, the codes of all Z-tokens, document after document; each in
+            [0, V), or -1 at the levels that the document does not use.
+        unit_lengths: int32 ``[K]``, text tokens that each Z-token stands for, 1 to ``max_unit_length``.
+        cu_segments: int32 ``[n_segments + 1]``, Z rows of every segment.
+        cu_documents: int32 ``[n_documents + 1]``, segments of every document. An empty one has none.
+        documents: what else is known of each document.
+        codec_fingerprint: 64 hexadecimal digits that name the codec.
+        codebook_size: entries of one codebook, V.
+        max_unit_length: longest unit that the codec makes.
+    """
+
+    codes: torch.Tensor
+    unit_lengths: torch.Tensor
+    cu_segments: torch.Tensor
+    cu_documents: torch.Tensor
+    documents: list[DocumentInfo]
+    codec_fingerprint: str
+    codebook_size: int
+    max_unit_length: int
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def ztokens(self) -> int:
+        """Z-tokens of all documents, K."""
+        return self.codes.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens of all documents, N."""
+        return sum(document.tokens for document in self.documents)
+
+    @property
+    def cu_ztokens(self) -> torch.Tensor:
+        """Z rows of every document: int32 ``[n_documents + 1]``."""
+        return self.cu_segments[self.cu_documents.long()]
+
+    @property
+    def achieved_ratio(self) -> float:
+        """Text tokens per Z-token over all documents, N / K; NaN without Z-tokens."""
+        return self.tokens / self.ztokens if self.ztokens else math.nan
+
+    @property
+    def rate(self) -> float:
+        """Bits per text token of codes and unit lengths, K·(L·log2 V + log2 max_unit_length) / N; NaN for N = 0.
+
+        L is the number of levels that a document uses.
+        """
+        rows = self.cu_ztokens.diff().tolist()
+        bits = sum(
+            count * (document.levels * math.log2(self.codebook_size) + math.log2(self.max_unit_length))
+            for count, document in zip(rows, self.documents)
+        )
+        return bits / self.tokens if self.tokens else math.nan
+
+    @property
+    def rate_exact(self) -> float:
+        """As :attr:`rate`, with the bytes of exact mode's corrections."""
+        stored = sum(d.corrections.stored_bytes for d in self.documents if d.corrections is not None)
+        return self.rate + 8 * stored / self.tokens if self.tokens else math.nan
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> ZBatch:
+        """Document ``index`` as a batch of one; its tensors are views of this batch's."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected a document from {-len(self)} to {len(self) - 1}, got {index}")
+        index %= len(self)
+        first, last = self.cu_documents[index : index + 2].tolist()
+        cu = self.cu_segments[first : last + 1]
+        begin, end = int(cu[0]), int(cu[-1])
+        return replace(
+            self,
+            codes=self.codes[begin:end],
+            unit_lengths=self.unit_lengths[begin:end],
+            cu_segments=cu - begin,
+            cu_documents=torch.tensor([0, last - first], dtype=torch.int32),
+            documents=[self.documents[index]],
+        )
+
+    def __iter__(self) -> Iterator[ZBatch]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ZBatch):
+            return NotImplemented
+        settings = ("documents", "codec_fingerprint", "codebook_size", "max_unit_length")
+        tensors = ("codes", "unit_lengths", "cu_segments", "cu_documents")
+        return all(getattr(self, name) == getattr(other, name) for name in settings) and all(
+            torch.equal(getattr(self, name), getattr(other, name)) for name in tensors
+        )
+
+    @staticmethod
+    def concatenate(batches: Sequence[ZBatch]) -> ZBatch:
+        """The documents of several batches of one codec, in order.
+
+        Raises:
+            ZBatchError: no batch is given, or they are of different codecs.
+        """
+        if not batches:
+            raise ZBatchError("batches: expected at least one, got none")
+        first = batches[0]
+        for batch in batches:
+            first.check_codec(batch.codec_fingerprint)
+            for name in ("num_codebooks", "codebook_size", "max_unit_length"):
+                if getattr(batch, name) != getattr(first, name):
+                    raise ZBatchError(
+                        f"batches: expected {name} {getattr(first, name)} in all, got {getattr(batch, name)}"
+                    )
+        return replace(
+            first,
+            codes=torch.cat([batch.codes for batch in batches]),
+            unit_lengths=torch.cat([batch.unit_lengths for batch in batches]),
+            cu_segments=_joined_offsets([batch.cu_segments for batch in batches]),
+            cu_documents=_joined_offsets([batch.cu_documents for batch in batches]),
+            documents=[document for batch in batches for document in batch.documents],
+        )
+
+    def check_codec(self, fingerprint: str) -> None:
+        """Raise :class:`ZBatchError` unless the codec with this fingerprint made the batch."""
+        if fingerprint != self.codec_fingerprint:
+            raise ZBatchError(
+                f"codec: expected the one with fingerprint {self.codec_fingerprint[:16]}..., which compressed this, "
+                f"got {fingerprint[:16]}..."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.ztok`` file (see :mod:`ztok_fast.codec.zfile`)."""
+        from ztok_fast.codec.zfile import save_zfile
+
+        save_zfile(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ZBatch:
+        """Read a ``.ztok`` file; :class:`~ztok_fast.codec.errors.ZFileError` says what is wrong with another."""
+        from ztok_fast.codec.zfile import load_zfile
+
+        return load_zfile(path)
+
+    def validate(self) -> ZBatch:
+        """Check that all parts fit together; returns the batch itself.
+
+        Raises:
+            ZBatchError: names the part, what was expected and what it is.
+        """
+        self._validate_settings()
+        for name, dims in (("codes", 2), ("unit_lengths", 1), ("cu_segments", 1), ("cu_documents", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.int32 or value.dim() != dims:
+                got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ZBatchError(f"{name}: expected an int32 tensor of {dims} dimension(s), got {got}")
+        if not 1 <= self.num_codebooks <= MAX_CODEBOOKS:
+            raise ZBatchError(f"codes: expected 1 to {MAX_CODEBOOKS} codebooks, got shape {list(self.codes.shape)}")
+        if len(self.unit_lengths) != self.ztokens:
+            raise ZBatchError(
+                f"unit_lengths: expected one for each of {self.ztokens} Z-tokens, got {len(self.unit_lengths)}"
+            )
+        _validate_offsets("cu_segments", self.cu_segments, self.ztokens, "Z-tokens")
+        _validate_offsets("cu_documents", self.cu_documents, len(self.cu_segments) - 1, "segments")
+        if len(self.documents) != len(self.cu_documents) - 1:
+            raise ZBatchError(f"documents: expected {len(self.cu_documents) - 1}, got {len(self.documents)}")
+        if self.ztokens:
+            low, high = int(self.unit_lengths.min()), int(self.unit_lengths.max())
+            if low < 1 or high > self.max_unit_length:
+                raise ZBatchError(f"unit_lengths: expected 1 to {self.max_unit_length}, got {low} to {high}")
+        bounds = self.cu_ztokens.tolist()
+        for index, document in enumerate(self.documents):
+            try:
+                self._validate_document(document, slice(bounds[index], bounds[index + 1]))
+            except ZBatchError as error:
+                raise ZBatchError(f"document {index}: {error}") from error
+        return self
+
+    def _validate_settings(self) -> None:
+        if not isinstance(self.codec_fingerprint, str) or not _SHA256.fullmatch(self.codec_fingerprint):
+            raise ZBatchError(
+                f"codec_fingerprint: expected 64 lower-case hexadecimal digits, got {self.codec_fingerprint!r}"
+            )
+        for name, low, high in (("codebook_size", 2, 1 << 31), ("max_unit_length", 1, (1 << 31) - 1)):
+            if not _is_integer(getattr(self, name), low, high):
+                raise ZBatchError(f"{name}: expected an integer from {low} to {high}, got {getattr(self, name)!r}")
+
+    def _validate_document(self, document: DocumentInfo, rows: slice) -> None:
+        if not _is_integer(document.tokens, 0):
+            raise ZBatchError(f"tokens: expected an integer of at least 0, got {document.tokens!r}")
+        budget = document.budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1 <= budget < math.inf:
+            raise ZBatchError(f"budget: expected a ratio of at least 1, got {budget!r}")
+        if not _is_integer(document.levels, 1, self.num_codebooks):
+            raise ZBatchError(f"levels: expected an integer from 1 to {self.num_codebooks}, got {document.levels!r}")
+        covered = int(self.unit_lengths[rows].sum())
+        if covered != document.tokens:
+            raise ZBatchError(f"unit_lengths: expected to cover its {document.tokens} text tokens, got {covered}")
+        used, dropped = self.codes[rows, : document.levels], self.codes[rows, document.levels :]
+        if used.numel() and not (0 <= int(used.min()) and int(used.max()) < self.codebook_size):
+            raise ZBatchError(
+                f"codes: expected 0 to {self.codebook_size - 1} at its {document.levels} levels, "
+                f"got {int(used.min())} to {int(used.max())}"
+            )
+        if bool((dropped != -1).any()):
+            raise ZBatchError(f"codes: expected -1 past its {document.levels} levels, got other values")
+        if (document.sha256 is None) != (document.byte_length is None):
+            raise ZBatchError("sha256 and byte_length: expected both or neither, got one")
+        if document.sha256 is not None:
+            if not isinstance(document.sha256, str) or not _SHA256.fullmatch(document.sha256):
+                raise ZBatchError(f"sha256: expected 64 lower-case hexadecimal digits, got {document.sha256!r}")
+            if not _is_integer(document.byte_length, 0):
+                raise ZBatchError(f"byte_length: expected an integer of at least 0, got {document.byte_length!r}")
+        if document.corrections is not None:
+            if document.sha256 is None:
+                raise ZBatchError("corrections: expected a SHA-256 of the original beside them, got none")
+            document.corrections.validate(document.tokens)
+            raw = document.corrections.raw
+            if raw is not None and len(raw) != document.byte_length:
+                raise ZBatchError(f"corrections.raw: expected {document.byte_length} bytes, got {len(raw)}")
+
+
+def _validate_offsets(name: str, offsets: torch.Tensor, total: int, things: str) -> None:
+    if not len(offsets) or int(offsets[0]) != 0 or int(offsets[-1]) != total:
+        ends = [int(offsets[0]), int(offsets[-1])] if len(offsets) else "none"
+        raise ZBatchError(f"{name}: expected offsets from 0 to the {total} {things}, got {ends}")
+    if bool((offsets.diff() < 0).any()):
+        raise ZBatchError(f"{name}: expected non-decreasing offsets, got {int((offsets.diff() < 0).sum())} that fall")
+
+
+def _joined_offsets(parts: list[torch.Tensor]) -> torch.Tensor:
+    lengths = torch.cat([part.diff() for part in parts])
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _is_integer(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
