@@ -33,6 +33,9 @@ class ZTokConfig:
         budgets: the ratios r that the codec was trained at.
         emission: ``"fire"`` (learned halting mass, integrate-and-fire) or ``"fixed"`` (units of r tokens).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
+        unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
+            that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor
+            need not learn where to look, without it any engine that serves LoRA can decompress.
         compressor_layers: how many of the base's layers the compressor runs; ``None`` for all.
         lora_rank: rank of the three adapters.
         lora_alpha: LoRA scaling numerator (scaling = alpha / rank).
@@ -50,6 +53,7 @@ class ZTokConfig:
     budgets: list[float] = field(default_factory=lambda: [2.0, 4.0])
     emission: str = "fire"
     z_position: str = "start"
+    unit_conditioning: bool = True
     compressor_layers: int | None = None
     lora_rank: int = 32
     lora_alpha: float = 32.0

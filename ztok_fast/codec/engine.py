@@ -97,6 +97,7 @@ def decode_text(
     lengths: torch.Tensor,
     first_position: int,
     forced: torch.Tensor | None = None,
+    conditioning: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write ``lengths[b]`` text tokens for every sequence, greedily.
 
@@ -104,6 +105,8 @@ def decode_text(
         embeds, position_ids, cu_seqlens: packed decompressor prefixes, the start row last.
         lengths: int64 ``[B]`` tokens to write; first_position: position id of the start row.
         forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none.
+        conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
+            in ``embeds`` have theirs already).
 
     Returns:
         int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
@@ -119,7 +122,10 @@ def decode_text(
         written[:, column] = token
         if column + 1 < longest:
             position = torch.full_like(token, first_position + column + 1)
-            hidden = session.step(adapted.embedding(token), position)
+            row = adapted.embedding(token)
+            if conditioning is not None:
+                row = row + conditioning[:, column + 1]
+            hidden = session.step(row, position)
     return written
 
 

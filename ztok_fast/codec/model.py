@@ -15,6 +15,10 @@ from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.ops import QuantizedUnits, quantize_ragged, ragged_gather
 
 
+MASS_GRADIENT = 0.05
+"""Share of the integration weights' gradient that reaches the halting mass."""
+
+
 @dataclass
 class Encoded:
     """Segments after compression.
@@ -71,6 +75,9 @@ class ZTokModel(nn.Module):
         self.length_embedding = nn.Embedding(config.max_unit_length + 1, width)
         nn.init.normal_(self.length_embedding.weight, std=0.3 * rms)
         self.start_embedding = nn.Parameter(torch.randn(width) * rms)
+        self.offset_embedding = nn.Embedding(config.max_unit_length, width) if config.unit_conditioning else None
+        if self.offset_embedding is not None:
+            nn.init.normal_(self.offset_embedding.weight, std=0.3 * rms)
         self.zspace = ZSpaceHead(width, config, rms)
 
     # Compression
@@ -117,8 +124,10 @@ class ZTokModel(nn.Module):
             scaled = scale_to_budget(
                 raw_mass if mass is None else mass, ratio, cu_segments, cu_groups, config.max_unit_length
             )
+        # Reconstruction pulls on the mass far harder than the length and density terms that say where Z-tokens go.
+        damped = scaled.detach() + MASS_GRADIENT * (scaled - scaled.detach())
         quantized = quantize_ragged(
-            hidden, scaled, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
+            hidden, damped, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
         )
         total_units = len(quantized.codes)
         return Encoded(
@@ -172,6 +181,8 @@ class ZTokModel(nn.Module):
         position = position_in_sequence(cu_segments, total)
         previous = self.adapted.embedding(torch.roll(tokens, 1))
         text = torch.where((position == 0)[:, None], self.start_embedding.to(previous.dtype), previous)
+        if self.offset_embedding is not None:
+            text = text + self.conditioning(embeddings, lengths, total).to(text.dtype)
         joined = ragged_gather([embeddings.to(text.dtype), text], [rows, None], [cu_prefix, cu_segments])
         (z_rows, text_rows), cu_joined = joined_rows([cu_prefix, cu_segments], [len(rows), total])
         position_ids = torch.empty(len(rows) + total, dtype=torch.int64, device=tokens.device)
@@ -180,6 +191,11 @@ class ZTokModel(nn.Module):
         return DecoderInputs(
             joined.values, position_ids, cu_joined, int(cu_joined.diff().max()) if len(cu_joined) > 1 else 0, text_rows
         )
+
+    def conditioning(self, embeddings: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
+        """What each of ``total`` packed text rows is told of the unit it writes, ``[total, D]``."""
+        cu_text = offsets(lengths)
+        return embeddings[sequence_of_row(cu_text, total)] + self.offset_embedding(position_in_sequence(cu_text, total))
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""

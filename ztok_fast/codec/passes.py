@@ -134,6 +134,9 @@ def decode_segments(
     bounds, device = cu_prefix.tolist(), vectors.device
     # Segments of like length share a batch, so that short ones do not wait for long ones.
     order = sorted(range(len(segment_lengths)), key=lambda s: -segment_lengths[s])
+    conditioning, cu_text = None, offsets(torch.tensor(segment_lengths, dtype=torch.int64)).tolist()
+    if model.offset_embedding is not None:
+        conditioning = model.conditioning(embeddings, lengths, cu_text[-1])
     written: list[list[int]] = [[] for _ in segment_lengths]
     for begin in range(0, len(order), batch_segments):
         members = [s for s in order[begin : begin + batch_segments] if segment_lengths[s]]
@@ -155,7 +158,13 @@ def decode_segments(
                 for position, token in (forced[s] or {}).items():
                     fixed[row, position] = token
             fixed = fixed.to(device)
-        tokens = decode_text(model.adapted, embeds, position_ids, cu_joined, counts, start_position, fixed)
+        told = None
+        if conditioning is not None:
+            told = torch.nn.utils.rnn.pad_sequence(
+                [conditioning[cu_text[s] : cu_text[s + 1]] for s in members], batch_first=True
+            )
+            embeds[start_out] = embeds[start_out] + told[:, 0]
+        tokens = decode_text(model.adapted, embeds, position_ids, cu_joined, counts, start_position, fixed, told)
         for s, row in zip(members, tokens.tolist()):
             written[s] = row[: segment_lengths[s]]
     return written

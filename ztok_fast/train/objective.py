@@ -28,7 +28,7 @@ class LossWeights:
     codebook: float = 1.0
     length: float = 10.0
     usage: float = 0.01
-    density: float = 1.0
+    density: float = 5.0
     zspace: float = 0.05
     answer: float = 0.1
 
