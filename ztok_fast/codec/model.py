@@ -12,7 +12,7 @@ from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
 from ztok_fast.codec.layout import expand_ranges, joined_rows, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.zspace import ZSpaceHead
-from ztok_fast.ops import QuantizedUnits, quantize_ragged, ragged_gather
+from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather
 
 
 MASS_GRADIENT = 0.05
@@ -65,19 +65,30 @@ class ZTokModel(nn.Module):
         width, latent = self.adapted.hidden_size, config.latent_dim
         rms = self.adapted.embedding.weight.detach().float().pow(2).mean().sqrt().item()
         self.halting = HaltingHead(width)
-        self.end_projection = nn.Parameter(torch.randn(latent, width) / width**0.5)
-        self.mean_projection = nn.Parameter(torch.randn(latent, width) / width**0.5)
+        # Binding: each offset in a unit has its own signs, so that the sum over a unit keeps its tokens apart
+        # (holographic reduced representations, Plate 1995). Compressor and decompressor start with the same signs
+        # and with projections that are each other's transpose, so what goes in comes out from the first step on.
+        projection = torch.nn.init.orthogonal_(torch.empty(latent, width))
+        signs = torch.where(torch.rand(config.max_unit_length, width) < 0.5, -1.0, 1.0)
+        self.end_projection = nn.Parameter(0.5 * projection)
+        self.mean_projection = nn.Parameter(projection.clone())
+        self.binding = nn.Parameter(signs)
+        self.hidden_gain = nn.Parameter(torch.tensor(0.1))
+        self.embedding_gain = nn.Parameter(torch.tensor(1.0 / rms))
         self.codebooks = nn.Parameter(torch.randn(config.num_codebooks, config.codebook_size, latent) * 0.1)
         self.budget_embedding = nn.Parameter(torch.zeros(2, width))
         self.z_projection = nn.Linear(latent, width)
-        nn.init.normal_(self.z_projection.weight, std=rms / latent**0.5)
+        with torch.no_grad():
+            self.z_projection.weight.copy_(projection.T * rms * (width / latent) ** 0.5)
         nn.init.zeros_(self.z_projection.bias)
         self.length_embedding = nn.Embedding(config.max_unit_length + 1, width)
         nn.init.normal_(self.length_embedding.weight, std=0.3 * rms)
         self.start_embedding = nn.Parameter(torch.randn(width) * rms)
-        self.offset_embedding = nn.Embedding(config.max_unit_length, width) if config.unit_conditioning else None
-        if self.offset_embedding is not None:
+        self.offset_embedding = self.unbinding = None
+        if config.unit_conditioning:
+            self.offset_embedding = nn.Embedding(config.max_unit_length, width)
             nn.init.normal_(self.offset_embedding.weight, std=0.3 * rms)
+            self.unbinding = nn.Parameter(2.0 * signs)
         self.zspace = ZSpaceHead(width, config, rms)
 
     # Compression
@@ -126,13 +137,24 @@ class ZTokModel(nn.Module):
             )
         # Reconstruction pulls on the mass far harder than the length and density terms that say where Z-tokens go.
         damped = scaled.detach() + MASS_GRADIENT * (scaled - scaled.detach())
+        rows = self.hidden_gain * hidden + self.embedding_gain * embeds
+        rows = rows * self.binding[self.row_offsets(damped, cu_segments)]
         quantized = quantize_ragged(
-            hidden, damped, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
+            rows, damped, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
         )
         total_units = len(quantized.codes)
         return Encoded(
             raw_mass, scaled, quantized, unit_lengths(quantized.units, total_units), quantized.units.cu_units
         )
+
+    @staticmethod
+    @torch.no_grad()
+    def row_offsets(mass: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+        """How many tokens of its unit precede each token, int64 ``[T]``."""
+        unit = halting_units(mass, cu_segments).unit.long()
+        rows = torch.arange(len(unit), device=unit.device)
+        first = torch.full_like(unit, len(unit)).scatter_reduce_(0, unit, rows, "amin") if len(unit) else unit
+        return rows - first[unit]
 
     # Z-tokens as inputs
 
@@ -195,7 +217,8 @@ class ZTokModel(nn.Module):
     def conditioning(self, embeddings: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
         """What each of ``total`` packed text rows is told of the unit it writes, ``[total, D]``."""
         cu_text = offsets(lengths)
-        return embeddings[sequence_of_row(cu_text, total)] + self.offset_embedding(position_in_sequence(cu_text, total))
+        offset = position_in_sequence(cu_text, total)
+        return embeddings[sequence_of_row(cu_text, total)] * self.unbinding[offset] + self.offset_embedding(offset)
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""

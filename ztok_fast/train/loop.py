@@ -66,7 +66,11 @@ class Trainer:
         )
         own = self.model.trainable_parameters()
         groups = [
-            {"params": [p for n, p in own.items() if n != "codebooks"], "peak": settings.learning_rate},
+            {"params": [p for n, p in own.items() if n.startswith("adapters.")], "peak": settings.learning_rate},
+            {
+                "params": [p for n, p in own.items() if not n.startswith("adapters.") and n != "codebooks"],
+                "peak": settings.module_learning_rate or settings.learning_rate,
+            },
             {"params": [own["codebooks"]], "peak": settings.codebook_learning_rate},
         ]
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

@@ -49,6 +49,7 @@ class Phase:
         noise: probability that a text input of the decompressor is a random token.
         level_dropout: probability that a segment uses fewer residual levels.
         predicted_mass: use the learned mass; before that, the surprisal's own.
+        density: compute the density term.
         seed: of this step's random draws.
     """
 
@@ -57,6 +58,7 @@ class Phase:
     noise: float = 0.0
     level_dropout: float = 0.0
     predicted_mass: bool = True
+    density: bool = True
     seed: int = 0
 
 
@@ -77,7 +79,8 @@ class Objective(nn.Module):
         draw = torch.Generator(device=batch.tokens.device).manual_seed(phase.seed)
         levels = self._draw_levels(len(batch.cu_segments) - 1, phase.level_dropout, draw)
         target = None
-        if weights.density or not phase.predicted_mass:
+        learn_density = weights.density > 0 and phase.density
+        if learn_density or not phase.predicted_mass:
             target = self._target_mass(batch, ratio)
         encoded = model.encode(
             batch.tokens,
@@ -105,7 +108,7 @@ class Objective(nn.Module):
         ]
         if weights.length:
             terms["length"] = length_loss(encoded.raw_mass, group, ratio)
-        if weights.density and phase.predicted_mass is not None and target is not None:
+        if learn_density:
             terms["density"] = ((encoded.raw_mass - target) * ratio[group]).square().mean()
         if (weights.zspace or weights.answer) and quantizing:
             zspace, answer = self._inferencer(batch, encoded, embeddings)

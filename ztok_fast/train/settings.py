@@ -25,11 +25,13 @@ class TrainSettings:
         codec: codec settings (see :class:`ZTokConfig`); loss: the weights (see :class:`LossWeights`).
         train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.
         steps: optimiser steps; accumulation: batches per step; batch_tokens, chunk_tokens: text tokens.
+        learning_rate: of the adapters; module_learning_rate: of projections, embeddings and heads (0 = the same).
         continuous_steps: steps with continuous latents before k-means; blend_steps: ramp to full quantisation.
         noise: random-token probability in decompressor inputs, falling to ``noise_end`` over the run.
         sampling: scheduled-sampling probability, reached linearly from ``sampling_start`` (share of the run) on;
             it needs a second forward pass, so it is drawn on one step in ``sampling_every``.
         surprisal_steps: steps that use the surprisal's own mass while the halting head learns it.
+        density_every: compute the density term on one step in so many; its target costs a pass of the base model.
         max_minutes: stop with a checkpoint after this wall-clock time; 0 = no limit.
     """
 
@@ -45,6 +47,7 @@ class TrainSettings:
     batch_tokens: int = 2048
     chunk_tokens: int = 256
     learning_rate: float = 1e-3
+    module_learning_rate: float = 0.0
     codebook_learning_rate: float = 1e-3
     warmup_steps: int = 50
     gradient_clip: float = 1.0
@@ -61,6 +64,7 @@ class TrainSettings:
     sampling_start: float = 0.7
     sampling_every: int = 2
     surprisal_steps: int = 200
+    density_every: int = 1
     eval_every: int = 200
     eval_documents: int = 16
     eval_tokens: int = 256
@@ -76,7 +80,7 @@ class TrainSettings:
             kinds = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}.get(str(f.type))
             if kinds and (not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool))):
                 raise SettingsError(f"training setting {f.name}: expected {f.type}, got {value!r}")
-        for name in ("steps", "accumulation", "batch_tokens", "chunk_tokens", "sampling_every", "kmeans_latents"):
+        for name in ("steps", "accumulation", "batch_tokens", "chunk_tokens", "sampling_every", "density_every", "kmeans_latents"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"training setting {name}: expected at least 1, got {getattr(self, name)}")
         for name in ("noise", "noise_end", "sampling", "sampling_start", "level_dropout"):
@@ -120,6 +124,7 @@ class TrainSettings:
             noise=self.noise + (self.noise_end - self.noise) * done,
             level_dropout=self.level_dropout if blend >= 1 else 0.0,
             predicted_mass=step >= self.surprisal_steps,
+            density=step % self.density_every == 0,
             seed=self.seed * 1_000_003 + step,
         )
 
