@@ -33,7 +33,8 @@ test-all: $(VENV)/.test $(VENV)/.built
 bench-ready: $(VENV)/.bench $(VENV)/.built
 
 $(PY):
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python >= 3.10 is needed, this is %d.%d; set PYTHON=" % v[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python >= 3.10 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of requirements: a set is installed again when its pins change.
@@ -46,7 +47,8 @@ $(VENV)/.bench: requirements/test.txt
 # Built against the torch that is installed, hence after the requirements and without build isolation. Its requirements
 # are the pins above (--no-deps): resolving the ranges again could fetch another torch.
 $(VENV)/.built: $(SOURCES) $(PINS) | $(if $(filter demo,$(MAKECMDGOALS)),$(VENV)/.demo,$(VENV)/.test)
-	$(PIP) install --no-build-isolation --no-deps --verbose -e .
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@$(PY) -m ztok_fast.native
 	@touch $@
 
 clean:

@@ -99,7 +99,7 @@ class CMakeBuild(build_ext):
                 self.cmake(cmake, "cuda", define | switches | {"CMAKE_CUDA_COMPILER": nvcc})
             except subprocess.CalledProcessError as error:
                 # A half-installed toolkit must not keep anyone from the rest of the package.
-                reasons["cuda"] = f"the CUDA build with {nvcc} failed (exit status {error.returncode}); see the build log"
+                reasons["cuda"] = f"the CUDA build with {nvcc} failed (exit status {error.returncode})"
         if os.environ.get(CUDA_REQUIRED) == "1" and reasons["cuda"]:
             raise SystemExit(f"ztok_fast: {CUDA_REQUIRED}=1, but the CUDA library was not built: {reasons['cuda']}")
         return {

@@ -9,6 +9,7 @@ Three parts, each optional; without them every op and every codec feature works 
 
 The tensor libraries use PyTorch's stable ABI and hold no Python ABI: one build serves every torch >= 2.11 and every
 Python. Importing this module loads nothing; a part is loaded when its status is first asked for, once.
+`python -m ztok_fast.native` prints the status of each.
 """
 
 from __future__ import annotations
@@ -129,3 +130,8 @@ def _why_not_built(name: str) -> str:
         return "not built: the package was installed without its build step (run `make build`)"
     reason = record.get("parts", {}).get(name, {}).get("reason")
     return f"not built: {reason}" if reason else "built, but the file is gone (run `make build`)"
+
+
+if __name__ == "__main__":
+    for part in map(status, PARTS):
+        print(f"{part.name}: {'available' if part.available else part.reason}")

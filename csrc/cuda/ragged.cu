@@ -24,7 +24,8 @@ void launch(const PaddedLayout& layout, const Tensor& padded, const Tensor& cu_s
   while (threads_per_row < row_units && threads_per_row < kThreadsPerBlock) threads_per_row *= 2;
   const dim3 block(threads_per_row, kThreadsPerBlock / threads_per_row);
   const int64_t blocks = std::min<int64_t>((total + block.y - 1) / block.y, kMaxBlocks);
-  ragged_pack_kernel<Unit, Offset><<<static_cast<unsigned>(blocks), block, 0, current_stream(padded.get_device_index())>>>(
+  const cudaStream_t stream = current_stream(padded.get_device_index());
+  ragged_pack_kernel<Unit, Offset><<<static_cast<unsigned>(blocks), block, 0, stream>>>(
       static_cast<const Unit*>(padded.const_data_ptr()), static_cast<const Offset*>(cu_seqlens.const_data_ptr()),
       static_cast<Unit*>(packed.mutable_data_ptr()), layout.batch, layout.max_length, row_units,
       layout.batch_stride / unit, layout.row_stride / unit, total);

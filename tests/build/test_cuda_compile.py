@@ -22,8 +22,8 @@ PTXAS_ENTRY = re.compile(
 KERNEL_SOURCE = """
 #include "ragged_kernel.cuh"
 #define INSTANTIATE(Unit, Offset) \\
-  template __global__ void ztok::ragged_pack_kernel<Unit, Offset>(const Unit*, const Offset*, Unit*, int64_t, int64_t, \\
-                                                                 int64_t, int64_t, int64_t, int64_t);
+  template __global__ void ztok::ragged_pack_kernel<Unit, Offset>( \\
+      const Unit*, const Offset*, Unit*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 INSTANTIATE(uint4, int32_t)
 INSTANTIATE(uint4, int64_t)
 INSTANTIATE(uint32_t, int32_t)

@@ -81,7 +81,7 @@ def test_without_a_compiler_the_package_works_and_says_why(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "ztok_fast: cpu: not built: a working C++17 compiler was not found" in result.stdout
     record = json.loads((checkout / "ztok_fast/lib/build.json").read_text())
-    assert {name: entry["built"] for name, entry in record["parts"].items()} == dict.fromkeys(("cpu", "host", "cuda"), False)
+    assert [entry["built"] for entry in record["parts"].values()] == [False] * 3
     code = (
         "import json; from ztok_fast import native; from ztok_fast.codec.bitpack import pack_codes, unpack_codes\n"
         "assert unpack_codes(pack_codes([5, 0, 7], 3), 3, 3).tolist() == [5, 0, 7]\n"
@@ -120,12 +120,14 @@ def test_broken_nvcc_does_not_keep_the_rest_from_building(tmp_path):
 def test_wheel_without_a_compiler_installs(tmp_path):
     checkout = copy_of_the_package(tmp_path / "checkout")
     target = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(target), "."]
-    result = subprocess.run(command, cwd=checkout, env={"PATH": str(tmp_path / "empty")}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(target)]
+    without_compilers = {"PATH": str(tmp_path / "empty")}
+    result = subprocess.run([*command, "."], cwd=checkout, env=without_compilers, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     code = "from ztok_fast import native; print(native.__file__, native.status('cpu').reason)"
-    run = subprocess.run([sys.executable, "-P" if sys.version_info >= (3, 11) else "-B", "-c", code], cwd=target,
-                         env={"PYTHONPATH": str(target)}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=target, env={"PYTHONPATH": str(target)}, capture_output=True, text=True
+    )
     assert run.stdout.split(maxsplit=1) == [
         str(target / "ztok_fast/native.py"), "not built: a working C++17 compiler was not found\n"
     ], run.stderr

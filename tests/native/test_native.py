@@ -51,7 +51,8 @@ def test_importing_loads_nothing():
 
 
 def test_missing_library_without_a_build(other_library_dir):
-    assert native.status("cpu").reason == "not built: the package was installed without its build step (run `make build`)"
+    reason = "not built: the package was installed without its build step (run `make build`)"
+    assert native.status("cpu").reason == reason
 
 
 def test_missing_library_repeats_the_reason_of_the_build(other_library_dir):
