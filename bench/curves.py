@@ -1,0 +1,221 @@
+"""Accuracy of a codec against its rate, and where its Z-tokens go: a JSON file and a figure.
+
+Every point is one budget, one number of residual levels, learned or fixed units. Needs matplotlib for the figure alone.
+
+    python -m bench.curves --codec ztok-mini --files data/dev.jsonl.gz \\
+        --json docs/results/ztok-mini.json --figure docs/figures/ztok-mini.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.environment import environment
+from bench.tables import number, percent, table
+from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
+from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
+from ztok_fast.codec.passes import encode_documents, window_tokens
+from ztok_fast.train.evaluate import dev_documents, evaluate
+from ztok_fast.train.text_data import DataError
+
+UNITS = {"learned": False, "fixed": True}
+"""Kinds of units, and whether they are fixed."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__.split("\n")[0])
+    parser.add_argument("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    parser.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
+    parser.add_argument("--exclude-sources", nargs="*", default=[], metavar="PREFIX", help="rows to leave out, by source")
+    parser.add_argument("--budgets", nargs="+", type=float, help="ratios to ask for (default: those of the codec)")
+    parser.add_argument("--levels", nargs="+", type=int, help="residual levels (default: 1 to the codec's number)")
+    parser.add_argument("--units", nargs="+", choices=tuple(UNITS), default=list(UNITS), help="kinds of units")
+    parser.add_argument("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each document (default 512)")
+    parser.add_argument("--json", required=True, metavar="FILE", help="results")
+    parser.add_argument("--figure", metavar="FILE", help="PNG or SVG; needs matplotlib")
+    options = parser.parse_args(argv)
+    for name in ("documents", "tokens"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.figure:
+        try:
+            import matplotlib  # noqa: F401  before the hour of measuring, not after it
+        except ImportError:
+            parser.error("--figure: needs the package matplotlib: pip install matplotlib")
+    try:
+        codec = ZTokCodec.from_pretrained(options.codec)
+        results = measure(codec, options)
+    except (DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    results = {"environment": environment("bench.curves", argv), **results}
+    path = Path(options.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(accuracy_table(results), length_table(results), sep="\n\n")
+    if options.figure:
+        draw(results, Path(options.figure))
+    return 0
+
+
+def measure(codec: ZTokCodec, options: argparse.Namespace) -> dict:
+    """All points and the unit lengths, as they stand in the results file.
+
+    Raises:
+        ValueError: no document, or a budget or number of levels that the codec does not have.
+    """
+    config = codec.config
+    budgets = [config.check_ratio(b) for b in options.budgets or config.budgets]
+    levels = options.levels or list(range(1, config.num_codebooks + 1))
+    for level in levels:
+        if not 1 <= level <= config.num_codebooks:
+            raise ValueError(f"levels: expected 1 to {config.num_codebooks}, got {level}")
+    limit = window_tokens(codec.model)
+    documents = dev_documents(
+        options.files, codec.tokenizer, options.documents, min(options.tokens, limit), options.exclude_sources
+    )
+    if not documents:
+        raise ValueError(f"files: expected at least one text outside the excluded sources in {options.files}, got none")
+    points, base = [], None
+    for units in options.units:
+        for level in levels:
+            print(f"{units} units, {level} of {config.num_codebooks} levels ...", file=sys.stderr, flush=True)
+            report = evaluate(codec, documents, budgets, fixed_units=UNITS[units], levels=level)
+            base = report.pop("base")
+            points += [{"units": units, "levels": level, "budget": float(b), **values} for b, values in report.items()]
+    return {
+        "codec": {
+            "name": Path(options.codec).name,
+            "fingerprint": codec.fingerprint,
+            "base_model": config.base_model,
+            "num_codebooks": config.num_codebooks,
+            "codebook_size": config.codebook_size,
+            "segment_length": config.segment_length,
+        },
+        "data": {
+            "files": list(options.files),
+            "exclude_sources": list(options.exclude_sources),
+            "documents": len(documents),
+            "tokens": sum(map(len, documents)),
+        },
+        "base": base,
+        "points": points,
+        "unit_lengths": {f"{budget:g}": surprisal_by_length(codec, documents, budget) for budget in budgets},
+    }
+
+
+@torch.inference_mode()
+def surprisal_by_length(codec: ZTokCodec, documents: list[list[int]], budget: float) -> list[dict]:
+    """Mean surprisal of the tokens in learned units of each length.
+
+    Returns:
+        One row per length that occurs, shortest first: ``length`` in tokens, ``units`` of that length, and
+        ``bits_per_token``, the mean surprisal of their tokens under the bare base model given their segment.
+    """
+    model = codec.model
+    bits_of: dict[int, float] = {}
+    units_of: dict[int, int] = {}
+    for document in documents:
+        encoded = encode_documents(model, [document], budget, fixed_units=False)
+        segments, _ = split_segments([len(document)], model.config.segment_length)
+        device = model.codebooks.device
+        tokens = torch.tensor(document, dtype=torch.int64, device=device)
+        bits = model.surprisal(tokens, offsets(torch.tensor(segments, device=device)))
+        of_unit = sequence_of_row(offsets(encoded.lengths), len(document))
+        sums = torch.zeros(encoded.total_units, device=device).index_add_(0, of_unit, bits)
+        for length, total in zip(encoded.lengths.tolist(), sums.tolist()):
+            units_of[length] = units_of.get(length, 0) + 1
+            bits_of[length] = bits_of.get(length, 0.0) + total
+    return [
+        {"length": n, "units": units_of[n], "bits_per_token": bits_of[n] / (n * units_of[n])} for n in sorted(units_of)
+    ]
+
+
+def accuracy_table(results: dict) -> str:
+    """One row per point; the base model's own bits and accuracy stand under it."""
+    rows = [
+        [p["units"], p["levels"], f"{p['budget']:g}", number(p["ratio"]), number(p["rate"]),
+         percent(p["teacher_forced"]), percent(p["free_running"]), number(p["loss_bits"])]
+        for p in results["points"]
+    ]
+    headers = ["units", "levels", "budget", "ratio", "rate, bits/token", "teacher-forced", "free-running", "loss, bits/token"]
+    base = results["base"]
+    return (
+        table(headers, rows)
+        + f"\n\nThe same base model without Z-tokens, on the same segments: {number(base['bits_per_token'])} bits per token "
+        f"(the bound on an exact rate), {percent(base['accuracy'])} of the tokens guessed given the true prefix."
+    )
+
+
+def length_table(results: dict) -> str:
+    """Mean surprisal by unit length, for every budget."""
+    rows = [
+        [budget, row["length"], row["units"], number(row["bits_per_token"])]
+        for budget, own in results["unit_lengths"].items() for row in own
+    ]
+    return table(["budget", "unit length, tokens", "units", "surprisal, bits/token"], rows)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Left: accuracy against rate. Right: surprisal against unit length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    budgets = sorted({point["budget"] for point in results["points"]})
+    for units, line in (("learned", "-"), ("fixed", ":")):
+        for number_of, budget in enumerate(budgets):
+            own = sorted(
+                (p for p in results["points"] if (p["units"], p["budget"]) == (units, budget)), key=lambda p: p["rate"]
+            )
+            if not own:
+                continue
+            rates, color = [p["rate"] for p in own], f"C{number_of}"
+            left.plot(rates, [p["free_running"] for p in own], line, color=color, marker="o", markersize=4,
+                      label=f"r = {budget:g}, {units} units, free-running")
+            left.plot(rates, [p["teacher_forced"] for p in own], line, color=color, alpha=0.4, marker="^", markersize=4,
+                      label=f"r = {budget:g}, {units} units, teacher-forced")
+    base = results["base"]
+    left.axvline(base["bits_per_token"], color="black", linewidth=0.8, label="text's own bits per token (base model)")
+    left.axhline(base["accuracy"], color="grey", linewidth=0.8, linestyle="--", label="base model without Z-tokens")
+    left.set(xlabel="rate, bits per text token", ylabel="share of tokens right", ylim=(0, 1.02))
+    left.set_xlim(left=0)
+    left.legend(fontsize=6)
+    for number_of, (budget, own) in enumerate(results["unit_lengths"].items()):
+        right.plot([r["length"] for r in own], [r["bits_per_token"] for r in own], color=f"C{number_of}", marker="o",
+                   markersize=4, label=f"r = {budget}")
+    right.axhline(base["bits_per_token"], color="black", linewidth=0.8, label="mean of all tokens")
+    right.set(xlabel="unit length, text tokens", ylabel="mean surprisal of its tokens, bits")
+    right.legend(fontsize=7)
+    figure.suptitle(f"{results['codec']['name']}: {results['data']['tokens']:,} text tokens", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
+
+
+def best_point(results: dict, budget: float, units: str = "learned") -> dict:
+    """The point of a budget with all residual levels.
+
+    Raises:
+        ValueError: the results hold none.
+    """
+    own = [
+        p for p in results["points"] if (p["units"], p["levels"]) == (units, results["codec"]["num_codebooks"])
+        and math.isclose(p["budget"], budget)
+    ]
+    if len(own) != 1:
+        raise ValueError(f"results: expected one point with all levels and {units} units at r = {budget:g}, got {len(own)}")
+    return own[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
