@@ -36,6 +36,8 @@ class ZTokConfig:
         unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
             that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor
             need not learn where to look, without it any engine that serves LoRA can decompress.
+        copy_path: also add the unbound Z-token to the decompressor's last hidden states, so that the logits are the
+            language model's plus direct evidence of the Z-token; needs ``unit_conditioning``.
         compressor_layers: how many of the base's layers the compressor runs; ``None`` for all.
         lora_rank: rank of the three adapters.
         lora_alpha: LoRA scaling numerator (scaling = alpha / rank).
@@ -54,6 +56,7 @@ class ZTokConfig:
     emission: str = "fire"
     z_position: str = "start"
     unit_conditioning: bool = True
+    copy_path: bool = False
     compressor_layers: int | None = None
     lora_rank: int = 32
     lora_alpha: float = 32.0
@@ -80,6 +83,8 @@ class ZTokConfig:
                 raise ConfigError(f"codec setting {name}: expected one of {allowed}, got {getattr(self, name)!r}")
         if self.compressor_layers is not None and self.compressor_layers < 1:
             raise ConfigError(f"codec setting compressor_layers: expected at least 1, got {self.compressor_layers}")
+        if self.copy_path and not self.unit_conditioning:
+            raise ConfigError("codec setting copy_path: expected unit_conditioning to be true with it, got false")
         if not self.budgets:
             raise ConfigError("codec setting budgets: expected at least one ratio, got none")
         for ratio in self.budgets:

@@ -98,6 +98,7 @@ def decode_text(
     first_position: int,
     forced: torch.Tensor | None = None,
     conditioning: torch.Tensor | None = None,
+    evidence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write ``lengths[b]`` text tokens for every sequence, greedily.
 
@@ -107,6 +108,7 @@ def decode_text(
         forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none.
         conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
             in ``embeds`` have theirs already).
+        evidence: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
 
     Returns:
         int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
@@ -116,7 +118,7 @@ def decode_text(
     written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
     hidden = session.last
     for column in range(longest):
-        token = adapted.logits(hidden).argmax(-1)
+        token = adapted.logits(hidden if evidence is None else hidden + evidence[:, column]).argmax(-1)
         if forced is not None:
             token = torch.where(forced[:, column] >= 0, forced[:, column], token)
         written[:, column] = token

@@ -43,13 +43,17 @@ class Encoded:
 
 @dataclass
 class DecoderInputs:
-    """Packed decompressor sequences: Z prefix, start row, text; ``text_rows`` are the rows that predict."""
+    """Packed decompressor sequences: Z prefix, start row, text; ``text_rows`` are the rows that predict.
+
+    ``evidence`` is what the copy path adds to their hidden states, ``[T, D]``, where the codec has one.
+    """
 
     embeds: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     max_length: int
     text_rows: torch.Tensor
+    evidence: torch.Tensor | None
 
 
 class ZTokModel(nn.Module):
@@ -89,6 +93,9 @@ class ZTokModel(nn.Module):
             self.offset_embedding = nn.Embedding(config.max_unit_length, width)
             nn.init.normal_(self.offset_embedding.weight, std=0.3 * rms)
             self.unbinding = nn.Parameter(2.0 * signs)
+        # Gains of the unbound Z-token at the decompressor's output and input. With the direct path the input
+        # starts low, which leaves the base model's own prediction nearly as it was.
+        self.copy_gains = nn.Parameter(torch.tensor([1.5, 0.25])) if config.copy_path else None
         self.zspace = ZSpaceHead(width, config, rms)
 
     # Compression
@@ -203,29 +210,40 @@ class ZTokModel(nn.Module):
         position = position_in_sequence(cu_segments, total)
         previous = self.adapted.embedding(torch.roll(tokens, 1))
         text = torch.where((position == 0)[:, None], self.start_embedding.to(previous.dtype), previous)
-        if self.offset_embedding is not None:
-            text = text + self.conditioning(embeddings, lengths, total).to(text.dtype)
+        told, evidence = self.conditioning(embeddings, lengths, total)
+        if told is not None:
+            text = text + told.to(text.dtype)
         joined = ragged_gather([embeddings.to(text.dtype), text], [rows, None], [cu_prefix, cu_segments])
         (z_rows, text_rows), cu_joined = joined_rows([cu_prefix, cu_segments], [len(rows), total])
         position_ids = torch.empty(len(rows) + total, dtype=torch.int64, device=tokens.device)
         position_ids[z_rows] = z_positions
         position_ids[text_rows] = position + self.config.context_segments * self.config.segment_length
-        return DecoderInputs(
-            joined.values, position_ids, cu_joined, int(cu_joined.diff().max()) if len(cu_joined) > 1 else 0, text_rows
-        )
+        longest = int(cu_joined.diff().max()) if len(cu_joined) > 1 else 0
+        return DecoderInputs(joined.values, position_ids, cu_joined, longest, text_rows, evidence)
 
-    def conditioning(self, embeddings: torch.Tensor, lengths: torch.Tensor, total: int) -> torch.Tensor:
-        """What each of ``total`` packed text rows is told of the unit it writes, ``[total, D]``."""
+    def conditioning(self, embeddings, lengths, total: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What ``total`` packed text rows are told of the units they write.
+
+        Returns:
+            ``[total, D]`` to add to the input rows (``None`` without ``unit_conditioning``), and ``[total, D]``
+            to add to the last hidden states (``None`` without ``copy_path``).
+        """
+        if self.offset_embedding is None:
+            return None, None
         cu_text = offsets(lengths)
         offset = position_in_sequence(cu_text, total)
-        return embeddings[sequence_of_row(cu_text, total)] * self.unbinding[offset] + self.offset_embedding(offset)
+        unbound = embeddings[sequence_of_row(cu_text, total)] * self.unbinding[offset]
+        if self.copy_gains is None:
+            return unbound + self.offset_embedding(offset), None
+        return self.copy_gains[1] * unbound + self.offset_embedding(offset), self.copy_gains[0] * unbound
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""
         hidden = self.adapted(
             inputs.embeds, inputs.position_ids, inputs.cu_seqlens, inputs.max_length, adapter="decompressor"
         )
-        return hidden[inputs.text_rows]
+        hidden = hidden[inputs.text_rows]
+        return hidden if inputs.evidence is None else hidden + inputs.evidence.to(hidden.dtype)
 
     # The bare base model
 

@@ -134,9 +134,8 @@ def decode_segments(
     bounds, device = cu_prefix.tolist(), vectors.device
     # Segments of like length share a batch, so that short ones do not wait for long ones.
     order = sorted(range(len(segment_lengths)), key=lambda s: -segment_lengths[s])
-    conditioning, cu_text = None, offsets(torch.tensor(segment_lengths, dtype=torch.int64)).tolist()
-    if model.offset_embedding is not None:
-        conditioning = model.conditioning(embeddings, lengths, cu_text[-1])
+    cu_text = offsets(torch.tensor(segment_lengths, dtype=torch.int64)).tolist()
+    conditioning, evidence = model.conditioning(embeddings, lengths, cu_text[-1])
     written: list[list[int]] = [[] for _ in segment_lengths]
     for begin in range(0, len(order), batch_segments):
         members = [s for s in order[begin : begin + batch_segments] if segment_lengths[s]]
@@ -158,16 +157,22 @@ def decode_segments(
                 for position, token in (forced[s] or {}).items():
                     fixed[row, position] = token
             fixed = fixed.to(device)
-        told = None
-        if conditioning is not None:
-            told = torch.nn.utils.rnn.pad_sequence(
-                [conditioning[cu_text[s] : cu_text[s + 1]] for s in members], batch_first=True
-            )
+        told, added = (_padded_rows(rows_of_text, cu_text, members) for rows_of_text in (conditioning, evidence))
+        if told is not None:
             embeds[start_out] = embeds[start_out] + told[:, 0]
-        tokens = decode_text(model.adapted, embeds, position_ids, cu_joined, counts, start_position, fixed, told)
+        tokens = decode_text(
+            model.adapted, embeds, position_ids, cu_joined, counts, start_position, fixed, told, added
+        )
         for s, row in zip(members, tokens.tolist()):
             written[s] = row[: segment_lengths[s]]
     return written
+
+
+def _padded_rows(rows: torch.Tensor | None, cu_text: list[int], segments: list[int]) -> torch.Tensor | None:
+    """Packed text rows of some segments as ``[B, longest, D]``."""
+    if rows is None:
+        return None
+    return torch.nn.utils.rnn.pad_sequence([rows[cu_text[s] : cu_text[s + 1]] for s in segments], batch_first=True)
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> 
 def codec_fingerprint(config: ZTokConfig, state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the settings that matter for decoding and every weight, as 64 hexadecimal digits."""
     digest = hashlib.sha256(config.base_fingerprint.encode())
-    for name in ("segment_length", "context_segments", "num_codebooks", "codebook_size", "max_unit_length", "z_position", "unit_conditioning"):
+    for name in ("segment_length", "context_segments", "num_codebooks", "codebook_size", "max_unit_length", "z_position", "unit_conditioning", "copy_path"):
         digest.update(f"{name}={getattr(config, name)};".encode())
     for name in sorted(state):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.codec import ZTokCodec
+from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.batches import Batch, ChunkStream
 from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks
 from ztok_fast.train.evaluate import dev_documents, evaluate
@@ -220,8 +221,9 @@ class Trainer:
         if not path.is_file():
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["config"] != self.model.config.to_dict():
-            changed = sorted(k for k, v in self.model.config.to_dict().items() if state["config"].get(k) != v)
+        saved, own = ZTokConfig.from_dict(state["config"]).to_dict(), self.model.config.to_dict()
+        if saved != own:
+            changed = sorted(k for k in own if saved[k] != own[k])
             raise SettingsError(
                 f"{path}: expected a checkpoint of the same codec settings and base model, got other {changed}; "
                 "choose another `out` folder or remove the checkpoint"
