@@ -1,0 +1,1 @@
+"""The ``ztok`` command."""

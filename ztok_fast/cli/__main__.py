@@ -1,0 +1,3 @@
+from ztok_fast.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""``ztok compress``: files or stdin to one ``.ztok`` file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ztok_fast.cli import common
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser(
+        "compress",
+        help="compress text files, or stdin, to a .ztok file",
+        description="Compress text. Several files become the documents of one .ztok file.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text files; - reads stdin")
+    parser.add_argument("-o", "--output", metavar="OUT.ztok", help="default: FILE.ztok beside a single FILE")
+    parser.add_argument("-r", "--ratio", type=float, default=4.0, help="text tokens per Z-token (default 4)")
+    parser.add_argument("--exact", action="store_true", help="store corrections, so that every byte comes back")
+    parser.add_argument("--levels", type=int, metavar="N", help="residual levels to use (default all)")
+    parser.add_argument(
+        "--fixed-units", action="store_true", default=None, help="a Z-token every RATIO tokens, not where it is needed"
+    )
+    common.add_codec_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    output = common.check_output(_output_name(options), suffix=".ztok")
+    documents = [common.read_bytes(name) for name in options.files]
+    codec = common.load_codec(options)
+    total = 0
+    if common.shows_progress():
+        total = sum(map(len, common.tokenize(codec, [d.decode("utf-8", "replace") for d in documents])))
+    # Exact mode decodes all that it has encoded.
+    with common.progress_bar(2 * total if options.exact else total, "compress") as progress:
+        z = codec.compress(
+            documents, options.ratio, options.exact,
+            levels=options.levels, fixed_units=options.fixed_units, progress=progress,
+        )
+    if not options.exact:
+        _note_lossy_bytes(options.files, documents)
+    z.save(output)
+    from ztok_fast.cli.report import number
+
+    rate = f"{number(z.rate)} bits per token"
+    if options.exact:
+        rate += f", {number(z.rate_exact)} with corrections"
+    print(
+        f"{output}: {z.tokens:,} tokens -> {z.ztokens:,} Z-tokens, ratio {number(z.achieved_ratio)}, {rate}; "
+        f"{sum(map(len, documents)):,} bytes -> {output.stat().st_size:,}"
+    )
+    return 0
+
+
+def _output_name(options: argparse.Namespace) -> str:
+    if options.files.count("-") > 1:
+        raise common.UsageError("FILE: expected stdin (-) at most once")
+    if options.output is not None:
+        return options.output
+    if len(options.files) > 1 or options.files == ["-"]:
+        what = "stdin" if options.files == ["-"] else "several files"
+        raise common.UsageError(f"-o: expected a file name ending in .ztok for the Z-tokens of {what}, got none")
+    return options.files[0] + ".ztok"
+
+
+def _note_lossy_bytes(names: list[str], documents: list[bytes]) -> None:
+    for name, data in zip(names, documents):
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            print(
+                f"ztok: note: {name} is not UTF-8 from byte {error.start} on; such bytes come back only with --exact",
+                file=sys.stderr,
+            )

@@ -1,0 +1,66 @@
+"""``ztok decompress``: a ``.ztok`` file back to text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ztok_fast.cli import common
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser(
+        "decompress",
+        help="turn a .ztok file back into text",
+        description="Turn Z-tokens back into text: byte for byte the original where it was compressed with --exact, "
+        "else the codec's best guess.",
+    )
+    parser.add_argument("file", metavar="FILE.ztok")
+    parser.add_argument(
+        "-o", "--output", default="-", metavar="OUT",
+        help="file to write, or for several documents a new folder (default -: stdout, one after another)",
+    )
+    parser.add_argument("--document", type=int, metavar="N", help="only document N, the first being 0")
+    common.add_codec_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    z = common.load_batch(options.file)
+    if options.document is not None:
+        if not 0 <= options.document < len(z):
+            raise common.UsageError(f"--document: expected 0 to {len(z) - 1}, got {options.document}")
+        z = z[options.document]
+    output = None if options.output == "-" else Path(options.output)
+    if output is not None:
+        _check_output(output, len(z))
+    codec = common.load_codec(options)
+    with common.progress_bar(z.tokens, "decompress") as progress:
+        documents = codec.decompress_bytes(z, progress=progress)
+    if output is None:
+        for data in documents:
+            common.write_stdout(data)
+        return 0
+    from ztok_fast.codec.atomic import replace_atomically
+
+    # Never a part of a document under the name that was asked for, whatever happens meanwhile.
+    with replace_atomically(output) as temporary:
+        if len(documents) == 1:
+            temporary.write_bytes(documents[0])
+        else:
+            temporary.mkdir()
+            for index, data in enumerate(documents):
+                (temporary / f"{index:04d}.txt").write_bytes(data)
+    return 0
+
+
+def _check_output(output: Path, documents: int) -> None:
+    if documents == 1:
+        common.check_output(output)
+        return
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise common.UsageError(
+            f"output {output}: expected a new or empty folder for {documents} documents, got what exists; "
+            "--document N takes one of them"
+        )
+    common.check_parent(output)

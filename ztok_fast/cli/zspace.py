@@ -1,0 +1,65 @@
+"""``ztok generate`` and ``ztok answer``: what is done with Z-tokens without going back to the text."""
+
+from __future__ import annotations
+
+import argparse
+
+from ztok_fast.cli import common
+
+
+def add_commands(commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a .ztok file in Z-space",
+        description="Write new Z-tokens after those of every document; print them decompressed, or save them.",
+    )
+    parser.add_argument("file", metavar="FILE.ztok")
+    parser.add_argument("--max-new-ztokens", type=int, default=32, metavar="N", help="most new Z-tokens (default 32)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest codes (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of every draw (default 1: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", metavar="OUT.ztok", help="save the new Z-tokens instead of printing text")
+    common.add_codec_arguments(parser)
+    parser.set_defaults(run=generate)
+
+    parser = commands.add_parser(
+        "answer",
+        help="answer a question from a .ztok file",
+        description="Answer a question from the Z-tokens of every document.",
+    )
+    parser.add_argument("file", metavar="FILE.ztok")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
+    common.add_codec_arguments(parser)
+    parser.set_defaults(run=answer)
+
+
+def generate(options: argparse.Namespace) -> int:
+    z = common.load_batch(options.file)
+    output = None if options.output is None else common.check_output(options.output, suffix=".ztok")
+    codec = common.load_codec(options)
+    new = codec.generate(
+        z, options.max_new_ztokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    if output is None:
+        _print_documents(codec.decompress_bytes(new))
+        return 0
+    new.save(output)
+    print(f"{output}: {new.ztokens:,} new Z-tokens that stand for {new.tokens:,} tokens")
+    return 0
+
+
+def answer(options: argparse.Namespace) -> int:
+    z = common.load_batch(options.file)
+    codec = common.load_codec(options)
+    answers = codec.answer(z, [options.question] * len(z), max_new_tokens=options.max_new_tokens)
+    _print_documents([text.encode("utf-8", "replace") for text in answers])
+    return 0
+
+
+def _print_documents(documents: list[bytes]) -> None:
+    """Each on its own lines, under its number where there are several."""
+    for index, data in enumerate(documents):
+        if len(documents) > 1:
+            print(f"document {index}:")
+        common.write_stdout(data + b"\n")

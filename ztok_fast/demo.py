@@ -1,0 +1,76 @@
+"""The demo: a text that ships with the package, to Z-tokens and back (``python -m ztok_fast.demo``)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+
+from ztok_fast.cli import common, report
+from ztok_fast.cli.evaluation import SAMPLE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ztok_fast.demo", description="Compress a text and get it back.")
+    parser.add_argument("--text", metavar="FILE", default=str(SAMPLE), help="default: the text that ships")
+    parser.add_argument("-r", "--ratio", type=float, nargs="+", default=[2.0, 4.0], metavar="R", help="default: 2 4")
+    common.add_codec_arguments(parser)
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return common.run_plainly(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    data = common.read_bytes(options.text)
+    text = data.decode("utf-8", "replace")
+    from ztok_fast.cli.measure import measure
+
+    started = time.perf_counter()
+    codec = common.load_codec(options)
+    load_seconds = time.perf_counter() - started
+    measurements = [measure(codec, text, ratio) for ratio in options.ratio]
+    exact = [codec.compress([data], ratio, exact=True) for ratio in options.ratio]
+    whole = [codec.decompress_bytes(z)[0] == data for z in exact]
+    print(
+        f"codec {options.codec}, loaded in {load_seconds:.1f} s; a text of {len(data):,} bytes = "
+        f"{len(measurements[0].tokens):,} tokens, on which the\nbase model's own bits per token, without Z-tokens, are "
+        f"{report.number(measurements[0].base_bits)}\n"
+    )
+    print(_numbers(measurements, exact, whole))
+    colour = report.use_colour()
+    for m in measurements:
+        budget = f"{m.z.documents[0].budget:g}"
+        texts = report.token_texts(codec.tokenizer, m.written)
+        print(f"\nThe text as it came back at r = {budget}{'' if colour else ', wrong tokens in {braces}'}:\n")
+        print(report.fold(report.mark_wrong(texts, m.wrong, colour), colour))
+        texts = report.token_texts(codec.tokenizer, m.tokens)
+        print(f"\nWhere its {m.z.ztokens:,} Z-tokens went{'' if colour else ', | ends a unit'}:\n")
+        print(report.fold(report.mark_units(texts, m.unit_lengths, colour), colour))
+    return 0 if all(whole) else 1
+
+
+def _numbers(measurements, exact, whole) -> str:
+    allocation = [m.surprisal_by_length() for m in measurements]
+    rows = [
+        ["text tokens", *(f"{m.z.tokens:,}" for m in measurements)],
+        ["Z-tokens", *(f"{m.z.ztokens:,}" for m in measurements)],
+        ["achieved ratio", *(report.number(m.z.achieved_ratio) for m in measurements)],
+        ["rate, bits per token", *(report.number(m.z.rate) for m in measurements)],
+        ["rate / the base model's own bits", *(report.number(m.z.rate / m.base_bits) for m in measurements)],
+        ["tokens right, free-running", *(report.percent(m.free_running) for m in measurements)],
+        ["tokens right, teacher-forced", *(report.percent(m.teacher_forced) for m in measurements)],
+        ["bits of a token in a short unit", *(report.number(short) for short, _, _ in allocation)],
+        ["bits of a token in a long unit", *(report.number(long) for _, long, _ in allocation)],
+        ["correlation of length and surprisal", *(report.number(value) for _, _, value in allocation)],
+        ["seconds to compress", *(report.number(m.compress_seconds) for m in measurements)],
+        ["seconds to decompress", *(report.number(m.decompress_seconds) for m in measurements)],
+        ["exact mode: every byte came back", *("yes" if same else "NO" for same in whole)],
+        ["exact mode: bits per token in all", *(report.number(z.rate_exact) for z in exact)],
+    ]
+    return report.table(["", *(f"r = {m.z.documents[0].budget:g}" for m in measurements)], rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
