@@ -46,9 +46,17 @@ def _triton_missing() -> str | None:
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
+def _cpu_library_missing() -> str | None:
+    from ztok_fast import native  # imported here because it loads compiled code
+
+    part = native.status("cpu")
+    return None if part.available else f"the compiled CPU library is not available ({part.reason})"
+
+
 # name -> function that returns None when the library is present and otherwise why it is not
 LIBRARIES: dict[str, Callable[[], str | None]] = {
     "triton": _triton_missing,
+    "cpu": _cpu_library_missing,
 }
 
 
@@ -62,6 +70,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _reference("integrate_units", "halting"),
     _reference("residual_quantize", "quantize"),
     _reference("quantize_ragged", "quantize"),
+    Requirement("ragged_pack", "cpp", "ztok_fast.ops.ragged.cpp:ragged_pack", ("cpu",), ANY_DTYPE, library="cpu"),
     _reference("ragged_pack", "ragged", ANY_DTYPE),
     _reference("ragged_unpack", "ragged", ANY_DTYPE),
     _reference("ragged_layout", "ragged", INTEGERS),

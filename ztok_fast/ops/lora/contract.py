@@ -113,7 +113,8 @@ def lora_linear(
 
     Returns:
         [M, out], dtype of `x`. The low-rank products are accumulated in fp32 (float64 for float64) and rounded once,
-        when they are added to x Wᵀ + bias. A row under no adapter equals that bit for bit.
+        when they are added to x Wᵀ + bias. A row does not depend on the adapters that it does not use, NaN in them
+        included.
 
         Differentiable once in `x`, `A`, `B`, and in `weight` and `bias` where they require a gradient; the gradients
         have the dtypes of the arguments. Nothing of the size of `weight` is made besides its own gradient.

@@ -9,23 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def sequence_of_row(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Return the sequence that each of `total` packed rows belongs to, int64 `[total]`."""
-    rows = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    # The first sequence whose end lies beyond the row: empty sequences end where they begin and are passed over.
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+from ztok_fast.ops.checks import compute_dtype
+from ztok_fast.ops.segments import exclusive_cumsum, segment_sum, sequence_of
 
 
-def position_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Return each packed row's distance from the start of its sequence, int64 `[total]`."""
-    starts = cu_seqlens.long().index_select(0, sequence_of_row(cu_seqlens, total))
-    return torch.arange(total, device=cu_seqlens.device) - starts
+def rows_of(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Return the sequence of each of `total` packed rows and its position in the sequence, both int64 `[total]`."""
+    rows = torch.arange(total, device=cu_seqlens.device)
+    sequence = sequence_of(cu_seqlens, rows)
+    return sequence, rows - cu_seqlens.long().index_select(0, sequence)
 
 
 def ragged_pack(padded: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    sequence = sequence_of_row(cu_seqlens, total)
-    return padded[sequence, position_in_sequence(cu_seqlens, total)]
+    return padded[rows_of(cu_seqlens, total)]
 
 
 def ragged_unpack(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: float) -> Tensor:
@@ -46,26 +42,21 @@ def ragged_layout(cu_seqlens: list[Tensor], totals: list[int]) -> tuple[Tensor, 
     """
     first = cu_seqlens[0]
     lengths = torch.stack([cu.long().diff() for cu in cu_seqlens])  # [n, B]
-    merged = torch.nn.functional.pad(lengths.sum(0).cumsum(0), (1, 0))  # [B + 1]
+    merged = exclusive_cumsum(lengths.sum(0))  # [B + 1]
     before = lengths.cumsum(0) - lengths  # rows of earlier sources in the same sequence
     starts = merged[:-1] + before  # [n, B]
-    destination = torch.cat(
-        [
-            starts[i].index_select(0, sequence_of_row(cu, total)) + position_in_sequence(cu, total)
-            for i, (cu, total) in enumerate(zip(cu_seqlens, totals))
-        ]
-    )
-    position_ids = position_in_sequence(merged, sum(totals))
-    return merged.to(first.dtype), position_ids, destination
+    destinations = []
+    for source_starts, cu, total in zip(starts, cu_seqlens, totals):
+        sequence, position = rows_of(cu, total)
+        destinations.append(source_starts.index_select(0, sequence) + position)
+    _, position_ids = rows_of(merged, sum(totals))
+    return merged.to(first.dtype), position_ids, torch.cat(destinations)
 
 
 def ragged_gather(
     tables: list[Tensor], indices: list[Tensor | None], cu_seqlens: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = [
-        table if index is None else table.index_select(0, index)
-        for table, index in zip(tables, indices)
-    ]
+    rows = [table if index is None else table.index_select(0, index) for table, index in zip(tables, indices)]
     merged, position_ids, destination = ragged_layout(cu_seqlens, [len(part) for part in rows])
     gathered = torch.cat(rows)
     values = torch.empty_like(gathered).index_copy_(0, destination, gathered)
@@ -73,11 +64,5 @@ def ragged_gather(
 
 
 def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Return `[num_rows, D]` whose row i is the sum of the `rows` with `index == i`, the same bits every time.
-
-    The dense backward of an embedding is what PyTorch has that adds in a fixed order on the CPU and on CUDA alike
-    (`index_add` uses atomics there), without asking for deterministic mode globally.
-    """
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    summed = torch.ops.aten.embedding_dense_backward(wide, index.long(), num_rows, -1, False)
-    return summed.to(rows.dtype)
+    """Return `[num_rows, D]` whose row i is the sum of the `rows` with `index == i`, the same bits every time."""
+    return segment_sum(rows.to(compute_dtype(rows)), index, num_rows).to(rows.dtype)
