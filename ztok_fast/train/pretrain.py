@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ztok_fast.train.settings import check_types, load_yaml
 from ztok_fast.train.text_data import iter_texts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -54,7 +55,19 @@ class PretrainConfig:
     seed: int = 0
     threads: int = 0
 
+    @classmethod
+    def load(cls, path: str | Path) -> PretrainConfig:
+        """Read settings from YAML.
+
+        Raises:
+            ValueError: the file is missing or not YAML, or a setting is unknown, missing or not valid.
+        """
+        config = cls(**load_yaml(path, {f.name for f in fields(cls)}, ("out", "train_files")))
+        config.validate()
+        return config
+
     def validate(self) -> None:
+        check_types(self, "pretrain setting")
         for name in ("vocab_size", "hidden_size", "num_layers", "context", "batch_size", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pretrain setting {name}: expected a positive number, got {getattr(self, name)}")

@@ -75,11 +75,7 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            kinds = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}.get(str(f.type))
-            if kinds and (not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool))):
-                raise SettingsError(f"training setting {f.name}: expected {f.type}, got {value!r}")
+        check_types(self, "training setting")
         for name in ("steps", "accumulation", "batch_tokens", "chunk_tokens", "sampling_every", "density_every", "kmeans_latents"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"training setting {name}: expected at least 1, got {getattr(self, name)}")
@@ -134,6 +130,22 @@ class TrainSettings:
             return (step + 1) / self.warmup_steps
         done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+_KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "list[str]": (list,), "dict": (dict,)}
+
+
+def check_types(settings, what: str) -> None:
+    """Raise :class:`SettingsError` unless every field of a dataclass read from YAML has its declared type."""
+    for f in fields(settings):
+        value, kinds = getattr(settings, f.name), _KINDS[str(f.type)]
+        right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if right and str(f.type) == "list[str]":
+            right = all(isinstance(item, str) for item in value)
+        if not right:
+            # YAML reads 1e-3 as a word and 1.0e-3 as a number.
+            hint = " (write it with a decimal point)" if float in kinds and isinstance(value, str) else ""
+            raise SettingsError(f"{what} {f.name}: expected {f.type}, got {value!r}{hint}")
 
 
 def load_yaml(path: str | Path, known: set[str], required: tuple[str, ...]) -> dict:
