@@ -81,12 +81,18 @@ class ZTokConfig:
         for name, allowed in (("emission", EMISSIONS), ("z_position", Z_POSITIONS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"codec setting {name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        if self.compressor_layers is not None and self.compressor_layers < 1:
-            raise ConfigError(f"codec setting compressor_layers: expected at least 1, got {self.compressor_layers}")
+        layers = self.compressor_layers
+        if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 1):
+            raise ConfigError(f"codec setting compressor_layers: expected an integer of at least 1, got {layers!r}")
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)):
+            raise ConfigError(f"codec setting lora_alpha: expected a number, got {self.lora_alpha!r}")
+        for name, kind in (("base_model", str), ("base_fingerprint", str), ("unit_conditioning", bool), ("copy_path", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"codec setting {name}: expected {kind.__name__}, got {getattr(self, name)!r}")
         if self.copy_path and not self.unit_conditioning:
             raise ConfigError("codec setting copy_path: expected unit_conditioning to be true with it, got false")
-        if not self.budgets:
-            raise ConfigError("codec setting budgets: expected at least one ratio, got none")
+        if not isinstance(self.budgets, list) or not self.budgets:
+            raise ConfigError(f"codec setting budgets: expected a list of at least one ratio, got {self.budgets!r}")
         for ratio in self.budgets:
             self.check_ratio(ratio)
         if self.format_version != FORMAT_VERSION:
