@@ -182,7 +182,7 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> ZB
             codes.append(np.pad(used, ((0, 0), (0, width - levels)), constant_values=-1))
             documents.append(_document_from(entry, levels, readers))
             cu_documents.append(last)
-        except ZFileError as error:
+        except (ZFileError, ZBatchError) as error:
             raise ZFileError(f"document {index}: {error}") from error
     if cu_documents[-1] != len(rows):
         raise ZFileError(f"segments: expected {cu_documents[-1]} as the documents state, got {len(rows)}")
