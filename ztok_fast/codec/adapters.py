@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ztok_fast.codec.attention import ATTENTION_NAME, register
 from ztok_fast.codec.config import ConfigError, ZTokConfig
@@ -32,6 +33,19 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     return lists[0]
 
 
+def linear_modules(model: nn.Module, depth: int) -> list[str]:
+    """Full names of the linear layers in the first ``depth`` transformer layers."""
+    decoder = find_decoder(model)
+    name, layers = find_layers(decoder)
+    prefix = f"{model.base_model_prefix}.{name}"
+    return [
+        f"{prefix}.{index}.{child}"
+        for index in range(depth)
+        for child, module in layers[index].named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
 class AdaptedBase(nn.Module):
     """The frozen base, its three adapters and the switch between them.
 
@@ -48,13 +62,14 @@ class AdaptedBase(nn.Module):
         if depth > layer_count:
             raise ConfigError(f"codec setting compressor_layers: expected at most {layer_count}, got {depth}")
         self.compressor_layers = depth
+        # The names are taken before the first adapter wraps the layers.
+        targets = {n: linear_modules(base, depth if n == "compressor" else layer_count) for n in ADAPTERS}
         model: PeftModel | None = None
         for name in ADAPTERS:
             lora = LoraConfig(
                 r=config.lora_rank,
                 lora_alpha=config.lora_alpha,
-                target_modules="all-linear",
-                layers_to_transform=list(range(depth)) if name == "compressor" and depth < layer_count else None,
+                target_modules=targets[name],
                 task_type="CAUSAL_LM",
             )
             if model is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -281,13 +282,17 @@ def export_base(
     if folder.is_dir() and any(folder.iterdir()):
         raise BaseModelError(f"folder: expected a new or empty folder, got {folder} with files in it")
     dtype = dtype or next(base.model.parameters()).dtype
+    largest_shard: int | str = "1000TB"
     if shard_mb is not None:
+        # Each tensor's entry in the header of its file: name, dtype, shape and offsets.
+        header = sum(128 + len(key) for key in base.model.state_dict())
+        largest_shard = int(shard_mb * 1e6) - header
         name, largest = max(base.model.named_parameters(), key=lambda item: item[1].numel())
-        needed = largest.numel() * dtype.itemsize / 1e6
-        if needed >= shard_mb:
+        needed = largest.numel() * dtype.itemsize
+        if needed > largest_shard:
             raise BaseModelError(
-                f"shard_mb: expected more than the largest tensor, {name} with {needed:.1f} MB as {dtype}, got "
-                f"{shard_mb:g}; choose bfloat16, larger shards, or ztok_fast.codec.file_parts"
+                f"shard_mb: expected at least {math.ceil((needed + header) / 1e5) / 10} for the largest tensor, {name} as "
+                f"{dtype}, got {shard_mb:g}; choose bfloat16, larger shards, or ztok_fast.codec.file_parts"
             )
     converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are stored once
     state = {}
@@ -296,10 +301,8 @@ def export_base(
         if address not in converted:
             converted[address] = value.to(dtype) if value.is_floating_point() else value
         state[key] = converted[address]
-    # One byte short of 10^6 per MB leaves room for the header of the safetensors format.
-    size = "1TB" if shard_mb is None else f"{int(shard_mb * 990)}KB"
     with replace_atomically(folder) as temporary, _quiet_progress():
-        base.model.save_pretrained(temporary, state_dict=state, max_shard_size=size)
+        base.model.save_pretrained(temporary, state_dict=state, max_shard_size=largest_shard)
         config = json.loads((temporary / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")

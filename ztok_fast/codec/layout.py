@@ -61,3 +61,9 @@ def split_segments(lengths: list[int], segment_length: int) -> tuple[list[int], 
         segments += own
         counts.append(len(own))
     return segments, counts
+
+
+def block_bounds(size: int, blocks: int) -> list[tuple[int, int]]:
+    """``size`` columns cut into ``blocks`` consecutive ranges as equal as can be; some are empty if blocks > size."""
+    edges = [size * block // blocks for block in range(blocks + 1)]
+    return list(zip(edges[:-1], edges[1:]))

@@ -10,13 +10,18 @@ from torch import nn
 from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
-from ztok_fast.codec.layout import expand_ranges, joined_rows, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.layout import block_bounds, expand_ranges, joined_rows, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather
 
 
 MASS_GRADIENT = 0.05
 """Share of the integration weights' gradient that reaches the halting mass."""
+
+
+EVIDENCE_LOGIT = 45.0
+"""Logit that a token's own embedding, copied whole, would add to its token at the start of training. Best of
+0.5 to 6 and 6 to 45 tried without training, for a base of 3.7 M and one of 135 M parameters."""
 
 
 @dataclass
@@ -56,6 +61,33 @@ class DecoderInputs:
     evidence: torch.Tensor | None
 
 
+def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where binding starts: a projection ``[d_z, D]`` and gates ``[max_unit_length², D]``.
+
+    The latent is split into L blocks, each fed by its own part of the hidden width, and a gate says which blocks a
+    token of a unit writes to: alone it writes to all of them, in a unit of n tokens to every n-th, and where more
+    tokens than blocks share a unit their signs differ. Tokens so stay apart in the sum over the unit (tensor
+    products and holographic representations bind alike: Smolensky 1990, Plate 1995), and one codebook of a level
+    first answers for one block. Compressor and decompressor start with the same gates and projections that are
+    each other's transpose: what goes in comes out from the first step on. Training moves all of it.
+    """
+    levels, latent, longest = config.num_codebooks, config.latent_dim, config.max_unit_length
+    rows, columns = block_bounds(latent, levels), block_bounds(width, levels)
+    projection = torch.zeros(latent, width)
+    gates = torch.zeros(longest, longest, width)
+    for block in range(levels):
+        own_rows, own_columns = slice(*rows[block]), slice(*columns[block])
+        part = projection[own_rows, own_columns]
+        if part.numel():
+            torch.nn.init.orthogonal_(part)
+        for length in range(1, longest + 1):
+            for offset in range(length):
+                if offset % levels == block % min(length, levels):
+                    signs = torch.rand(own_columns.stop - own_columns.start) < 0.5
+                    gates[length - 1, offset, own_columns] = torch.where(signs, -1.0, 1.0)
+    return projection, gates.reshape(longest * longest, width)
+
+
 class ZTokModel(nn.Module):
     """Base, adapters and the codec's own small modules.
 
@@ -69,14 +101,10 @@ class ZTokModel(nn.Module):
         width, latent = self.adapted.hidden_size, config.latent_dim
         rms = self.adapted.embedding.weight.detach().float().pow(2).mean().sqrt().item()
         self.halting = HaltingHead(width)
-        # Binding: each offset in a unit has its own signs, so that the sum over a unit keeps its tokens apart
-        # (holographic reduced representations, Plate 1995). Compressor and decompressor start with the same signs
-        # and with projections that are each other's transpose, so what goes in comes out from the first step on.
-        projection = torch.nn.init.orthogonal_(torch.empty(latent, width))
-        signs = torch.where(torch.rand(config.max_unit_length, width) < 0.5, -1.0, 1.0)
+        projection, gates = binding_start(config, width)
         self.end_projection = nn.Parameter(0.5 * projection)
         self.mean_projection = nn.Parameter(projection.clone())
-        self.binding = nn.Parameter(signs)
+        self.binding = nn.Parameter(gates)
         self.hidden_gain = nn.Parameter(torch.tensor(0.1))
         self.embedding_gain = nn.Parameter(torch.tensor(1.0 / rms))
         self.codebooks = nn.Parameter(torch.randn(config.num_codebooks, config.codebook_size, latent) * 0.1)
@@ -92,10 +120,11 @@ class ZTokModel(nn.Module):
         if config.unit_conditioning:
             self.offset_embedding = nn.Embedding(config.max_unit_length, width)
             nn.init.normal_(self.offset_embedding.weight, std=0.3 * rms)
-            self.unbinding = nn.Parameter(2.0 * signs)
+            self.unbinding = nn.Parameter(2.0 * gates)
         # Gains of the unbound Z-token at the decompressor's output and input. With the direct path the input
         # starts low, which leaves the base model's own prediction nearly as it was.
-        self.copy_gains = nn.Parameter(torch.tensor([1.5, 0.25])) if config.copy_path else None
+        self.copy_gains = nn.Parameter(torch.tensor([1.0, 0.25])) if config.copy_path else None
+        self.evidence_scale = EVIDENCE_LOGIT / (rms**2 * width)
         self.zspace = ZSpaceHead(width, config, rms)
 
     # Compression
@@ -145,7 +174,7 @@ class ZTokModel(nn.Module):
         # Reconstruction pulls on the mass far harder than the length and density terms that say where Z-tokens go.
         damped = scaled.detach() + MASS_GRADIENT * (scaled - scaled.detach())
         rows = self.hidden_gain * hidden + self.embedding_gain * embeds
-        rows = rows * self.binding[self.row_offsets(damped, cu_segments)]
+        rows = rows * self.binding[self.gate_of_row(damped, cu_segments)]
         quantized = quantize_ragged(
             rows, damped, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
         )
@@ -154,14 +183,19 @@ class ZTokModel(nn.Module):
             raw_mass, scaled, quantized, unit_lengths(quantized.units, total_units), quantized.units.cu_units
         )
 
-    @staticmethod
     @torch.no_grad()
-    def row_offsets(mass: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
-        """How many tokens of its unit precede each token, int64 ``[T]``."""
-        unit = halting_units(mass, cu_segments).unit.long()
-        rows = torch.arange(len(unit), device=unit.device)
-        first = torch.full_like(unit, len(unit)).scatter_reduce_(0, unit, rows, "amin") if len(unit) else unit
-        return rows - first[unit]
+    def gate_of_row(self, mass: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+        """The row of the gate table for each text token: its unit's length and its place there, int64 ``[T]``."""
+        units = halting_units(mass, cu_segments)
+        lengths = unit_lengths(units, int(units.cu_units[-1]))
+        return self.gate_of_token(lengths, len(mass))[1]
+
+    def gate_of_token(self, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unit, row of the gate table and offset in the unit of ``total`` packed tokens, int64 each."""
+        cu_text = offsets(lengths)
+        unit = sequence_of_row(cu_text, total)
+        offset = position_in_sequence(cu_text, total)
+        return unit, (lengths.long()[unit] - 1) * self.config.max_unit_length + offset, offset
 
     # Z-tokens as inputs
 
@@ -230,12 +264,11 @@ class ZTokModel(nn.Module):
         """
         if self.offset_embedding is None:
             return None, None
-        cu_text = offsets(lengths)
-        offset = position_in_sequence(cu_text, total)
-        unbound = embeddings[sequence_of_row(cu_text, total)] * self.unbinding[offset]
+        unit, gate, offset = self.gate_of_token(lengths, total)
+        unbound = embeddings[unit] * self.unbinding[gate]
         if self.copy_gains is None:
             return unbound + self.offset_embedding(offset), None
-        return self.copy_gains[1] * unbound + self.offset_embedding(offset), self.copy_gains[0] * unbound
+        return self.copy_gains[1] * unbound + self.offset_embedding(offset), self.evidence_scale * self.copy_gains[0] * unbound
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""

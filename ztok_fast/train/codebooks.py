@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ztok_fast.codec.layout import block_bounds
 from ztok_fast.ops import codebook_assign
 
 
@@ -33,12 +34,16 @@ def kmeans(points: torch.Tensor, clusters: int, iterations: int, generator: torc
 
 @torch.no_grad()
 def initialise_codebooks(codebooks: torch.Tensor, latents: torch.Tensor, iterations: int, seed: int) -> None:
-    """Fill ``codebooks [L, V, d]`` in place, level by level, with k-means of what the levels before leave."""
+    """Fill ``codebooks [L, V, d]`` in place with k-means of ``latents [N, d]``.
+
+    Level l clusters block l of the latent's columns, so that each level starts with a share of the columns to
+    itself: as a product quantiser, which keeps tokens bound to different blocks apart. Residual search and training
+    go on from there. (k-means of whole residuals left 17 % of the energy at 40 bits in 32 columns.)
+    """
     generator = torch.Generator(device=latents.device).manual_seed(seed)
-    residual = latents.float()
-    for codebook in codebooks:
-        codebook.copy_(kmeans(residual, len(codebook), iterations, generator))
-        residual = residual - codebook[codebook_assign(residual, codebook).codes.long()]
+    codebooks.zero_()
+    for codebook, (begin, end) in zip(codebooks, block_bounds(latents.shape[1], len(codebooks))):
+        codebook[:, begin:end] = kmeans(latents[:, begin:end].float().contiguous(), len(codebook), iterations, generator)
 
 
 class CodebookCare:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -95,25 +99,28 @@ class Trainer:
         )
         saved_at = self.step
         try:
-            while self.step < settings.steps:
-                row = self.train_step()
-                if self.step == settings.steps or (settings.eval_every and self.step % settings.eval_every == 0):
-                    row["eval"] = self.evaluate()
-                self._log(row)
-                progress.set_postfix(
-                    loss=f"{row['reconstruction']:.3f}", acc=f"{row['accuracy']:.3f}", ratio=f"{row['ratio']:.2f}",
-                    used=min(row["codes_alive"]), ppl=f"{min(row['perplexity']):.0f}", refresh=False,
-                )
-                progress.update()
-                if self.step % settings.checkpoint_every == 0:
-                    self._save()
-                    saved_at = self.step
-                if settings.max_minutes and time.monotonic() - started > settings.max_minutes * 60:
-                    break
+            with _interrupts_between_steps() as interrupted:
+                while self.step < settings.steps and not interrupted:
+                    row = self.train_step()
+                    if self.step == settings.steps or (settings.eval_every and self.step % settings.eval_every == 0):
+                        row["eval"] = self.evaluate()
+                    self._log(row)
+                    progress.set_postfix(
+                        loss=f"{row['reconstruction']:.3f}", acc=f"{row['accuracy']:.3f}", ratio=f"{row['ratio']:.2f}",
+                        used=min(row["codes_alive"]), ppl=f"{min(row['perplexity']):.0f}", refresh=False,
+                    )
+                    progress.update()
+                    if self.step % settings.checkpoint_every == 0:
+                        self._save()
+                        saved_at = self.step
+                    if settings.max_minutes and time.monotonic() - started > settings.max_minutes * 60:
+                        break
         finally:
             progress.close()
             if saved_at != self.step:
                 self._save()
+        if interrupted:
+            raise KeyboardInterrupt
         folder = self.out / "codec"
         if self.accelerator.is_main_process:
             self.codec.save_pretrained(folder, dtype=torch.bfloat16)
@@ -174,7 +181,17 @@ class Trainer:
         chosen = torch.randint(len(budgets), (len(batch.chunks),), generator=draw)
         return budgets[chosen].to(self.accelerator.device)
 
+    @torch.no_grad()
     def _initialise_codebooks(self) -> None:
+        # Compressing alone costs a fraction of a training step, so the store is filled this way.
+        stored = len(self.care.latents)
+        while stored < self.settings.kmeans_latents:
+            batch = self.stream.next_batch().to(self.accelerator.device)
+            encoded = self.model.encode(
+                batch.tokens, batch.cu_segments, batch.cu_groups, self._draw_ratios(batch, stored)
+            )
+            self.care.observe(encoded.quantized.latents, None)
+            stored += encoded.total_units
         latents = gather(self.care.latents.to(self.accelerator.device))
         initialise_codebooks(
             self.model.codebooks.data, latents, self.settings.kmeans_iterations, self.settings.seed
@@ -238,6 +255,29 @@ class Trainer:
         self.stream.load_state(state["stream"])
         self.care.load_state(state["care"])
         _truncate_metrics(self.out / METRICS, self.step)
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[list[int]]:
+    """Yield a list that Ctrl-C makes non-empty, so that a step is never left half done; a second one raises at once.
+
+    A checkpoint from the middle of a step would have drawn its batch and not learned from it.
+    """
+    interrupted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals reach the main thread alone
+        return
+
+    def note(number, frame) -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _sync_when(last: bool, accelerator: Accelerator, module):
