@@ -2,14 +2,15 @@
 
 Every op has one contract (`contract.py` of its family: public function, checks, registration), a plain PyTorch
 `reference.py` that defines its result, and possibly faster backends. See `ztok_fast.ops.requirements` for what runs
-where and `ztok_fast.ops.dispatch` for how a backend is chosen.
+where and `ztok_fast.ops.dispatch` for how a backend is chosen. The registered ops (`torch.ops.ztok`) and their backends
+return differentiable outputs first, the public functions named tuples.
 """
 
 from ztok_fast.ops.dispatch import BackendUnavailable, backend
 from ztok_fast.ops.halting import HaltingUnits, halting_units, integrate_units
 from ztok_fast.ops.lora import lora_linear
 from ztok_fast.ops.nearest import Assignment, codebook_assign
-from ztok_fast.ops.quantize import ResidualCodes, residual_quantize
+from ztok_fast.ops.quantize import QuantizedUnits, ResidualCodes, quantize_ragged, residual_quantize
 from ztok_fast.ops.ragged import (
     RaggedBatch,
     RaggedLayout,
@@ -25,6 +26,7 @@ __all__ = [
     "Assignment",
     "BackendUnavailable",
     "HaltingUnits",
+    "QuantizedUnits",
     "RaggedBatch",
     "RaggedLayout",
     "ResidualCodes",
@@ -34,6 +36,7 @@ __all__ = [
     "halting_units",
     "integrate_units",
     "lora_linear",
+    "quantize_ragged",
     "ragged_gather",
     "ragged_layout",
     "ragged_pack",

@@ -65,7 +65,8 @@ def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float = 1.0, mode
     checks.check_cu_seqlens("halting_units", "cu_seqlens", cu_seqlens, "mass", mass)
     checks.check_positive("halting_units", "threshold", threshold)
     checks.check_choice("halting_units", "mode", mode, MODES)
-    return HaltingUnits(*_halting_units(mass, cu_seqlens, float(threshold), mode))
+    weights, ends, unit, counts, cu_units = _halting_units(mass, cu_seqlens, float(threshold), mode)
+    return HaltingUnits(ends, unit, weights, counts, cu_units)
 
 
 def check_mass_values(op: str, mass: Tensor, threshold: float, mode: str) -> None:
@@ -93,12 +94,12 @@ def _halting_units(
 
 
 def fake_units(mass: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors with the shapes and dtypes of `HaltingUnits`."""
+    """Empty tensors with the shapes and dtypes of weights, ends, unit, counts and cu_units."""
     rows, offsets = mass.shape[0], cu_seqlens.shape[0]
     return (
+        mass.new_empty((rows, 2), dtype=checks.compute_dtype(mass)),
         mass.new_empty(rows, dtype=torch.bool),
         mass.new_empty(rows, dtype=torch.int32),
-        mass.new_empty((rows, 2), dtype=checks.compute_dtype(mass)),
         mass.new_empty(offsets - 1, dtype=torch.int32),
         mass.new_empty(offsets, dtype=torch.int32),
     )
@@ -114,7 +115,7 @@ def _save_halting(ctx, inputs, output):
     ctx.save_for_backward(mass, cu_seqlens)
 
 
-def _halting_backward(ctx, grad_ends, grad_unit, grad_weights, grad_counts, grad_cu_units):
+def _halting_backward(ctx, grad_weights, grad_ends, grad_unit, grad_counts, grad_cu_units):
     mass, cu_seqlens = ctx.saved_tensors
     grad = reference.halting_units_backward(grad_weights, mass, cu_seqlens, ctx.threshold, ctx.mode)
     return grad, None, None, None
@@ -130,7 +131,8 @@ def integrate_units(rows: Tensor, units: HaltingUnits, total_units: int) -> Tens
         rows: floating point [T, D].
         units: the units of those T rows, from `halting_units`.
         total_units: rows of the result. At least the number of units K (`units.cu_units[-1]`); the caller says it, so
-            that the shape depends on no data. Rows past the last unit are 0.
+            that the shape depends on no data. Rows past the last unit are 0. Where values are not checked, units past
+            `total_units` are dropped.
 
     Returns:
         [total_units, D] in the dtype of `rows`, accumulated in float32 (float64 if anything is float64). A unit whose

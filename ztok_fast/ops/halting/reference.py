@@ -40,7 +40,7 @@ def _in_unit(mass, cu_seqlens, threshold):
 
 
 def halting_units(mass, cu_seqlens, threshold, mode):
-    """See `ztok_fast.ops.halting.contract.halting_units`; returns the fields of `HaltingUnits` as a tuple."""
+    """See `ztok_fast.ops.halting.contract.halting_units`; returns weights, ends, unit, counts and cu_units."""
     dtype = compute_dtype(mass)
     if mode == "fire":
         quanta, prefix, fired, carries, is_last = _accumulate(mass, cu_seqlens, threshold)
@@ -55,7 +55,7 @@ def halting_units(mass, cu_seqlens, threshold, mode):
         weights = torch.stack([own, torch.zeros_like(own)], 1)
         unit = torch.where(open_, exclusive_cumsum(ends)[:-1], -1)
     cu_units = exclusive_cumsum(ends)[cu_seqlens.long()]
-    return ends, unit.int(), weights, cu_units.diff().int(), cu_units.int()
+    return weights, ends, unit.int(), cu_units.diff().int(), cu_units.int()
 
 
 def halting_units_backward(grad_weights, mass, cu_seqlens, threshold, mode):
@@ -88,10 +88,14 @@ def carries_on(unit, ends, cu_units):
 
 
 def unit_indices(unit, ends, cu_units, total_units):
-    """Per row the unit of its own share and of its carried share, int64 [T]; `total_units` stands for none."""
+    """Per row the unit of its own share and of its carried share, int64 [T]; `total_units` stands for none.
+
+    Units past `total_units` count as none, so that a caller's wrong total cannot write out of bounds where values are
+    not checked.
+    """
     own = torch.where(unit >= 0, unit.long(), total_units)
     carried = torch.where(carries_on(unit, ends, cu_units), unit.long() + 1, total_units)
-    return own, carried
+    return own.clamp(max=total_units), carried.clamp(max=total_units)
 
 
 def _unit_sums(values, weights, own, carried, total_units):

@@ -54,8 +54,9 @@ def codebook_assign(x: Tensor, codebook: Tensor, metric: str = "l2") -> Assignme
     check_codebook("codebook_assign", "codebook", codebook, "[V, d] or [L, V, d]", "x", x)
     checks.check_choice("codebook_assign", "metric", metric, METRICS)
     if codebook.ndim == 3:
-        return Assignment(*_codebook_assign(x, codebook, metric))
-    codes, distances = _codebook_assign(x, codebook[None], metric)
+        distances, codes = _codebook_assign(x, codebook, metric)
+        return Assignment(codes, distances)
+    distances, codes = _codebook_assign(x, codebook[None], metric)
     return Assignment(codes[:, 0], distances[:, 0])
 
 
@@ -76,15 +77,15 @@ def _codebook_assign(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, 
 @_codebook_assign.register_fake
 def _(x, codebook, metric):
     shape = (x.shape[0], codebook.shape[0])
-    return x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=checks.compute_dtype(x, codebook))
+    return x.new_empty(shape, dtype=checks.compute_dtype(x, codebook)), x.new_empty(shape, dtype=torch.int32)
 
 
 def _save(ctx, inputs, output):
     x, codebook, ctx.metric = inputs
-    ctx.save_for_backward(x, codebook, output[0])
+    ctx.save_for_backward(x, codebook, output[1])
 
 
-def _backward(ctx, grad_codes, grad_distances):
+def _backward(ctx, grad_distances, grad_codes):
     return *reference.codebook_assign_backward(grad_distances, *ctx.saved_tensors, ctx.metric), None
 
 

@@ -82,7 +82,7 @@ def nearest_codes(rows: torch.Tensor, book: torch.Tensor, metric: str) -> tuple[
 
 
 def codebook_assign(x, codebook, metric):
-    """See `ztok_fast.ops.nearest.contract.codebook_assign`; always with levels: returns codes and distances [M, L]."""
+    """See `ztok_fast.ops.nearest.contract.codebook_assign`; always with levels: returns distances and codes [M, L]."""
     dtype = compute_dtype(x, codebook)
     residual, books = x.to(dtype), codebook.to(dtype)
     codes, distances = [], []
@@ -91,7 +91,7 @@ def codebook_assign(x, codebook, metric):
         residual = residual - book[code]
         codes.append(code)
         distances.append(distance)
-    return torch.stack(codes, 1).int(), torch.stack(distances, 1)
+    return torch.stack(distances, 1), torch.stack(codes, 1).int()
 
 
 def _distance_gradients(residual, chosen, metric):

@@ -1,5 +1,8 @@
-"""Residual quantisation of latents with straight-through gradients (VQ-VAE, van den Oord et al., arXiv:1711.00937;
-residual levels and their random dropout as in SoundStream, Zeghidour et al., arXiv:2107.03312)."""
+"""Residual quantisation of latents, alone and fused with halting, with straight-through gradients.
+
+After VQ-VAE (van den Oord et al., arXiv:1711.00937); residual levels and their random dropout as in SoundStream
+(Zeghidour et al., arXiv:2107.03312).
+"""
 
 from typing import NamedTuple
 
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks, dispatch
+from ztok_fast.ops.halting import contract as halting
 from ztok_fast.ops.nearest.contract import check_codebook
 from ztok_fast.ops.quantize import reference
 
@@ -54,7 +58,8 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
     check_codebook("residual_quantize", "codebooks", codebooks, "[L, V, d]", "latents", latents)
     if levels is not None:
         check_levels("residual_quantize", levels, "[M]", latents.shape[0], "rows of latents", "latents", latents)
-    return ResidualCodes(*_residual_quantize(latents, codebooks, levels))
+    quantized, commitment, codebook_loss, codes, usage = _residual_quantize(latents, codebooks, levels)
+    return ResidualCodes(codes, quantized, commitment, codebook_loss, usage)
 
 
 def check_levels(op, levels, layout, size, meaning, main_argument, main) -> None:
@@ -83,14 +88,14 @@ def _residual_quantize(
 
 
 def fake_codes(latents: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors with the shapes and dtypes of `ResidualCodes`."""
+    """Empty tensors with the shapes and dtypes of quantized, commitment, codebook_loss, codes and usage."""
     num_levels, size, _ = codebooks.shape
     dtype = checks.compute_dtype(latents, codebooks)
     return (
-        latents.new_empty((latents.shape[0], num_levels), dtype=torch.int32),
         latents.new_empty(latents.shape),
         latents.new_empty((), dtype=dtype),
         latents.new_empty((), dtype=dtype),
+        latents.new_empty((latents.shape[0], num_levels), dtype=torch.int32),
         latents.new_empty((num_levels, size), dtype=torch.int64),
     )
 
@@ -102,10 +107,10 @@ def _(latents, codebooks, levels):
 
 def _save(ctx, inputs, output):
     latents, codebooks, _ = inputs
-    ctx.save_for_backward(latents, codebooks, output[0])
+    ctx.save_for_backward(latents, codebooks, output[3])
 
 
-def _backward(ctx, grad_codes, grad_quantized, grad_commitment, grad_codebook_loss, grad_usage):
+def _backward(ctx, grad_quantized, grad_commitment, grad_codebook_loss, grad_codes, grad_usage):
     grads = reference.residual_quantize_backward(
         grad_quantized, grad_commitment, grad_codebook_loss, *ctx.saved_tensors
     )
@@ -113,3 +118,136 @@ def _backward(ctx, grad_codes, grad_quantized, grad_commitment, grad_codebook_lo
 
 
 _residual_quantize.register_autograd(_backward, setup_context=_save)
+
+
+class QuantizedUnits(NamedTuple):
+    """Result of `quantize_ragged` for K units of width d and L codebooks of V entries.
+
+    Attributes:
+        codes, quantized, commitment, codebook_loss, usage: as in `ResidualCodes`, a row per unit.
+        latents: float32 (float64 if a float input other than the mass is) [K, d], what was quantised; differentiable.
+        units: the `HaltingUnits`; their weights are differentiable in the mass.
+    """
+
+    codes: Tensor
+    quantized: Tensor
+    latents: Tensor
+    commitment: Tensor
+    codebook_loss: Tensor
+    usage: Tensor
+    units: halting.HaltingUnits
+
+
+def quantize_ragged(
+    hidden: Tensor,
+    mass: Tensor,
+    cu_seqlens: Tensor,
+    end_weight: Tensor,
+    mean_weight: Tensor,
+    codebooks: Tensor,
+    levels: Tensor | None = None,
+    threshold: float = 1.0,
+    mode: str = "fire",
+    total_units: int | None = None,
+) -> QuantizedUnits:
+    """From packed hidden states to packed codes: halting, projection, residual search, in one op.
+
+    The latent of a unit is end_weight @ h + mean_weight @ m, divided by its root mean square, with h the hidden state
+    of the row that ends the unit and m the weighted mean of the unit's rows (`integrate_units`). Halting is that of
+    `halting_units`, quantisation that of `residual_quantize`; so are the gradients.
+
+    Args:
+        hidden: floating point [T, D].
+        mass: floating point [T], halting mass, see `halting_units`.
+        cu_seqlens: int32 or int64 [B + 1].
+        end_weight, mean_weight: floating point [d, D].
+        codebooks: floating point [L, V, d], finite and not empty.
+        levels: int32 or int64 [B], residual levels used per sequence, in [0, L]; None uses all.
+        threshold, mode: see `halting_units`.
+        total_units: rows of the result, at least the number of units; T is always enough. Rows past the last unit
+            have codes -1 and zeros elsewhere, and count in no loss and no usage. None means exactly the number of
+            units, which is read from the device: that synchronises, and cannot be inside a compiled full graph.
+
+    Returns:
+        `QuantizedUnits`, computed in float32 (float64 if a float input other than the mass is float64).
+
+    Raises:
+        ValueError: as `halting_units` and `residual_quantize`; widths that do not match; too few `total_units`.
+    """
+    op = "quantize_ragged"
+    checks.check_tensor(op, "hidden", hidden, "[T, D]")
+    checks.check_tensor(op, "mass", mass, "[T]")
+    checks.check_same_device(op, "mass", mass, "hidden", hidden)
+    checks.check_size(op, "mass", mass, 0, hidden.shape[0], "rows of hidden")
+    checks.check_cu_seqlens(op, "cu_seqlens", cu_seqlens, "hidden", hidden)
+    checks.check_tensor(op, "end_weight", end_weight, "[d, D]")
+    check_codebook(op, "codebooks", codebooks, "[L, V, d]", "end_weight", end_weight.T)
+    for argument, weight in (("end_weight", end_weight), ("mean_weight", mean_weight)):
+        checks.check_tensor(op, argument, weight, "[d, D]")
+        checks.check_same_device(op, argument, weight, "hidden", hidden)
+        checks.check_size(op, argument, weight, 0, codebooks.shape[2], "the width of codebooks")
+        checks.check_size(op, argument, weight, 1, hidden.shape[1], "the width of hidden")
+    if levels is not None:
+        check_levels(op, levels, "[B]", cu_seqlens.shape[0] - 1, "sequences", "hidden", hidden)
+    checks.check_positive(op, "threshold", threshold)
+    checks.check_choice(op, "mode", mode, halting.MODES)
+    if total_units is None:
+        total_units = int(halting.halting_units(mass.detach(), cu_seqlens, threshold, mode).cu_units[-1])
+    checks.check_count(op, "total_units", total_units)
+    outputs = _quantize_ragged(
+        hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, float(threshold), mode, total_units
+    )
+    quantized, latents, commitment, codebook_loss, weights, codes, usage, ends, unit, counts, cu_units = outputs
+    units = halting.HaltingUnits(ends, unit, weights, counts, cu_units)
+    return QuantizedUnits(codes, quantized, latents, commitment, codebook_loss, usage, units)
+
+
+@torch.library.custom_op("ztok::quantize_ragged", mutates_args=())
+def _quantize_ragged(
+    hidden: Tensor,
+    mass: Tensor,
+    cu_seqlens: Tensor,
+    end_weight: Tensor,
+    mean_weight: Tensor,
+    codebooks: Tensor,
+    levels: Tensor | None,
+    threshold: float,
+    mode: str,
+    total_units: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "quantize_ragged"
+    checks.check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, mass.shape[0])
+    halting.check_mass_values(op, mass, threshold, mode)
+    checks.check_finite_values(op, "codebooks", codebooks)
+    check_level_values(op, levels, codebooks.shape[0])
+    outputs = dispatch.call(
+        op, hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
+    )
+    halting.check_total_units(op, outputs[-1], total_units)
+    return outputs
+
+
+@_quantize_ragged.register_fake
+def _(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
+    dtype = checks.compute_dtype(hidden, end_weight, mean_weight, codebooks)
+    latents = hidden.new_empty((total_units, codebooks.shape[2]), dtype=dtype)
+    quantized, commitment, codebook_loss, codes, usage = fake_codes(latents, codebooks)
+    weights, *units = halting.fake_units(mass, cu_seqlens)
+    return quantized, latents, commitment, codebook_loss, weights, codes, usage, *units
+
+
+def _save_ragged(ctx, inputs, output):
+    *tensors, _, ctx.threshold, ctx.mode, _ = inputs
+    _, _, _, _, weights, codes, _, ends, unit, _, cu_units = output
+    ctx.save_for_backward(*tensors, codes, ends, unit, weights, cu_units)
+
+
+def _backward_ragged(ctx, *grads):
+    # the first five outputs are the differentiable ones
+    hidden, mass, end_weight, mean_weight, codebooks = reference.quantize_ragged_backward(
+        *grads[:5], *ctx.saved_tensors, ctx.threshold, ctx.mode
+    )
+    return hidden, mass, None, end_weight, mean_weight, codebooks, None, None, None, None
+
+
+_quantize_ragged.register_autograd(_backward_ragged, setup_context=_save_ragged)

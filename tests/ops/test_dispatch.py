@@ -1,0 +1,199 @@
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import ztok_fast
+from ztok_fast import ops
+from ztok_fast.ops import checks, dispatch, requirements
+from ztok_fast.ops.nearest import reference
+from ztok_fast.ops.requirements import Requirement
+
+CPU = torch.device("cpu")
+
+
+def marked_codebook_assign(x, codebook, metric):
+    """A second backend of `codebook_assign`, told by its impossible codes."""
+    distances, codes = reference.codebook_assign(x, codebook, metric)
+    return distances, codes - 1000
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """A preferred backend with every kind of limit."""
+    row = Requirement(
+        op="codebook_assign",
+        backend="marked",
+        implementation="tests.ops.test_dispatch:marked_codebook_assign",
+        device_types=("cpu",),
+        dtypes=(torch.float32,),
+        max_width=8,
+    )
+    monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))
+    return row
+
+
+def assign(width=4, dtype=torch.float32):
+    codes, _ = ops.codebook_assign(torch.ones(2, width, dtype=dtype), torch.ones(3, width, dtype=dtype))
+    return codes.tolist()
+
+
+REFERENCE, MARKED = [0, 0], [-1000, -1000]
+
+
+@pytest.mark.parametrize("op", requirements.ops())
+def test_every_op_is_registered_and_has_a_reference(op):
+    assert hasattr(torch.ops.ztok, op)
+    assert requirements.rows_of(op)[-1].backend == "reference"
+    for row in requirements.rows_of(op):
+        if row.library is None or requirements.LIBRARIES[row.library]() is None:
+            assert callable(dispatch.load(row.implementation))
+
+
+def test_rows_are_told_apart():
+    keys = [(row.op, row.backend) for row in requirements.REQUIREMENTS]
+    assert len(keys) == len(set(keys))
+    assert {row.library for row in requirements.REQUIREMENTS} <= {None, *requirements.LIBRARIES}
+
+
+def test_unknown_op():
+    with pytest.raises(KeyError, match="no op named 'frobnicate'"):
+        requirements.rows_of("frobnicate")
+
+
+def test_the_first_backend_that_can_is_chosen(marked):
+    assert assign() == MARKED
+    assert assign(width=9) == REFERENCE
+    assert assign(dtype=torch.float64) == REFERENCE
+    assert dispatch.choose("codebook_assign", torch.device("cuda")).backend == "reference"
+
+
+def test_unmet_needs_are_said(marked):
+    assert requirements.unmet(marked, CPU, torch.float32, 8) == []
+    assert requirements.unmet(marked, torch.device("cuda"), torch.float64, 9) == [
+        "runs on cpu, not on cuda",
+        "takes torch.float32, not torch.float64",
+        "takes a width of at most 8, not 9",
+    ]
+
+
+def test_missing_library_is_said(monkeypatch):
+    monkeypatch.setitem(requirements.LIBRARIES, "triton", lambda: "the package triton is not installed")
+    row = Requirement("codebook_assign", "triton", "nowhere:nothing", library="triton")
+    assert requirements.unmet(row, CPU) == ["the package triton is not installed"]
+
+
+def test_compute_capability_is_compared(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    needs = {"op": "codebook_assign", "backend": "cuda", "implementation": "nowhere:nothing"}
+    device = torch.device("cuda")
+    assert requirements.unmet(Requirement(**needs, min_compute_capability=(8, 6)), device) == []
+    assert requirements.unmet(Requirement(**needs, min_compute_capability=(9, 0)), device) == [
+        "needs compute capability 9.0, the device has 8.6"
+    ]
+    assert requirements.unmet(Requirement(**needs, min_compute_capability=(9, 0)), CPU) == []
+
+
+def test_backend_is_forced_and_let_go(marked):
+    with ztok_fast.backend("reference"):
+        assert assign() == REFERENCE
+        with ztok_fast.backend("marked", ops=["codebook_assign"]):
+            assert assign() == MARKED
+            assert dispatch.forced_backend("halting_units") == "reference"
+        assert assign() == REFERENCE
+    assert assign() == MARKED
+
+
+def test_inner_block_for_all_ops_overrides_outer_block_for_one(marked):
+    with ztok_fast.backend("marked", ops=["codebook_assign"]), ztok_fast.backend("reference"):
+        assert assign() == REFERENCE
+
+
+def test_backend_is_let_go_after_an_error(marked):
+    with pytest.raises(RuntimeError, match="inside"), ztok_fast.backend("reference"):
+        raise RuntimeError("inside")
+    assert assign() == MARKED
+
+
+def test_other_threads_are_not_forced(marked):
+    results = []
+    with ztok_fast.backend("reference"):
+        thread = threading.Thread(target=lambda: results.append(assign()))
+        thread.start()
+        thread.join()
+    assert results == [MARKED]
+
+
+def test_environment_variable_forces(marked, monkeypatch):
+    monkeypatch.setenv("ZTOK_BACKEND", "reference")
+    assert assign() == REFERENCE
+    with ztok_fast.backend("marked"):
+        assert assign() == MARKED
+    monkeypatch.setenv("ZTOK_BACKEND", "")
+    assert assign() == MARKED
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="backend: name must be one of .*reference.*, got 'warp'"), ops.backend("warp"):
+        pass
+    with pytest.raises(ValueError, match="backend: ops must name ops of .*, got 'x'"), ops.backend("reference", ["x"]):
+        pass
+
+
+def test_unknown_name_in_the_environment(monkeypatch):
+    monkeypatch.setenv("ZTOK_BACKEND", "warp")
+    with pytest.raises(ValueError, match="ZTOK_BACKEND must be one of .*reference.*, got 'warp'"):
+        assign()
+
+
+def test_forced_backend_that_cannot_is_an_error(marked):
+    with ztok_fast.backend("marked"):
+        with pytest.raises(ops.BackendUnavailable, match=r"codebook_assign: the forced .*width of at most 8, not 9"):
+            assign(width=9)
+        with pytest.raises(ops.BackendUnavailable, match="halting_units: .*marked: the op has no such backend"):
+            ops.halting_units(torch.ones(2), torch.tensor([0, 2]))
+
+
+def test_no_backend_at_all(monkeypatch):
+    row = Requirement("codebook_assign", "picky", "nowhere:nothing", dtypes=(torch.float16,), max_width=2)
+    monkeypatch.setattr(requirements, "REQUIREMENTS", (row,))
+    why = r"\(picky: takes torch.float16, not torch.float32; takes a width of at most 2, not 4\)"
+    with pytest.raises(ops.BackendUnavailable, match=f"codebook_assign: no backend can run it {why}"):
+        assign()
+
+
+def test_compiled_code_obeys(marked):
+    x, codebook = torch.ones(2, 4), torch.ones(3, 4)
+    compiled = torch.compile(lambda x, c: ops.codebook_assign(x, c).codes, fullgraph=True, backend="eager")
+    assert compiled(x, codebook).tolist() == MARKED
+    with ztok_fast.backend("reference"):
+        assert compiled(x, codebook).tolist() == REFERENCE
+
+
+def test_debug_switch_decides_off_the_cpu(monkeypatch):
+    elsewhere = torch.empty(1, device="meta")
+    for value, expected in ((None, False), ("0", False), ("", False), ("1", True)):
+        if value is None:
+            monkeypatch.delenv("ZTOK_DEBUG_CHECKS", raising=False)
+        else:
+            monkeypatch.setenv("ZTOK_DEBUG_CHECKS", value)
+        assert checks.value_checks(elsewhere) is expected
+        assert checks.value_checks(torch.empty(1))
+
+
+def test_importing_the_package_is_light():
+    """`import ztok_fast` loads no torch, the ops load no transformers."""
+    script = (
+        "import sys, ztok_fast; assert 'torch' not in sys.modules; "
+        "import ztok_fast.ops; assert 'transformers' not in sys.modules; "
+        "assert ztok_fast.backend is ztok_fast.ops.backend"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_unknown_attribute_of_the_package():
+    with pytest.raises(AttributeError, match="module 'ztok_fast' has no attribute 'nothing'"):
+        ztok_fast.nothing  # noqa: B018
