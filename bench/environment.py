@@ -1,36 +1,26 @@
-"""What a measurement was made with: commit, versions, machine and command."""
+"""What a measurement was made with: command, commit, versions, machine."""
 
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+from ztok_fast import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "triton")
 
 
 def environment(module: str, arguments: list[str]) -> dict:
-    """Facts for a results file, all strings and numbers.
+    """Facts for a results file: those of the doctor, the command and the commit.
 
     Args:
         module: the script's module name, e.g. ``"bench.curves"``; arguments: its command line.
     """
-    return {
-        "command": shlex.join(["python", "-m", module, *arguments]),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    facts = doctor.environment()
+    facts["cpu"]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"command": shlex.join(["python", "-m", module, *arguments]), "commit": commit(), **facts}
 
 
 def commit() -> str | None:
@@ -47,19 +37,10 @@ def commit() -> str | None:
         return None
 
 
-def cpu_name() -> str:
-    """The processor's name with the number of cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = named[0] if named else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {sys.platform}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def summary(facts: dict) -> str:
+    """Commit, versions and machine of :func:`environment` in one line."""
+    packages = [f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft") if facts["packages"].get(name)]
+    cpu = facts["cpu"]
+    parts = [f"commit {facts['commit']}", f"Python {facts['python']}", *packages,
+             f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads"]
+    return "; ".join([*parts, *(device["name"] for device in facts["cuda"]["devices"])])

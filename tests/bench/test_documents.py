@@ -1,0 +1,152 @@
+"""The README, the model cards and the documents agree with the code and with the results."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from bench import readme
+from bench.model_card import CARDS, CardError, training_table, write_card
+from bench.tables import number, table
+from ztok_fast.codec import zfile
+from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.train.objective import LossWeights
+from ztok_fast.train.settings import TrainSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("settings", [ZTokConfig, TrainSettings, LossWeights], ids=lambda c: c.__name__)
+def test_training_explains_every_setting(settings):
+    text = (ROOT / "docs" / "training.md").read_text()
+    explained = set(re.findall(r"`(\w+)`", text))
+    assert {f.name for f in fields(settings)} - explained == set()
+
+
+def test_the_file_format_names_every_tensor_and_key():
+    from tests.codec.documents import example
+
+    text = (ROOT / "docs" / "file-format.md").read_text()
+    tensors, metadata = zfile.to_tensors(example())
+    explained = set(re.findall(r"`(\w+)`", text))
+    assert (set(tensors) | set(metadata)) - explained == set()
+    for document in json.loads(metadata["documents"]):
+        corrections = document["corrections"] or {}
+        keys = set(document) | set(corrections) | set(corrections.get("patch", {}))
+        assert keys - explained == set()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_to_files(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_scripts_that_documents_name_exist(path):
+    for module in re.findall(r"python -m (bench\.\w+)", path.read_text()):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for config in re.findall(r"configs/\w+\.yaml", path.read_text()):
+        assert (ROOT / config).is_file(), config
+
+
+def test_the_readme_shows_the_results_in_the_repository():
+    assert readme.main(["--check"]) == 0
+
+
+def test_a_block_is_replaced_and_what_is_around_it_kept():
+    text = "before\n<!-- x -->\nold\n\\1 old\n<!-- end of x -->\nafter\n"
+    assert readme.fill_block(text, "x", "a\\1b") == "before\n<!-- x -->\na\\1b\n<!-- end of x -->\nafter\n"
+    assert "<!-- demo output -->" in readme.README.read_text()
+    with pytest.raises(readme.BlockError, match="expected one block 'y'"):
+        readme.fill_block(text, "y", "new")
+
+
+ENVIRONMENT = {
+    "command": "python -m bench.curves --codec tiny", "commit": "abc", "python": "3.11",
+    "packages": {"torch": "2.13", "transformers": None, "peft": "0.21"},
+    "cpu": {"model": "A CPU", "cores": 2, "threads": 1}, "cuda": {"devices": []},
+}
+
+
+def results():
+    point = {"units": "learned", "levels": 2, "budget": 2.0, "ratio": 2.01, "rate": 5.5, "teacher_forced": 0.9876,
+             "free_running": 0.9012, "loss_bits": 0.25, "length_surprisal_correlation": -0.3}
+    few = {**point, "levels": 1, "rate": 3.5, "free_running": 0.4}
+    return {
+        "environment": ENVIRONMENT,
+        "codec": {"name": "tiny", "num_codebooks": 2},
+        "data": {"files": ["dev.jsonl"], "exclude_sources": [], "documents": 2, "tokens": 1234},
+        "base": {"bits_per_token": 4.75, "accuracy": 0.333},
+        "points": [few, point],
+        "unit_lengths": {"2": [{"length": 1, "units": 3, "bits_per_token": 7.25}]},
+    }
+
+
+def test_measured_tables_hold_the_results_and_their_command(tmp_path):
+    assert readme.measured(tmp_path) == "No results file is in `docs/results` yet."
+    (tmp_path / "tiny.json").write_text(json.dumps(results()))
+    text = readme.measured(tmp_path)
+    assert "98.8 %" in text and "90.1 %" in text and "40.0 %" not in text
+    assert "4.75" in text and "33.3 %" in text and "1,234 text tokens" in text
+    assert "`python -m bench.curves --codec tiny` (commit abc; Python 3.11; torch 2.13; peft 0.21; A CPU" in text
+
+
+@pytest.fixture
+def card_files(tmp_path):
+    run, model, evaluation = tmp_path / "run", tmp_path / "tiny", tmp_path / "tiny.json"
+    run.mkdir()
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(ZTokConfig(base_model="tiny").to_dict()))
+    (model / "codec.safetensors").write_bytes(bytes(1234))
+    own = {"teacher_forced": 0.5, "free_running": 0.25, "ratio": 2.0, "rate": 5.0}
+    rows = [
+        {"step": step, "codes_alive": [16, 15], "perplexity": [12.4, 11.0],
+         **({"eval": {"base": {}, "2": own}} if step % 2 == 0 else {})}
+        for step in range(1, 42)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation.write_text(json.dumps(results()))
+    return run, model, evaluation
+
+
+@pytest.mark.parametrize("words", sorted(CARDS.glob("*.md")), ids=lambda p: p.stem)
+def test_a_card_is_written_from_the_files_and_again_from_the_copy(card_files, words):
+    run, model, evaluation = card_files
+    card = write_card(run, model, evaluation, words).read_text()
+    assert "98.8 %" in card and "| codec.safetensors |" in card and "1,234" in card
+    assert "Last step: 41. Codes in use, level by level: 16, 15" in card
+    assert "python -m bench.curves --codec tiny" in card and "$" not in card
+    assert write_card(model, model, evaluation, words).read_text() == card
+
+
+def test_a_card_of_another_codec_is_refused(card_files):
+    run, model, evaluation = card_files
+    other = results()
+    other["codec"]["name"] = "another"
+    evaluation.write_text(json.dumps(other))
+    with pytest.raises(CardError, match="expected one of tiny, got one of another"):
+        write_card(run, model, evaluation, CARDS / "ztok-mini.md")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(CardError, match="run: expected the file"):
+        write_card(run, model, evaluation, CARDS / "ztok-mini.md")
+
+
+def test_the_training_table_is_thinned_to_the_last_evaluation():
+    own = {"teacher_forced": 0.5, "free_running": 0.25, "ratio": 2.0, "rate": 5.0}
+    rows = [{"step": n, "eval": {"base": {}, "2": own}, "codes_alive": [1], "perplexity": [1.0]} for n in range(1, 100)]
+    steps = [int(line.split("|")[1]) for line in training_table(rows).splitlines()[2:] if line.startswith("|")]
+    assert len(steps) <= 8 and steps[-1] == 99 and steps == sorted(steps)
+    with pytest.raises(CardError, match="at least one row with an evaluation"):
+        training_table([{"step": 1, "codes_alive": [1], "perplexity": [1.0]}])
+
+
+def test_tables():
+    text = table(["name", "n"], [["a", "1"], ["bcd", "–"]])
+    assert text == "| name |   n |\n| ---- | --: |\n| a    |   1 |\n| bcd  |   – |"
+    assert number(None) == number(float("nan")) == "–" and number(1.239) == "1.24"
+    with pytest.raises(ValueError, match="expected rows of 2 cells, got 1"):
+        table(["a", "b"], [["x"]])
