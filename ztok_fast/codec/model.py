@@ -15,6 +15,9 @@ from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather
 
 
+MASS_STEP = 2.0**-20
+"""The grid that mass is rounded to; one step more than 1 / n lets n tokens end a unit despite rounding."""
+
 MASS_GRADIENT = 0.05
 """Share of the integration weights' gradient that reaches the halting mass."""
 
@@ -80,11 +83,12 @@ def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.T
         part = projection[own_rows, own_columns]
         if part.numel():
             torch.nn.init.orthogonal_(part)
+        # The same signs whatever the unit's length: a token looks the same to the block's codebook.
+        signs = torch.where(torch.rand(-(-longest // levels), own_columns.stop - own_columns.start) < 0.5, -1.0, 1.0)
         for length in range(1, longest + 1):
             for offset in range(length):
                 if offset % levels == block % min(length, levels):
-                    signs = torch.rand(own_columns.stop - own_columns.start) < 0.5
-                    gates[length - 1, offset, own_columns] = torch.where(signs, -1.0, 1.0)
+                    gates[length - 1, offset, own_columns] = signs[offset // levels]
     return projection, gates.reshape(longest * longest, width)
 
 
@@ -102,7 +106,7 @@ class ZTokModel(nn.Module):
         rms = self.adapted.embedding.weight.detach().float().pow(2).mean().sqrt().item()
         self.halting = HaltingHead(width)
         projection, gates = binding_start(config, width)
-        self.end_projection = nn.Parameter(0.5 * projection)
+        self.end_projection = nn.Parameter(torch.zeros_like(projection))
         self.mean_projection = nn.Parameter(projection.clone())
         self.binding = nn.Parameter(gates)
         self.hidden_gain = nn.Parameter(torch.tensor(0.1))
@@ -171,24 +175,19 @@ class ZTokModel(nn.Module):
             scaled = scale_to_budget(
                 raw_mass if mass is None else mass, ratio, cu_segments, cu_groups, config.max_unit_length
             )
-        # Reconstruction pulls on the mass far harder than the length and density terms that say where Z-tokens go.
-        damped = scaled.detach() + MASS_GRADIENT * (scaled - scaled.detach())
-        rows = self.hidden_gain * hidden + self.embedding_gain * embeds
-        rows = rows * self.binding[self.gate_of_row(damped, cu_segments)]
-        quantized = quantize_ragged(
-            rows, damped, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
-        )
-        total_units = len(quantized.codes)
-        return Encoded(
-            raw_mass, scaled, quantized, unit_lengths(quantized.units, total_units), quantized.units.cu_units
-        )
-
-    @torch.no_grad()
-    def gate_of_row(self, mass: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
-        """The row of the gate table for each text token: its unit's length and its place there, int64 ``[T]``."""
-        units = halting_units(mass, cu_segments)
+        units = halting_units(scaled.detach(), cu_segments)
         lengths = unit_lengths(units, int(units.cu_units[-1]))
-        return self.gate_of_token(lengths, len(mass))[1]
+        unit, gate, _ = self.gate_of_token(lengths, total)
+        # Every token of a unit weighs the same and none reaches into the next unit: what a code has to tell apart
+        # is then tokens and not their shares. The gradient still goes to the mass itself, damped, since
+        # reconstruction pulls on it far harder than the terms that say where Z-tokens go.
+        even = (1.0 / lengths[unit] + MASS_STEP).clamp(max=1.0)
+        even = even + MASS_GRADIENT * (scaled - scaled.detach())
+        rows = (self.hidden_gain * hidden + self.embedding_gain * embeds) * self.binding[gate]
+        quantized = quantize_ragged(
+            rows, even, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
+        )
+        return Encoded(raw_mass, scaled, quantized, lengths, units.cu_units)
 
     def gate_of_token(self, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unit, row of the gate table and offset in the unit of ``total`` packed tokens, int64 each."""
