@@ -7,6 +7,9 @@ from importlib import import_module
 
 # name -> module that defines it
 _EXPORTS = {
+    "ZBatch": "ztok_fast.codec.zbatch",
+    "ZTokCodec": "ztok_fast.codec.codec",
+    "ZTokConfig": "ztok_fast.codec.config",
     "backend": "ztok_fast.ops.dispatch",
 }
 

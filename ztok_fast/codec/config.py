@@ -31,7 +31,8 @@ class ZTokConfig:
         latent_dim: width of a code vector (d_z).
         max_unit_length: most text tokens that one Z-token may stand for.
         budgets: the ratios r that the codec was trained at.
-        emission: ``"fire"`` (learned halting mass, integrate-and-fire) or ``"fixed"`` (units of r tokens).
+        emission: ``"fire"`` (learned halting mass, integrate-and-fire) or ``"fixed"`` (units of r tokens). Halting of
+            the kind "stop" ends Z-space generation at end-of-Z (``generate(end_threshold=...)``).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
         unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
             that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor
@@ -41,6 +42,10 @@ class ZTokConfig:
         compressor_layers: how many of the base's layers the compressor runs; ``None`` for all.
         lora_rank: rank of the three adapters.
         lora_alpha: LoRA scaling numerator (scaling = alpha / rank).
+        format_version: layout of the settings and weights; other versions are refused.
+
+    Raises:
+        ConfigError: a setting of the wrong type or out of range.
     """
 
     base_model: str = ""
@@ -76,6 +81,9 @@ class ZTokConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"codec setting {name}: expected an integer of at least {low}, got {value!r}")
+        if self.segment_length > 8192:
+            # Rounding of the mass adds up over a segment and must stay far below one token's share.
+            raise ConfigError(f"codec setting segment_length: expected at most 8192 tokens, got {self.segment_length}")
         if self.codebook_size > 65536:
             raise ConfigError(f"codec setting codebook_size: expected at most 65536, got {self.codebook_size}")
         for name, allowed in (("emission", EMISSIONS), ("z_position", Z_POSITIONS)):
