@@ -65,7 +65,7 @@ def copy_of_the_package(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("*.so", "lib", "__pycache__", "models")
     shutil.copytree(ROOT / "ztok_fast", folder / "ztok_fast", ignore=ignore)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder)
     return folder
 
