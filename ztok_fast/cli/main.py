@@ -15,10 +15,7 @@ DESCRIPTION = "Compress text into short sequences of discrete latent codes (Z-to
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ztok", description=DESCRIPTION,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
-    )
+    parser = argparse.ArgumentParser(prog="ztok", description=DESCRIPTION)
     parser.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (compress, decompress, zspace, info, evaluation, training, doctor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from ztok_fast.cli import common
 
@@ -38,8 +39,13 @@ def train(options: argparse.Namespace) -> int:
     settings = TrainSettings.load(options.config)
     if options.max_minutes is not None:
         settings = dataclasses.replace(settings, max_minutes=options.max_minutes)
+    _check_data(settings)
     trainer = Trainer(settings)
-    folder = trainer.run()
+    try:
+        folder = trainer.run()
+    except KeyboardInterrupt:
+        print(f"ztok: stopped after step {trainer.step:,}; the same command goes on from there", file=sys.stderr)
+        return common.INTERRUPTED
     if trainer.accelerator.is_main_process:
         print(f"{folder}: codec after step {trainer.step:,} of {settings.steps:,}")
     return 0
@@ -50,5 +56,12 @@ def pretrain(options: argparse.Namespace) -> int:
     from ztok_fast.train.pretrain import PretrainConfig, pretrain
 
     config = PretrainConfig.load(options.config)
+    _check_data(config)
     print(f"{pretrain(config)}: base model after step {config.steps:,}")
     return 0
+
+
+def _check_data(settings) -> None:
+    """Refuse files that are not there before a model is loaded."""
+    for name in (*settings.train_files, *settings.dev_files):
+        common.check_input(name)

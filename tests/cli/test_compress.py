@@ -1,0 +1,178 @@
+"""``ztok compress`` and ``ztok decompress``: round trips, and every way that a user can go wrong."""
+
+import io
+import os
+import sys
+
+import pytest
+import tqdm
+
+from tests.cli.conftest import TEXT, assert_mistake
+from ztok_fast.cli import common
+from ztok_fast.codec.zbatch import ZBatch
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def set_to(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return set_to
+
+
+def test_exact_file_comes_back_on_stdout_and_as_a_file(tiny, compressed, tmp_path):
+    assert tiny("decompress", compressed).bytes == TEXT.encode()
+    assert tiny("decompress", compressed, "-o", tmp_path / "new" / "out.txt").status == 0
+    assert (tmp_path / "new" / "out.txt").read_bytes() == TEXT.encode()
+    assert os.listdir(tmp_path / "new") == ["out.txt"]
+
+
+def test_bytes_that_are_not_utf8_come_back_in_exact_mode_only(tiny, tmp_path):
+    data = b"caf\xe9 \xff\xfe\x00 end \xc3"
+    (tmp_path / "latin.txt").write_bytes(data)
+    exact = tiny("compress", tmp_path / "latin.txt", "-o", tmp_path / "exact.ztok", "--exact")
+    assert exact.status == 0 and exact.err == ""
+    assert tiny("decompress", tmp_path / "exact.ztok").bytes == data
+    lossy = tiny("compress", tmp_path / "latin.txt", "-o", tmp_path / "lossy.ztok")
+    assert lossy.status == 0 and "latin.txt is not UTF-8 from byte 3 on" in lossy.err
+
+
+def test_summary_states_what_the_file_holds(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    result = tiny("compress", tmp_path / "a.txt", "--ratio", "2", "--levels", "1")
+    z = ZBatch.load(tmp_path / "a.txt.ztok")
+    assert z.documents[0].budget == 2 and z.documents[0].levels == 1
+    assert f"{z.tokens} tokens -> {z.ztokens} Z-tokens, ratio {z.achieved_ratio:.2f}, {z.rate:.2f} bits" in result.out
+
+
+def test_fixed_units_have_the_length_asked_for(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    tiny("compress", tmp_path / "a.txt", "-r", "4", "--fixed-units")
+    lengths = ZBatch.load(tmp_path / "a.txt.ztok").unit_lengths.tolist()
+    assert set(lengths[:-1]) == {4}
+
+
+def test_several_files_and_stdin_are_documents(tiny, tmp_path, stdin):
+    (tmp_path / "a.txt").write_bytes(b"first")
+    stdin("zweites \u2014 Blatt".encode())
+    assert tiny("compress", tmp_path / "a.txt", "-", "--exact", "-o", tmp_path / "both.ztok").status == 0
+    assert tiny("decompress", tmp_path / "both.ztok").out == "firstzweites \u2014 Blatt"
+    assert tiny("decompress", tmp_path / "both.ztok", "--document", "1").out == "zweites \u2014 Blatt"
+    assert tiny("decompress", tmp_path / "both.ztok", "-o", tmp_path / "folder").status == 0
+    assert (tmp_path / "folder" / "0000.txt").read_bytes() == b"first"
+    assert (tmp_path / "folder" / "0001.txt").read_bytes() == "zweites \u2014 Blatt".encode()
+    assert_mistake(tiny("decompress", tmp_path / "both.ztok", "-o", tmp_path / "folder"), "empty folder")
+    assert_mistake(tiny("decompress", tmp_path / "both.ztok", "--document", "2"), "--document", "0 to 1", "got 2")
+
+
+def test_empty_stdin_is_an_empty_document(tiny, tmp_path, stdin):
+    stdin(b"")
+    result = tiny("compress", "-", "-o", tmp_path / "empty.ztok")
+    assert result.status == 0 and "0 tokens -> 0 Z-tokens, ratio -" in result.out
+    result = tiny("decompress", tmp_path / "empty.ztok")
+    assert result.status == 0 and result.bytes == b""
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["lossy", "exact"])
+def test_progress_bar_counts_every_token_on_a_terminal(tiny, tmp_path, monkeypatch, exact):
+    bars = []
+
+    class Watched(tqdm.tqdm):
+        def close(self):
+            bars.append((self.total, self.n))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Watched)
+    monkeypatch.setattr(common, "shows_progress", lambda: True)
+    monkeypatch.setattr(common, "BAR_DELAY_SECONDS", 0.0)
+    (tmp_path / "a.txt").write_text(TEXT)
+    result = tiny("compress", tmp_path / "a.txt", *(["--exact"] if exact else []))
+    assert result.status == 0 and "compress" in result.err and "tokens" in result.err
+    tokens = ZBatch.load(tmp_path / "a.txt.ztok").tokens
+    assert bars[0] == ((2 * tokens, 2 * tokens) if exact else (tokens, tokens))
+
+
+def test_no_bar_without_a_terminal(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert tiny("compress", tmp_path / "a.txt").err == ""
+
+
+# Mistakes
+
+
+def test_input_that_cannot_be_read(ztok, tmp_path):
+    assert_mistake(ztok("compress", tmp_path / "none.txt"), "none.txt", "no such file")
+    assert_mistake(ztok("compress", tmp_path, "-o", tmp_path / "a.ztok"), str(tmp_path), "got a folder")
+    assert_mistake(ztok("decompress", tmp_path / "none.ztok"), "none.ztok", "no such file")
+    assert_mistake(ztok("decompress", tmp_path), "got a folder")
+
+
+def test_output_that_cannot_be_written(ztok, tmp_path, compressed):
+    (tmp_path / "a.txt").write_text(TEXT)
+    below = tmp_path / "a.txt" / "b.ztok"
+    assert_mistake(ztok("compress", tmp_path / "a.txt", "-o", below), "b.ztok", "cannot be written")
+    assert_mistake(ztok("compress", tmp_path / "a.txt", "-o", tmp_path / "a.zip"), "ends in .ztok")
+    assert_mistake(ztok("compress", tmp_path / "a.txt", tmp_path / "a.txt"), "-o", "several files")
+    assert_mistake(ztok("compress", "-"), "-o", "stdin")
+    assert_mistake(ztok("compress", "-", "-", "-o", tmp_path / "a.ztok"), "stdin (-) at most once")
+    assert_mistake(ztok("decompress", compressed, "-o", tmp_path), "got a folder")
+    assert_mistake(ztok("decompress", compressed, "-o", below), "cannot be written")
+
+
+def test_output_that_stops_being_writable_is_an_error_too(tiny, tmp_path, compressed, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert_mistake(tiny("decompress", compressed, "-o", tmp_path / "out.txt"), "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_truncated_and_foreign_files(ztok, tmp_path, compressed):
+    data = compressed.read_bytes()
+    (tmp_path / "cut.ztok").write_bytes(data[: len(data) // 2])
+    (tmp_path / "foreign.ztok").write_bytes(b"PK\x03\x04 this is a zip, or so it says")
+    (tmp_path / "empty.ztok").write_bytes(b"")
+    flipped = bytearray(data)
+    flipped[-1] ^= 1
+    (tmp_path / "flipped.ztok").write_bytes(flipped)
+    for name, words in (
+        ("cut.ztok", "not a whole .ztok file"),
+        ("foreign.ztok", "not a whole .ztok file"),
+        ("empty.ztok", "not a whole .ztok file"),
+        ("flipped.ztok", "damaged"),
+    ):
+        assert_mistake(ztok("decompress", tmp_path / name), name, words)
+
+
+def test_codec_that_did_not_make_the_file(ztok, compressed, other_codec_folder, tmp_path):
+    result = ztok("decompress", compressed, "-o", tmp_path / "out.txt", "--codec", other_codec_folder)
+    assert_mistake(result, "fingerprint", "which compressed this")
+    assert os.listdir(tmp_path) == []
+
+
+def test_codec_and_base_that_do_not_exist(ztok, compressed, codec_folder, tmp_path):
+    assert_mistake(ztok("decompress", compressed, "--codec", "no-such-codec"), "no-such-codec", "codec folder")
+    assert_mistake(
+        ztok("decompress", compressed, "--codec", codec_folder, "--base", tmp_path), "was not found", "config.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [("0.5", "between 1 and 8"), ("9", "between 1 and 8"), ("-3", "between 1 and 8"), ("nan", "expected a number")],
+)
+def test_impossible_ratio(tiny, tmp_path, ratio, words):
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert_mistake(tiny("compress", tmp_path / "a.txt", f"--ratio={ratio}"), "ratio", words)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_impossible_levels(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert_mistake(tiny("compress", tmp_path / "a.txt", "--levels", "3"), "levels", "1 to 2", "got 3")
+
+
+def test_cuda_where_there_is_none(tiny, compressed, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_mistake(tiny("decompress", compressed, "--device", "cuda"), "--device cuda", "ztok doctor")

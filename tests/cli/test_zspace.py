@@ -1,0 +1,61 @@
+"""``ztok generate`` and ``ztok answer``."""
+
+import pytest
+
+from tests.cli.conftest import TEXT, assert_mistake
+from ztok_fast.codec.zbatch import ZBatch
+
+
+@pytest.fixture(scope="module")
+def two_documents(tmp_path_factory, codec_folder):
+    from ztok_fast.cli.main import main
+
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "b.txt").write_text("Another one.")
+    arguments = ["compress", folder / "a.txt", folder / "b.txt", "-o", folder / "two.ztok", "--codec", codec_folder]
+    assert main([str(argument) for argument in arguments]) == 0
+    return folder / "two.ztok"
+
+
+def test_saved_continuation_decompresses_to_what_is_printed(tiny, compressed, tmp_path):
+    settings = ("--max-new-ztokens", 4, "--temperature", 0.9, "--top-p", 0.95, "--seed", 7)
+    printed = tiny("generate", compressed, *settings)
+    saved = tiny("generate", compressed, *settings, "-o", tmp_path / "new.ztok")
+    z = ZBatch.load(tmp_path / "new.ztok")
+    assert printed.status == saved.status == 0
+    assert 1 <= z.ztokens <= 4 and f"{z.ztokens} new Z-tokens" in saved.out
+    assert printed.bytes == tiny("decompress", tmp_path / "new.ztok").bytes + b"\n"
+
+
+def test_seed_decides_what_is_drawn(tiny, compressed, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        tiny("generate", compressed, "--temperature", 5, "--seed", seed, "-o", tmp_path / f"{name}.ztok")
+    a, b, c = (ZBatch.load(tmp_path / f"{name}.ztok") for name in "abc")
+    assert a == b and a != c
+
+
+def test_documents_are_told_apart(tiny, two_documents):
+    for arguments in (("generate", two_documents, "--max-new-ztokens", 2), ("answer", two_documents, "Who?")):
+        result = tiny(*arguments)
+        assert result.status == 0
+        assert result.out.startswith("document 0:\n") and "\ndocument 1:\n" in result.out
+
+
+def test_answer_prints_what_the_codec_answers(tiny, compressed, codec_folder):
+    from ztok_fast.codec.codec import ZTokCodec
+
+    result = tiny("answer", compressed, "Where did the cat sit?", "--max-new-tokens", 5)
+    codec = ZTokCodec.from_pretrained(codec_folder)
+    expected = codec.answer(ZBatch.load(compressed), "Where did the cat sit?", max_new_tokens=5)
+    assert result.status == 0 and result.out == expected + "\n"
+
+
+def test_mistakes(tiny, ztok, compressed, other_codec_folder, tmp_path):
+    assert_mistake(tiny("generate", compressed, "--max-new-ztokens", 0), "max_new_ztokens")
+    assert_mistake(tiny("generate", compressed, "--temperature", "-1"), "temperature")
+    assert_mistake(tiny("generate", compressed, "--top-p", 0), "top_p")
+    assert_mistake(tiny("generate", compressed, "-o", tmp_path / "out.txt"), "ends in .ztok")
+    assert_mistake(tiny("answer", compressed, "Who?", "--max-new-tokens", 0), "max_new_tokens")
+    assert_mistake(tiny("answer", tmp_path / "none.ztok", "Who?"), "no such file")
+    assert_mistake(ztok("answer", compressed, "Who?", "--codec", other_codec_folder), "fingerprint")
