@@ -7,6 +7,8 @@ Z-tokens go is learned.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -17,6 +19,11 @@ from ztok_fast.ops import HaltingUnits, halting_units
 def mass_floor(max_unit_length: int) -> float:
     """The least mass of a token: ``max_unit_length`` of them reach the threshold despite rounding."""
     return 1.0 / max_unit_length + 2.0**-20
+
+
+ADAPTIVITY = 0.3
+"""Share of the mass that follows surprisal; the rest is uniform. More of it makes long units of predictable text,
+which crowd more tokens into one latent."""
 
 
 class HaltingHead(nn.Module):
@@ -42,7 +49,7 @@ def fixed_mass(ratio: torch.Tensor) -> torch.Tensor:
 
 
 def surprisal_mass(bits: torch.Tensor, ratio: torch.Tensor, cu_groups: torch.Tensor, config: ZTokConfig) -> torch.Tensor:
-    """The mass that the halting head learns: half uniform, half in proportion to the token's surprisal.
+    """The mass that the halting head learns: in part uniform, in part in proportion to the token's surprisal.
 
     Args:
         bits: surprisal of every token under the bare base model, ``[T]``, in bits.
@@ -53,7 +60,7 @@ def surprisal_mass(bits: torch.Tensor, ratio: torch.Tensor, cu_groups: torch.Ten
     group = torch.repeat_interleave(torch.arange(len(lengths), device=bits.device), lengths)
     total = torch.zeros(len(lengths), device=bits.device).index_add_(0, group, bits)
     mean = (total / lengths.clamp(min=1)).clamp(min=1e-3)
-    density = 0.5 + 0.5 * bits / mean[group]
+    density = 1 - ADAPTIVITY + ADAPTIVITY * bits / mean[group]
     return (density / ratio).clamp(mass_floor(config.max_unit_length), 1.0)
 
 
@@ -65,9 +72,9 @@ def scale_to_budget(
     max_unit_length: int,
     iterations: int = 14,
 ) -> torch.Tensor:
-    """Scale the mass of every group so that its number of units is the nearest to tokens / ratio.
+    """Scale the mass of every group to the most units that are no more than tokens / ratio (one at least).
 
-    The number of units falls with the scale, so a bisection finds it; the scale itself carries no gradient.
+    The number of units grows with the scale, so a bisection finds it; the scale itself carries no gradient.
 
     Args:
         mass: ``[T]`` raw mass in [1/max_unit_length, 1].
@@ -88,8 +95,10 @@ def scale_to_budget(
         groups = len(cu_groups) - 1
         tokens = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, lengths.float())
         wanted = (tokens / ratio).clamp(min=1.0)
-        low = torch.full_like(wanted, -4.0)
-        high = torch.full_like(wanted, 4.0)
+        # From every mass at the floor to every mass at 1: the whole range of what scaling can do.
+        reach = max(4.0, math.log2(max_unit_length))
+        low = torch.full_like(wanted, -reach)
+        high = torch.full_like(wanted, reach)
         for _ in range(iterations):
             middle = (low + high) / 2
             counts = halting_units((mass * middle.exp2()[group]).clamp(floor, 1.0), cu_segments).counts

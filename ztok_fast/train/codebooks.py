@@ -13,6 +13,10 @@ def kmeans(points: torch.Tensor, clusters: int, iterations: int, generator: torc
     """Lloyd's algorithm: ``[clusters, d]`` centres of ``points [N, d]``.
 
     Starts from randomly chosen points; a centre that loses all its points restarts at the point worst served.
+    With fewer points than clusters, points stand for several centres.
+
+    Raises:
+        ValueError: no points.
     """
     if len(points) < 1:
         raise ValueError("k-means: expected at least one point, got none")
@@ -37,13 +41,25 @@ def initialise_codebooks(codebooks: torch.Tensor, latents: torch.Tensor, iterati
     """Fill ``codebooks [L, V, d]`` in place with k-means of ``latents [N, d]``.
 
     Level l clusters block l of the latent's columns, so that each level starts with a share of the columns to
-    itself: as a product quantiser, which keeps tokens bound to different blocks apart. Residual search and training
-    go on from there. (k-means of whole residuals left 17 % of the energy at 40 bits in 32 columns.)
+    itself: as a product quantiser, which keeps tokens bound to different blocks apart. (k-means of whole residuals left 17 % of the energy at 40 bits in 32 columns.)
     """
     generator = torch.Generator(device=latents.device).manual_seed(seed)
     codebooks.zero_()
     for codebook, (begin, end) in zip(codebooks, block_bounds(latents.shape[1], len(codebooks))):
-        codebook[:, begin:end] = kmeans(latents[:, begin:end].float().contiguous(), len(codebook), iterations, generator)
+        if begin < end:
+            codebook[:, begin:end] = kmeans(latents[:, begin:end].float().contiguous(), len(codebook), iterations, generator)
+
+
+@torch.no_grad()
+def keep_blocks(codebooks: torch.Tensor) -> None:
+    """Clear, in place, what ``codebooks [L, V, d]`` hold outside their own block of columns.
+
+    Left free, the first levels took in the blocks of the others: their search then followed the whole latent, fewer
+    codes were used (perplexity 1,024 → 760 in 150 steps) and accuracy stood still.
+    """
+    for codebook, (begin, end) in zip(codebooks, block_bounds(codebooks.shape[2], len(codebooks))):
+        codebook[:, :begin] = 0
+        codebook[:, end:] = 0
 
 
 class CodebookCare:
@@ -71,11 +87,18 @@ class CodebookCare:
     def replace_dead(self, codebooks: torch.Tensor, threshold: float, generator: torch.Generator) -> list[torch.Tensor]:
         """Move codes used less than ``threshold`` times the even share onto residuals of recent latents.
 
-        Called between steps, when no graph needs the codebooks. Returns the replaced indices of each level.
+        Args:
+            codebooks: ``[L, V, d]``. Its values are swapped for a new tensor, never written in place: a graph built
+                before keeps those it was built with.
+
+        Returns:
+            The replaced indices of each level.
         """
         size = codebooks.shape[1]
-        residual, replaced = self.latents.to(codebooks.device), []
-        for level, codebook in enumerate(codebooks):
+        if not len(self.latents):
+            return [torch.zeros(0, dtype=torch.int64) for _ in codebooks]
+        residual, replaced, moved = self.latents.to(codebooks.device), [], codebooks.detach().clone()
+        for level, codebook in enumerate(moved):
             dead = (self.usage[level] < threshold / size).nonzero()[:, 0]
             dead = dead[: len(residual)]
             if len(dead):
@@ -84,6 +107,7 @@ class CodebookCare:
                 self.usage[level, dead] = 1.0 / size
             replaced.append(dead)
             residual = residual - codebook.float()[codebook_assign(residual, codebook.float()).codes.long()]
+        codebooks.data = moved
         return replaced
 
     def perplexity(self) -> list[float]:
