@@ -33,6 +33,13 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     return lists[0]
 
 
+def position_limit(decoder: nn.Module) -> int | None:
+    """Rows of a learned position table beside the token embedding (GPT-2); ``None`` for rotary positions."""
+    words = decoder.get_input_embeddings()
+    tables = [child for child in decoder.children() if isinstance(child, nn.Embedding) and child is not words]
+    return min((table.num_embeddings for table in tables), default=None)
+
+
 def linear_modules(model: nn.Module, depth: int) -> list[str]:
     """Full names of the linear layers in the first ``depth`` transformer layers."""
     decoder = find_decoder(model)
@@ -51,10 +58,22 @@ class AdaptedBase(nn.Module):
 
     The base's own weights never require grad; the adapters' do, whichever is active, so that one
     backward pass reaches the adapters of several forward passes.
+
+    Raises:
+        ConfigError: the base carries adapters already, or is too small for the codec's segments or layers.
     """
 
     def __init__(self, base: nn.Module, config: ZTokConfig) -> None:
         super().__init__()
+        if any(isinstance(module, LoraLayer) for module in base.modules()):
+            raise ConfigError("base model: expected a bare one, got one with adapters; load it again for another codec")
+        self.position_limit = position_limit(find_decoder(base))
+        needed = (config.context_segments + 1) * config.segment_length
+        if self.position_limit is not None and needed > self.position_limit:
+            raise ConfigError(
+                f"codec settings: expected segments (with their context) of at most {self.position_limit} tokens, the "
+                f"base model's positions, got {needed}"
+            )
         register()
         base.set_attn_implementation(ATTENTION_NAME)
         layer_count = len(find_layers(find_decoder(base))[1])
@@ -64,12 +83,15 @@ class AdaptedBase(nn.Module):
         self.compressor_layers = depth
         # The names are taken before the first adapter wraps the layers.
         targets = {n: linear_modules(base, depth if n == "compressor" else layer_count) for n in ADAPTERS}
+        transposed = isinstance(base.get_submodule(targets["compressor"][0]), Conv1D)
         model: PeftModel | None = None
         for name in ADAPTERS:
             lora = LoraConfig(
                 r=config.lora_rank,
                 lora_alpha=config.lora_alpha,
                 target_modules=targets[name],
+                # GPT-2's linear layers hold their weights transposed.
+                fan_in_fan_out=transposed,
                 task_type="CAUSAL_LM",
             )
             if model is None:
@@ -88,6 +110,12 @@ class AdaptedBase(nn.Module):
     @property
     def embedding(self) -> nn.Module:
         return self.model.get_input_embeddings()
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The base's end-of-text tokens; none, one or several."""
+        end = self.model.config.eos_token_id
+        return [] if end is None else list(end) if isinstance(end, (list, tuple)) else [end]
 
     @property
     def hidden_size(self) -> int:

@@ -3,10 +3,13 @@
 Two ways in. With ``cu_seq_lens_q`` the rows of all sequences lie one after another in a batch of one,
 and each sequence attends causally to itself, whatever its position ids: the mask is said here and never
 guessed from position ids. With a four-dimensional boolean mask (decoding over a cache) the mask is used
-as it is.
+as it is. What else transformers may ask of an attention function (padding masks, sliding windows shorter than
+the sequence, logit caps, sinks) is refused, never ignored.
 """
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -39,12 +42,11 @@ def packed_attention(query, key, value, cu_seqlens, max_length: int, scaling: fl
 
 
 def _varlen(query, key, value, cu_seqlens, max_length, scaling):
-    import inspect
-
     from torch.nn.attention.varlen import varlen_attn
 
     # The causal switch was renamed between torch releases: a window of (-1, 0) replaced `is_causal`.
-    causal = {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+    renamed = "is_causal" not in inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if renamed else {"is_causal": True}
     cu = cu_seqlens.to(torch.int32)
     return varlen_attn(query, key, value, cu, cu, max_length, max_length, scale=scaling, **causal)
 
@@ -65,14 +67,23 @@ def masked_attention(query, key, value, mask, scaling: float | None):
 
 
 def ztok_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """The function transformers calls: ``[B, H, T, d]`` in, ``([B, T, H, d], None)`` out."""
+    """The function transformers calls: ``[B, H, T, d]`` in, ``([B, T, H, d], None)`` out.
+
+    Raises:
+        ValueError: several packed rows, or what this attention does not do (see the module's docstring).
+    """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
+    _refuse_others(key.shape[2] if cu_seqlens is None else kwargs["max_length_q"], kwargs)
     if cu_seqlens is not None:
         if query.shape[0] != 1:
             raise ValueError(f"packed attention: expected a batch of one packed row, got {query.shape[0]}")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return packed_attention(q, k, v, cu_seqlens, kwargs["max_length_q"], scaling)[None], None
     if attention_mask is None:
+        if 1 < query.shape[2] < key.shape[2]:
+            raise ValueError(
+                f"attention: expected an explicit mask for {query.shape[2]} new rows over {key.shape[2]} cached ones, got none"
+            )
         groups = query.shape[1] // key.shape[1]
         k, v = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         out = scaled_dot_product_attention(query, k, v, is_causal=query.shape[2] > 1, scale=scaling)
@@ -81,9 +92,23 @@ def ztok_attention(module, query, key, value, attention_mask, scaling=None, drop
     return out.transpose(1, 2), None
 
 
-def no_mask(*args, **kwargs) -> None:
-    """Packed batches carry their structure in ``cu_seq_lens_q``; no mask tensor is built."""
-    return None
+def _refuse_others(longest: int, kwargs: dict) -> None:
+    window = kwargs.get("sliding_window")
+    if window is not None and longest > window:
+        raise ValueError(f"attention: expected at most {window} rows (the base's sliding window), got {longest}")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention: expected a base model without {name}, which is not implemented, got one with it")
+
+
+def no_mask(*args, attention_mask=None, **kwargs) -> None:
+    """Packed batches carry their structure in ``cu_seq_lens_q``; no mask tensor is built.
+
+    Raises:
+        ValueError: a padding mask that hides something, which plain causal attention would not honour.
+    """
+    if attention_mask is not None and not bool(attention_mask.bool().all()):
+        raise ValueError("attention_mask: expected none, a four-dimensional one or one without padding, got padding")
 
 
 def register() -> None:

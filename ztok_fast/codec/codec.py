@@ -11,8 +11,8 @@ import torch
 from ztok_fast.codec import exact as exact_mode
 from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.continuation import answer_question, continue_ztokens
-from ztok_fast.codec.errors import CodecError
+from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
+from ztok_fast.codec.errors import CodecError, ZBatchError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.passes import Progress, Window, compress_windows, decompress_windows, window_tokens
@@ -128,15 +128,18 @@ class ZTokCodec:
             levels: residual levels to use, 1 to ``config.num_codebooks``; ``None`` for all.
             fixed_units: one Z-token for every ``ratio`` tokens instead of learned emission; ``None`` as trained.
             batch_tokens: text tokens of one pass; bounds the memory.
-            progress: called with the number of text tokens just finished.
+            progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
+                compressed and once verified.
 
         Raises:
             ValueError: a text that is no string, a ratio or level count that this codec cannot give.
         """
         ratio = self.config.check_ratio(ratio)
         originals, contents = self._contents(texts)
-        if levels is not None and (not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks):
-            raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
+        check_count("batch_tokens", batch_tokens)
+        if levels is not None:
+            if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks:
+                raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
         documents = self._tokenize(contents)
         limit = window_tokens(self.model)
         pieces = [[d[i : i + limit] for i in range(0, len(d), limit)] for d in documents]
@@ -152,7 +155,9 @@ class ZTokCodec:
             for tokens, original in zip(documents, originals)
         ]
         if exact:
-            corrections = exact_mode.find_corrections(self.model, windows, flat, progress=progress)
+            corrections = exact_mode.find_corrections(
+                self.model, windows, flat, batch_tokens=batch_tokens, progress=progress
+            )
             at = 0
             for info, own, tokens, original in zip(infos, pieces, documents, originals):
                 positions, values = exact_mode.join(corrections[at : at + len(own)], [len(p) for p in own])
@@ -234,6 +239,7 @@ class ZTokCodec:
     ) -> list[list[int]]:
         """The text tokens of every document; a document whose original is stored raw gives none."""
         self._check(z)
+        check_count("batch_segments", batch_segments)
         windows, forced, counts = [], [], []
         for index, info in enumerate(z.documents):
             raw = info.corrections is not None and info.corrections.raw is not None
@@ -264,11 +270,22 @@ class ZTokCodec:
         if not isinstance(z, ZBatch):
             raise CodecError(f"z: expected a ZBatch, got {type(z).__name__}")
         z.validate().check_codec(self.fingerprint)
+        tokens = offsets(z.unit_lengths)[z.cu_segments.long()].diff()
+        if len(tokens) and int(tokens.max()) > self.config.segment_length:
+            raise ZBatchError(
+                f"segments: expected at most {self.config.segment_length} text tokens in each, got {int(tokens.max())}"
+            )
 
     # Z-space
 
     def generate(
-        self, z: ZBatch, max_new_ztokens: int = 32, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        z: ZBatch,
+        max_new_ztokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        end_threshold: float | None = None,
     ) -> ZBatch:
         """Continue every document in Z-space: new Z-tokens alone, ready to decompress.
 
@@ -276,12 +293,14 @@ class ZTokCodec:
 
         Args:
             temperature: 0 for the likeliest codes; top_p: nucleus restriction of every draw.
+            end_threshold: ``None`` draws end-of-Z like a code; a probability in (0, 1] ends a document where
+                end-of-Z is at least that likely, whatever is drawn (halting mode "stop").
 
         Raises:
-            ValueError: a count under 1, a negative temperature, a batch of another codec.
+            ValueError: a count under 1, a number out of its range, a batch of another codec.
         """
         self._check(z)
-        windows, infos = continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed)
+        windows, infos = continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed, end_threshold)
         return self._zbatch(windows, [1 if w.units else 0 for w in windows], infos)
 
     def answer(self, z: ZBatch, question: str | Sequence[str], max_new_tokens: int = 32) -> str | list[str]:
@@ -290,14 +309,16 @@ class ZTokCodec:
         Args:
             question: one question for all documents, or one for each; a batch of one document and one
                 question give one string, otherwise a list.
+
+        Raises:
+            ValueError: as many questions as documents are not given, or a batch of another codec.
         """
         self._check(z)
         single = isinstance(question, str) and len(z) == 1
         questions = [question] * len(z) if isinstance(question, str) else list(question)
         if len(questions) != len(z) or not all(isinstance(q, str) for q in questions):
             raise CodecError(f"question: expected one string, or one for each of {len(z)} documents, got {question!r}")
-        if max_new_tokens < 1:
-            raise CodecError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        check_count("max_new_tokens", max_new_tokens)
         written = answer_question(self.model, z, self._tokenize(questions), max_new_tokens)
         answers = [self._text_bytes(t).decode("utf-8", "replace").strip() for t in written]
         return answers[0] if single else answers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ztok_fast.codec.engine import DecodeSession, write_answer
@@ -10,51 +12,99 @@ from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.passes import Window
 from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.ops import halting_units
 
 
 @torch.inference_mode()
 def continue_ztokens(
-    model: ZTokModel, z: ZBatch, max_new_ztokens: int, temperature: float, top_p: float, seed: int
+    model: ZTokModel,
+    z: ZBatch,
+    max_new_ztokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    end_threshold: float | None = None,
 ) -> tuple[list[Window], list[DocumentInfo]]:
     """New Z-tokens for every document, until end-of-Z or ``max_new_ztokens``.
 
     A continuation is cut into segments of at most ``segment_length`` text tokens, as compression cuts.
+
+    Args:
+        end_threshold: ``None`` lets end-of-Z be drawn like any code. A probability in (0, 1] ends a document at the
+            first step whose end-of-Z mass reaches it instead, whatever is drawn: the halting mode "stop"
+            (:func:`~ztok_fast.ops.halting_units`; adaptive computation time, arXiv:1603.08983).
     """
-    for name, value, low in (("max_new_ztokens", max_new_ztokens, 1), ("temperature", temperature, 0)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
-            raise CodecError(f"{name}: expected a number of at least {low}, got {value!r}")
+    check_count("max_new_ztokens", max_new_ztokens)
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        raise CodecError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
+    if end_threshold is not None and (not _is_number(end_threshold) or not 0 < end_threshold <= 1):
+        raise CodecError(f"end_threshold: expected None or a probability in (0, 1], got {end_threshold!r}")
     device = model.codebooks.device
     embeds, position_ids, cu_prefix = _context(model, z)
     count = len(z)
     if not count:
         return [], []
+    check_positions(model, cu_prefix, max_new_ztokens - 1)
     session = DecodeSession(model.adapted, "inferencer", embeds, position_ids, cu_prefix, max_new_ztokens)
     position = cu_prefix.diff().long()
+    # One id for all: a document's draws depend on the seed alone, not on its place in the batch.
     row_ids = torch.zeros(count, dtype=torch.int64, device=device)
-    chosen_codes, chosen_lengths, alive = [], [], []
+    chosen_codes, chosen_lengths, masses = [], [], []
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     for step in range(max_new_ztokens):
-        codes, lengths, now_ended = model.zspace.select(
-            session.last, model.codebooks, temperature=temperature, top_p=top_p, seed=seed, row_ids=row_ids, step=step
+        codes, lengths, drawn_end = model.zspace.select(
+            session.last, model.codebooks, temperature=temperature, top_p=top_p, seed=seed, row_ids=row_ids,
+            step=step, allow_end=end_threshold is None,
         )
-        ended = ended | now_ended
-        if bool(ended.all()):
-            break
+        # A drawn end-of-Z is all the mass there is.
+        mass = (drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)).double()
         chosen_codes.append(codes)
         chosen_lengths.append(lengths)
-        alive.append(~ended)
+        masses.append(mass)
+        ended = ended | (mass >= (end_threshold or 1.0))
+        if bool(ended.all()):
+            break
         if step + 1 < max_new_ztokens:
             session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
             position = position + 1
-    return _as_windows(model, z, chosen_codes, chosen_lengths, alive)
+    kept = _before_end(torch.stack(masses, dim=1), end_threshold or 1.0)
+    return _as_windows(model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept)
 
 
-def _as_windows(model, z, codes, lengths, alive) -> tuple[list[Window], list[DocumentInfo]]:
+def _before_end(mass: torch.Tensor, threshold: float) -> list[int]:
+    """How many Z-tokens of every row ``[B, steps]`` of end-of-Z mass come before the step at which it halts."""
+    rows, steps = mass.shape
+    cu_steps = torch.arange(rows + 1, dtype=torch.int32, device=mass.device) * steps
+    units = halting_units(mass.reshape(-1), cu_steps, threshold, "stop")
+    # The step that reaches the threshold is end-of-Z itself; a row that never does runs to its last step.
+    kept = (units.unit >= 0) & (mass.reshape(-1) < threshold)
+    return kept.reshape(rows, steps).sum(1).tolist()
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise :class:`CodecError` unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CodecError(f"{name}: expected an integer of at least 1, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_positions(model: ZTokModel, cu_prefix: torch.Tensor, new_rows: int) -> None:
+    """Raise :class:`CodecError` where prefixes and new rows do not fit the base's learned position table."""
+    limit = model.adapted.position_limit
+    if limit is None:
+        return
+    needed = int(cu_prefix.diff().max()) + new_rows
+    if needed > limit:
+        raise CodecError(f"Z-tokens: expected at most {limit} rows with what is to be written (the base's positions), got {needed}")
+
+
+def _as_windows(model, z, codes, lengths, kept) -> tuple[list[Window], list[DocumentInfo]]:
     windows, infos = [], []
     for row, source in enumerate(z.documents):
-        own = [step for step in range(len(codes)) if bool(alive[step][row])]
-        own_codes = [codes[step][row].cpu() for step in own]
-        own_lengths = [int(lengths[step][row]) for step in own]
+        own_lengths = lengths[row][: kept[row]]
         units, filled = [], model.config.segment_length + 1
         for length in own_lengths:
             if filled + length > model.config.segment_length:
@@ -62,8 +112,7 @@ def _as_windows(model, z, codes, lengths, alive) -> tuple[list[Window], list[Doc
                 filled = 0
             units[-1] += 1
             filled += length
-        stacked = torch.stack(own_codes) if own else torch.zeros(0, model.config.num_codebooks, dtype=torch.int32)
-        windows.append(Window(stacked, torch.tensor(own_lengths, dtype=torch.int32), units))
+        windows.append(Window(codes[row, : kept[row]], torch.tensor(own_lengths, dtype=torch.int32), units))
         infos.append(DocumentInfo(tokens=sum(own_lengths), budget=source.budget, levels=model.config.num_codebooks))
     return windows, infos
 
@@ -79,15 +128,16 @@ def answer_question(model: ZTokModel, z: ZBatch, questions: list[list[int]], max
     words = model.adapted.embedding(torch.tensor([t for q in questions for t in q], dtype=torch.int64, device=device))
     cu_words = offsets(torch.tensor([len(q) for q in questions], device=device))
     cu_mark = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
-    parts = [(embeds, cu_context), (marks[1:2].expand(len(z), -1), cu_mark), (words, cu_words), (marks[2:3].expand(len(z), -1), cu_mark)]
+    asked, answered = (marks[i : i + 1].expand(len(z), -1) for i in (1, 2))
+    parts = [(embeds, cu_context), (asked, cu_mark), (words, cu_words), (answered, cu_mark)]
     rows, cu_joined = joined_rows([cu for _, cu in parts], [len(values) for values, _ in parts])
     joined = embeds.new_empty(sum(len(values) for values, _ in parts), embeds.shape[1])
     for (values, _), own in zip(parts, rows):
         joined[own] = values
-    end = model.adapted.model.config.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
+    check_positions(model, cu_joined, max_new_tokens - 1)
     return write_answer(
-        model.adapted, joined, position_in_sequence(cu_joined, len(joined)), cu_joined, max_new_tokens, ends
+        model.adapted, joined, position_in_sequence(cu_joined, len(joined)), cu_joined, max_new_tokens,
+        set(model.adapted.end_tokens),
     )
 
 

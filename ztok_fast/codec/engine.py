@@ -133,14 +133,19 @@ def decode_text(
 
 @torch.inference_mode()
 def write_answer(adapted: AdaptedBase, embeds, position_ids, cu_seqlens, max_new_tokens: int, end_tokens: set[int]):
-    """Greedy continuation under the inferencer until an end token; a list of token lists."""
+    """Greedy continuation under the inferencer: a list of token lists, without their end token.
+
+    Args:
+        embeds, position_ids, cu_seqlens: packed prefixes, at running positions.
+        end_tokens: any of them ends a sequence; ``max_new_tokens`` does at the latest.
+    """
     session = DecodeSession(adapted, "inferencer", embeds, position_ids, cu_seqlens, max_new_tokens)
     batch = len(cu_seqlens) - 1
     answers: list[list[int]] = [[] for _ in range(batch)]
     open_rows = set(range(batch))
     position = cu_seqlens.diff().long()
     hidden = session.last
-    for _ in range(max_new_tokens):
+    for count in range(1, max_new_tokens + 1):
         token = adapted.logits(hidden).argmax(-1)
         for row, value in enumerate(token.tolist()):
             if row in open_rows:
@@ -148,7 +153,7 @@ def write_answer(adapted: AdaptedBase, embeds, position_ids, cu_seqlens, max_new
                     open_rows.discard(row)
                 else:
                     answers[row].append(value)
-        if not open_rows:
+        if not open_rows or count == max_new_tokens:
             break
         hidden = session.step(adapted.embedding(token), position)
         position = position + 1

@@ -32,6 +32,8 @@ def find_corrections(
 
     Args:
         documents: the true tokens of each window.
+        batch_tokens: text tokens of one teacher-forced pass.
+        progress: called with the number of tokens of each window verified.
     """
     unique = {tuple(d): i for i, d in reversed(list(enumerate(documents)))}
     corrections: dict[tuple, dict[int, int]] = {}

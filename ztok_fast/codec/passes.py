@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def decompress_windows(
             before = offsets(torch.tensor(windows[i].segment_lengths)).tolist()
             own: list[dict[int, int]] = [{} for _ in windows[i].units]
             for position, token in (forced[i] or {}).items():
-                segment = position // model.config.segment_length
+                segment = bisect_right(before, position) - 1
                 own[segment][position - before[segment]] = token
             per_segment += own
         pieces = decode_segments(model, *stacked, per_segment, batch_segments)

@@ -14,6 +14,13 @@ from ztok_fast.codec.config import ZTokConfig
 WEIGHTS = "codec.safetensors"
 
 
+DECODING_SETTINGS = (
+    "segment_length", "context_segments", "window_segments", "num_codebooks", "codebook_size", "max_unit_length",
+    "z_position", "unit_conditioning", "copy_path", "lora_alpha",
+)
+"""Settings that the weights' names and shapes do not show and that change what codes decode to."""
+
+
 class WeightsError(ValueError):
     """Codec weights are missing, damaged or of another codec."""
 
@@ -52,7 +59,7 @@ def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> 
 def codec_fingerprint(config: ZTokConfig, state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the settings that matter for decoding and every weight, as 64 hexadecimal digits."""
     digest = hashlib.sha256(config.base_fingerprint.encode())
-    for name in ("segment_length", "context_segments", "num_codebooks", "codebook_size", "max_unit_length", "z_position", "unit_conditioning", "copy_path"):
+    for name in DECODING_SETTINGS:
         digest.update(f"{name}={getattr(config, name)};".encode())
     for name in sorted(state):
         tensor = state[name].detach().to("cpu", torch.float32).contiguous()

@@ -40,7 +40,7 @@ class ZSpaceHead(nn.Module):
         return self.length_query(hidden) + self.length_of_codes(vectors)
 
     def loss(self, hidden, codes, lengths, is_end, codebooks) -> torch.Tensor:
-        """Mean bits-free cross-entropy (nats) of the next Z-tokens.
+        """Cross-entropy of the next Z-tokens, codes and unit length together: the mean over rows, in nats.
 
         Args:
             hidden: ``[N, D]`` states that predict; codes int ``[N, L]`` (-1: level not used), lengths ``[N]``.
@@ -68,8 +68,19 @@ class ZSpaceHead(nn.Module):
         return total / len(hidden)
 
     @torch.no_grad()
+    def end_mass(self, hidden: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+        """Probability fp32 ``[B]`` that a row's next Z-token is end-of-Z: the halting mass of the mode "stop"."""
+        query = self.level_query(hidden.float(), 0, hidden.new_zeros(codebooks.shape[2], dtype=torch.float32))
+        return (query @ self.level_rows(codebooks, 0).T).softmax(-1)[:, -1]
+
+    @torch.no_grad()
     def select(self, hidden, codebooks, *, temperature, top_p, seed, row_ids, step, allow_end=True):
         """Choose the next Z-token of every row.
+
+        Args:
+            hidden: ``[B, D]``; row_ids int64 ``[B]``, step: what the random bits of a row's draw depend on, with
+                ``seed``; temperature, top_p as in :func:`~ztok_fast.ops.z_select`.
+            allow_end: let end-of-Z be drawn like a code.
 
         Returns:
             codes int32 ``[B, L]``, lengths int32 ``[B]``, ended bool ``[B]``.
@@ -77,12 +88,13 @@ class ZSpaceHead(nn.Module):
         hidden = hidden.float()
         chosen = torch.zeros(len(hidden), codebooks.shape[2], device=hidden.device)
         levels, picked = codebooks.shape[0], []
+        ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         for level in range(levels):
             rows = self.level_rows(codebooks, level) if allow_end else codebooks[level]
             query = self.level_query(hidden, level, chosen)
             # One counter per (step, level), so that no two draws share their random bits.
             code = z_select(query, rows, temperature, top_p, seed, row_ids, step * (levels + 1) + level).codes
-            if level == 0:
+            if level == 0 and allow_end:
                 ended = code == codebooks.shape[1]
                 code = code.clamp(max=codebooks.shape[1] - 1)
             picked.append(code)
