@@ -103,20 +103,36 @@ FAULTS = {
     "no unit length": (lambda b: {"max_unit_length": 0}, "max_unit_length: expected an integer from 1"),
     "codes int64": (lambda b: {"codes": b.codes.long()}, "codes: expected an int32 tensor of 2"),
     "codes flat": (lambda b: {"codes": b.codes.reshape(-1)}, "codes: expected an int32 tensor of 2"),
+    "codes elsewhere": (lambda b: {"codes": b.codes.to("meta")}, "codes: expected a tensor on the CPU, got .* meta"),
     "codes list": (lambda b: {"codes": b.codes.tolist()}, "codes: expected an int32 tensor .* got list"),
     "no codebooks": (lambda b: {"codes": b.codes[:, :0]}, "codes: expected 1 to 256 codebooks"),
     "unit missing": (lambda b: {"unit_lengths": b.unit_lengths[:-1]}, "unit_lengths: expected one for each of 6"),
-    "segments fall short": (lambda b: {"cu_segments": int32([0, 2, 2, 3, 5, 5])}, "cu_segments: expected offsets from 0 to the 6"),
-    "segments start late": (lambda b: {"cu_segments": int32([1, 2, 2, 3, 5, 6])}, "cu_segments: expected offsets from 0"),
+    "segments fall short": (
+        lambda b: {"cu_segments": int32([0, 2, 2, 3, 5, 5])},
+        "cu_segments: expected offsets from 0 to the 6",
+    ),
+    "segments start late": (
+        lambda b: {"cu_segments": int32([1, 2, 2, 3, 5, 6])},
+        "cu_segments: expected offsets from 0",
+    ),
     "no offsets": (lambda b: {"cu_segments": int32([])}, "cu_segments: expected offsets .* got none"),
     "segments fall": (lambda b: {"cu_segments": int32([0, 3, 2, 3, 5, 6])}, "cu_segments: expected non-decreasing"),
     "documents fall": (lambda b: {"cu_documents": int32([0, 4, 3, 4, 5])}, "cu_documents: expected non-decreasing"),
     "document missing": (lambda b: {"documents": b.documents[:-1]}, "documents: expected 4, got 3"),
     "unit of zero": (lambda b: {"unit_lengths": int32([4, 0, 8, 4, 3, 2])}, "unit_lengths: expected 1 to 8, got 0"),
-    "unit too long": (lambda b: {"unit_lengths": int32([1, 2, 9, 4, 3, 2])}, "unit_lengths: expected 1 to 8, got 1 to 9"),
-    "units do not cover": (lambda b: {"unit_lengths": int32([3, 2, 8, 4, 3, 2])}, "document 0: unit_lengths: expected to cover its 12"),
+    "unit too long": (
+        lambda b: {"unit_lengths": int32([1, 2, 9, 4, 3, 2])},
+        "unit_lengths: expected 1 to 8, got 1 to 9",
+    ),
+    "units do not cover": (
+        lambda b: {"unit_lengths": int32([3, 2, 8, 4, 3, 2])},
+        "document 0: unit_lengths: expected to cover its 12",
+    ),
     "code too large": (lambda b: {"codebook_size": 15}, "document 0: codes: expected 0 to 14"),
-    "code dropped": (lambda b: {"codes": torch.where(b.codes == 15, -1, b.codes)}, "document 0: codes: expected 0 to 15"),
+    "code dropped": (
+        lambda b: {"codes": torch.where(b.codes == 15, -1, b.codes)},
+        "document 0: codes: expected 0 to 15",
+    ),
     "code not dropped": (lambda b: {"codes": b.codes.clamp(min=0)}, "document 2: codes: expected -1 past its 1"),
 }
 

@@ -102,7 +102,9 @@ def test_every_flipped_byte_is_refused(tmp_path):
             ZBatch.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"plain text", b"PK\x03\x04" * 40, b"\x00" * 64], ids=["empty", "text", "zip", "zeros"])
+@pytest.mark.parametrize(
+    "content", [b"", b"plain text", b"PK\x03\x04" * 40, b"\x00" * 64], ids=["empty", "text", "zip", "zeros"]
+)
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "foreign.ztok"
     path.write_bytes(content)

@@ -290,9 +290,10 @@ def export_base(
         name, largest = max(base.model.named_parameters(), key=lambda item: item[1].numel())
         needed = largest.numel() * dtype.itemsize
         if needed > largest_shard:
+            smallest = math.ceil((needed + header) / 1e5) / 10
             raise BaseModelError(
-                f"shard_mb: expected at least {math.ceil((needed + header) / 1e5) / 10} for the largest tensor, {name} as "
-                f"{dtype}, got {shard_mb:g}; choose bfloat16, larger shards, or ztok_fast.codec.file_parts"
+                f"shard_mb: expected at least {smallest} for the largest tensor, {name} as {dtype}, "
+                f"got {shard_mb:g}; choose bfloat16, larger shards, or ztok_fast.codec.file_parts"
             )
     converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are stored once
     state = {}

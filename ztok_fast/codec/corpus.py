@@ -181,7 +181,8 @@ def _from_row(row: dict, settings: dict, where: str) -> ZBatch:
     width, levels, ztokens = settings["num_codebooks"], row["levels"], len(row["unit_lengths"])
     if not 1 <= levels <= width or len(row["codes"]) != ztokens * levels:
         raise ZFileError(
-            f"{where}: expected {ztokens} Z-tokens of 1 to {width} levels, got {len(row['codes'])} codes, {levels} levels"
+            f"{where}: expected {ztokens} Z-tokens of 1 to {width} levels, got {len(row['codes'])} codes "
+            f"and {levels} levels"
         )
     try:
         corrections = _corrections_from(row["corrections"])
@@ -193,9 +194,7 @@ def _from_row(row: dict, settings: dict, where: str) -> ZBatch:
             cu_segments=torch.from_numpy(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),
             cu_documents=torch.tensor([0, len(rows)], dtype=torch.int32),
             documents=[
-                DocumentInfo(
-                    row["tokens"], row["budget"], levels, row["sha256"], row["byte_length"], corrections
-                )
+                DocumentInfo(row["tokens"], row["budget"], levels, row["sha256"], row["byte_length"], corrections)
             ],
             codec_fingerprint=settings["codec_fingerprint"],
             codebook_size=settings["codebook_size"],

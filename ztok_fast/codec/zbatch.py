@@ -54,7 +54,7 @@ class DocumentInfo:
 
 @dataclass(eq=False)
 class ZBatch:
-    """Documents as Z-tokens, packed without padding.
+    """Documents as Z-tokens, packed without padding; all tensors are on the CPU.
 
     Attributes:
         codes: int32 ``[K, L]``, the codes of all Z-tokens, document after document; each in
@@ -211,6 +211,8 @@ class ZBatch:
             if not isinstance(value, torch.Tensor) or value.dtype != torch.int32 or value.dim() != dims:
                 got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ZBatchError(f"{name}: expected an int32 tensor of {dims} dimension(s), got {got}")
+            if value.device.type != "cpu":
+                raise ZBatchError(f"{name}: expected a tensor on the CPU, got one on {value.device}")
         if not 1 <= self.num_codebooks <= MAX_CODEBOOKS:
             raise ZBatchError(f"codes: expected 1 to {MAX_CODEBOOKS} codebooks, got shape {list(self.codes.shape)}")
         if len(self.unit_lengths) != self.ztokens:

@@ -72,7 +72,7 @@ def to_tensors(batch: ZBatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     documents = []
     for index, one in enumerate(batch):
         info = one.documents[0]
-        parts["codes"].append(pack_codes(one.codes[:, : info.levels].cpu().numpy(), code_bits).tobytes())
+        parts["codes"].append(pack_codes(one.codes[:, : info.levels].numpy(), code_bits).tobytes())
         documents.append(
             {
                 "tokens": info.tokens,
