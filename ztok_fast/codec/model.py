@@ -109,8 +109,10 @@ class ZTokModel(nn.Module):
         self.end_projection = nn.Parameter(torch.zeros_like(projection))
         self.mean_projection = nn.Parameter(projection.clone())
         self.binding = nn.Parameter(gates)
-        self.hidden_gain = nn.Parameter(torch.tensor(0.1))
-        self.embedding_gain = nn.Parameter(torch.tensor(1.0 / rms))
+        # The embedding, normalised, is one of as many points as there are tokens, which a codebook can hold exactly;
+        # the hidden state spreads each point out, so it starts small.
+        self.hidden_gain = nn.Parameter(torch.tensor(0.02))
+        self.embedding_gain = nn.Parameter(torch.tensor(1.0))
         self.codebooks = nn.Parameter(torch.randn(config.num_codebooks, config.codebook_size, latent) * 0.1)
         self.budget_embedding = nn.Parameter(torch.zeros(2, width))
         self.z_projection = nn.Linear(latent, width)
@@ -183,7 +185,8 @@ class ZTokModel(nn.Module):
         # reconstruction pulls on it far harder than the terms that say where Z-tokens go.
         even = (1.0 / lengths[unit] + MASS_STEP).clamp(max=1.0)
         even = even + MASS_GRADIENT * (scaled - scaled.detach())
-        rows = (self.hidden_gain * hidden + self.embedding_gain * embeds) * self.binding[gate]
+        words = nn.functional.normalize(embeds.float(), dim=-1) * embeds.shape[1] ** 0.5
+        rows = (self.hidden_gain * hidden + self.embedding_gain * words.to(hidden.dtype)) * self.binding[gate]
         quantized = quantize_ragged(
             rows, even, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
         )

@@ -24,7 +24,7 @@ from ztok_fast.train.batches import Batch
 class LossWeights:
     """Weights λ of the terms beside CE(x | Z); a term of weight 0 is not computed."""
 
-    commitment: float = 0.25
+    commitment: float = 1.0
     codebook: float = 1.0
     length: float = 10.0
     usage: float = 0.01
@@ -35,8 +35,8 @@ class LossWeights:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"loss weight {f.name}: expected a number of at least 0, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"loss weight {f.name}: expected a finite number of at least 0, got {value!r}")
 
 
 @dataclass
@@ -112,7 +112,8 @@ class Objective(nn.Module):
             terms["density"] = ((encoded.raw_mass - target) * ratio[group]).square().mean()
         if (weights.zspace or weights.answer) and quantizing:
             zspace, answer = self._inferencer(batch, encoded, embeddings)
-            terms["zspace"] = zspace
+            if weights.zspace:
+                terms["zspace"] = zspace
             if answer is not None:
                 terms["answer"] = answer
         terms["total"] = terms["reconstruction"] + sum(
@@ -167,7 +168,8 @@ class Objective(nn.Module):
         table = embeddings.detach()
         one_each = torch.arange(groups + 1, dtype=torch.int32, device=device)
         texts = [
-            ([], []) if not c.answer else (c.question, [*c.answer, self._end_token()]) for c in batch.chunks
+            (c.question, [*c.answer, *model.adapted.end_tokens[:1]]) if c.answer and self.weights.answer else ([], [])
+            for c in batch.chunks
         ]
         question, cu_question = _pack([q for q, _ in texts], device)
         answer, cu_answer = _pack([a for _, a in texts], device)
@@ -210,10 +212,6 @@ class Objective(nn.Module):
         # The row before each answer token predicts it: the answer mark first, then the answer's own rows.
         logits = model.adapted.logits(hidden[rows[5] - 1]).float()
         return zspace, cross_entropy(logits, answer)
-
-    def _end_token(self) -> int:
-        end = self.model.adapted.model.config.eos_token_id
-        return end[0] if isinstance(end, list) else end
 
 
 def _pack(sequences: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
