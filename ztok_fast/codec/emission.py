@@ -21,7 +21,7 @@ def mass_floor(max_unit_length: int) -> float:
     return 1.0 / max_unit_length + 2.0**-20
 
 
-ADAPTIVITY = 0.3
+ADAPTIVITY = 0.15
 """Share of the mass that follows surprisal; the rest is uniform. More of it makes long units of predictable text,
 which crowd more tokens into one latent."""
 
