@@ -35,6 +35,7 @@ def test_token_texts_of_tokens_that_are_no_text(tokenizer):
 
 def test_mark_units():
     assert report.mark_units(["a", "b", "c", "d"], [1, 3], colour=False) == "a|bcd|"
+    assert report.mark_units(["a", ".\n\n", "b"], [2, 1], colour=False) == "a.|\n\nb|"
     coloured = report.mark_units(["a", "b", "c"], [2, 1], colour=True)
     first, second = coloured.split(report._RESET)[:2]
     assert first.endswith("ab") and second.endswith("c") and first[:-2] != second[:-1]

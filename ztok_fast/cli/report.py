@@ -81,7 +81,11 @@ def mark_units(texts: Sequence[str], unit_lengths: Sequence[int], colour: bool) 
     parts, at = [], 0
     for index, length in enumerate(unit_lengths):
         text = "".join(texts[at : at + length])
-        parts.append(f"{_UNIT_COLOURS[index % len(_UNIT_COLOURS)]}{text}{_RESET}" if colour else f"{text}|")
+        if colour:
+            parts.append(f"{_UNIT_COLOURS[index % len(_UNIT_COLOURS)]}{text}{_RESET}")
+        else:
+            line = text.rstrip("\n")  # a mark at the end of a line is easier to read than one at the start of the next
+            parts.append(f"{line}|{text[len(line) :]}")
         at += length
     return "".join(parts)
 
