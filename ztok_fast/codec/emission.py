@@ -26,6 +26,10 @@ ADAPTIVITY = 0.15
 which crowd more tokens into one latent."""
 
 
+SEGMENT_SPREAD = 0.04
+"""How far apart, in relative mass, the segments of a document are set before scaling."""
+
+
 class HaltingHead(nn.Module):
     """Predicts the relative density of every text token: the logarithm of its mass times r."""
 
@@ -70,7 +74,7 @@ def scale_to_budget(
     cu_segments: torch.Tensor,
     cu_groups: torch.Tensor,
     max_unit_length: int,
-    iterations: int = 14,
+    iterations: int = 16,
 ) -> torch.Tensor:
     """Scale the mass of every group to the most units that are no more than tokens / ratio (one at least).
 
@@ -94,6 +98,11 @@ def scale_to_budget(
         group = torch.repeat_interleave(group_of_segment, lengths)
         groups = len(cu_groups) - 1
         tokens = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, lengths.float())
+        # Segments of equal mass would all gain a unit at the same scale and jump past the budget together; a spread
+        # of a few percent, in golden-ratio steps, lets them gain it one after another.
+        index = torch.arange(len(lengths), device=mass.device) - cu_groups.long()[group_of_segment]
+        spread = 1 + SEGMENT_SPREAD * ((index * 0.6180339887) % 1 - 0.5)
+        spread = spread[torch.repeat_interleave(torch.arange(len(lengths), device=mass.device), lengths)]
         wanted = (tokens / ratio).clamp(min=1.0)
         # From every mass at the floor to every mass at 1: the whole range of what scaling can do.
         reach = max(4.0, math.log2(max_unit_length))
@@ -101,12 +110,12 @@ def scale_to_budget(
         high = torch.full_like(wanted, reach)
         for _ in range(iterations):
             middle = (low + high) / 2
-            counts = halting_units((mass * middle.exp2()[group]).clamp(floor, 1.0), cu_segments).counts
+            counts = halting_units((mass * spread * middle.exp2()[group]).clamp(floor, 1.0), cu_segments).counts
             units = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, counts.float())
             over = units > wanted
             high = torch.where(over, middle, high)
             low = torch.where(over, low, middle)
-        scale = low.exp2()[group]
+        scale = spread * low.exp2()[group]
     return (mass * scale).clamp(floor, 1.0)
 
 
