@@ -11,6 +11,9 @@ import torch
 from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.train.text_data import iter_rows
 
+BARREN_ROWS = 100_000
+"""Rows in a row that give no chunk, after which a stream gives up."""
+
 
 @dataclass
 class Chunk:
@@ -68,6 +71,9 @@ class ChunkStream:
         chunk_tokens: most tokens of a chunk; shorter rests under ``min_tokens`` are left out.
         batch_tokens: a batch is closed when it holds at least this many tokens.
         rank, world: this process reads every ``world``-th row.
+
+    Raises:
+        ValueError: a count out of range; when batches are drawn, :class:`DataError` for a file that cannot be read.
     """
 
     def __init__(
@@ -85,6 +91,14 @@ class ChunkStream:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        for name, value, low in (
+            ("segment_length", segment_length, 1), ("chunk_tokens", chunk_tokens, min_tokens),
+            ("batch_tokens", batch_tokens, 1), ("buffer_chunks", buffer_chunks, 1), ("min_tokens", min_tokens, 1),
+        ):
+            if value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: expected 0 to {world - 1} of {world} processes, got {rank}")
         self.files, self.tokenizer = list(files), tokenizer
         self.segment_length, self.chunk_tokens, self.batch_tokens = segment_length, chunk_tokens, batch_tokens
         self.excluded = tuple(exclude_sources)
@@ -96,16 +110,19 @@ class ChunkStream:
         self._rows: Iterator[dict] | None = None
 
     def _read_rows(self, skip: int) -> Iterator[dict]:
-        per_pass, passed = 0, 0
+        passed = 0
         while True:
+            before = passed
             for path in self.files:
                 for row in iter_rows(path):
-                    per_pass += 1
                     passed += 1
                     if passed > skip:
                         yield row
-            if not per_pass:
+            rows = passed - before
+            if not rows:
                 raise ValueError(f"training files {self.files}: expected at least one row, got none")
+            # Whole passes that are skipped need not be read.
+            passed += max(0, skip - passed) // rows * rows
 
     def _fill(self) -> None:
         if self._rows is None:
@@ -114,7 +131,7 @@ class ChunkStream:
         while len(self.buffer) < self.buffer_chunks:
             row = next(self._rows)
             self.rows_read += 1
-            if self.rows_read % self.world != self.rank % self.world:
+            if self.rows_read % self.world != self.rank:
                 continue
             if self.excluded and str(row.get("source", "")).startswith(self.excluded):
                 chunks = []
@@ -122,10 +139,10 @@ class ChunkStream:
                 chunks = self.chunks_of(row)
             self.buffer += chunks
             without_chunk = 0 if chunks else without_chunk + 1
-            if without_chunk > 100_000:
+            if without_chunk > BARREN_ROWS:
                 raise ValueError(
                     f"training files {self.files}: expected rows of at least {self.min_tokens} tokens "
-                    "outside the excluded sources, got none in 100,000 rows"
+                    f"outside the excluded sources, got none in {BARREN_ROWS:,} rows"
                 )
 
     def chunks_of(self, row: dict) -> list[Chunk]:
@@ -154,6 +171,7 @@ class ChunkStream:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
+        """The next batch: chunks drawn from the buffer until they hold ``batch_tokens``."""
         chosen, count = [], 0
         while count < self.batch_tokens:
             self._fill()

@@ -88,8 +88,8 @@ class CodebookCare:
         """Move codes used less than ``threshold`` times the even share onto residuals of recent latents.
 
         Args:
-            codebooks: ``[L, V, d]``. Its values are swapped for a new tensor, never written in place: a graph built
-                before keeps those it was built with.
+            codebooks: ``[L, V, d]``, written in place. Autograd sees it: a backward pass through a graph built before
+                raises, and never goes on with the new values.
 
         Returns:
             The replaced indices of each level.
@@ -107,7 +107,7 @@ class CodebookCare:
                 self.usage[level, dead] = 1.0 / size
             replaced.append(dead)
             residual = residual - codebook.float()[codebook_assign(residual, codebook.float()).codes.long()]
-        codebooks.data = moved
+        codebooks.copy_(moved)
         return replaced
 
     def perplexity(self) -> list[float]:

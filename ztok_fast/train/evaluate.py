@@ -13,6 +13,9 @@ from ztok_fast.train.text_data import iter_texts
 
 def dev_documents(files, tokenizer, documents: int, tokens: int, exclude_sources=()) -> list[list[int]]:
     """Token documents for evaluation: the first ``tokens`` tokens of up to ``documents`` texts, spread over the files."""
+    for name, value in (("documents", documents), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"evaluation {name}: expected at least 1, got {value}")
     rows = [t for t in iter_texts(files, exclude_sources) if t.strip()]
     if not rows:
         return []
@@ -47,8 +50,12 @@ def evaluate(
         prefix, bits per token), ``length_surprisal_correlation`` (Pearson, between a unit's length and the mean
         surprisal of its tokens under the bare base model; negative when dense text gets shorter units); and
         under ``"base"`` the bare model on the same segments: ``bits_per_token`` and ``accuracy``.
+
+    Raises:
+        ValueError: no document holds text, or a budget that no allocation can reach.
     """
     model, config = codec.model, codec.model.config
+    budgets = [config.check_ratio(budget) for budget in budgets]
     limit = window_tokens(model)
     documents = [d[:limit] for d in documents if d]
     if not documents:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather, reduce
 from tqdm import tqdm
 
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.batches import Batch, ChunkStream
-from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks
+from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_blocks
 from ztok_fast.train.evaluate import dev_documents, evaluate
+from ztok_fast.train.metrics import append_row, drop_rows_after
 from ztok_fast.train.objective import Objective
 from ztok_fast.train.settings import SettingsError, TrainSettings
 
@@ -36,13 +37,19 @@ class Trainer:
     Args:
         settings: the run; base: a loaded :class:`~ztok_fast.codec.base_model.BaseModel` to use instead of
             resolving ``settings.base``.
+
+    Raises:
+        SettingsError: the checkpoint in ``settings.out`` is of other settings, or a part of it is missing.
+        ValueError: a setting or a data file is wrong.
     """
 
     def __init__(self, settings: TrainSettings, base=None) -> None:
         self.settings = settings
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        # Without `cpu` several processes on the CPU would not know of each other, and all write to one folder.
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if torch.cuda.is_available() else "no",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
@@ -90,7 +97,12 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step; returns the folder of the saved codec.
 
-        Ctrl-C, or ``max_minutes``, stops after a checkpoint; the same command goes on from there.
+        Ctrl-C, or ``max_minutes``, stops after the step and a checkpoint; the same command goes on from there. An
+        error saves nothing: the step it came from is half done, and the last checkpoint stays as it is.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not finite.
+            KeyboardInterrupt: Ctrl-C, once the checkpoint is written.
         """
         settings, started = self.settings, time.monotonic()
         progress = tqdm(
@@ -100,7 +112,7 @@ class Trainer:
         saved_at = self.step
         try:
             with _interrupts_between_steps() as interrupted:
-                while self.step < settings.steps and not interrupted:
+                while self.step < settings.steps:
                     row = self.train_step()
                     if self.step == settings.steps or (settings.eval_every and self.step % settings.eval_every == 0):
                         row["eval"] = self.evaluate()
@@ -113,13 +125,14 @@ class Trainer:
                     if self.step % settings.checkpoint_every == 0:
                         self._save()
                         saved_at = self.step
-                    if settings.max_minutes and time.monotonic() - started > settings.max_minutes * 60:
+                    out_of_time = 0 < settings.max_minutes * 60 < time.monotonic() - started
+                    if self._anywhere(out_of_time or bool(interrupted)):
                         break
+                if saved_at != self.step:
+                    self._save()
         finally:
             progress.close()
-            if saved_at != self.step:
-                self._save()
-        if interrupted:
+        if interrupted and self.step < settings.steps:
             raise KeyboardInterrupt
         folder = self.out / "codec"
         if self.accelerator.is_main_process:
@@ -145,21 +158,23 @@ class Trainer:
             with self.accelerator.autocast(), _sync_when(last, self.accelerator, self.objective):
                 terms, encoded = self.objective(batch, ratio, part_phase)
                 self.accelerator.backward(terms["total"] / settings.accumulation)
-            self.care.observe(encoded.quantized.latents, encoded.quantized.usage if phase.blend > 0 else None)
+            # Usage is counted over all processes, so that they agree on which codes are dead.
+            self.care.observe(encoded.quantized.latents, reduce(encoded.quantized.usage) if phase.blend > 0 else None)
             tokens, units = tokens + len(batch.tokens), units + encoded.total_units
             for name, value in terms.items():
                 row[name] = row.get(name, 0.0) + value.item() / settings.accumulation
-        if not torch.isfinite(torch.tensor(row["total"])):
-            raise FloatingPointError(
-                f"step {self.step + 1}: the loss is {row['total']}; lower learning_rate (now {settings.learning_rate}). "
-                f"The last checkpoint in {self.out} is from before."
-            )
+        # No process may go on alone, so all of them look at whether any has a loss that is not finite.
+        if self._anywhere(not math.isfinite(row["total"])):
+            self._diverged("loss", row["total"])
         norm = self.accelerator.clip_grad_norm_(self.model.trainable_parameters().values(), settings.gradient_clip)
+        if not math.isfinite(norm):
+            self._diverged("norm of its gradient", float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if phase.blend > 0 and settings.dead_code_every and self.step % settings.dead_code_every == 0:
             row["codes_replaced"] = self._replace_dead()
+        keep_blocks(self.model.codebooks)
         row.update(
             gradient_norm=float(norm), ratio=tokens / max(1, units), blend=phase.blend, sampling=phase.sampling,
             codes_alive=self.care.alive(), perplexity=self.care.perplexity(),
@@ -172,6 +187,19 @@ class Trainer:
         if not self.dev or not self.accelerator.is_main_process:
             return {}
         return evaluate(self.codec, self.dev, self.model.config.budgets, quantized=self.step > self.settings.continuous_steps)
+
+    def _diverged(self, what: str, value: float) -> None:
+        kept = self.out / CHECKPOINT
+        raise FloatingPointError(
+            f"step {self.step + 1}: the {what} is {value}; lower learning_rate (now {self.settings.learning_rate}). "
+            + (f"{kept} is from before." if kept.is_file() else "There is no checkpoint yet.")
+        )
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process; all of them get the same answer."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(gather(torch.tensor([flag], device=self.accelerator.device)).any())
 
     def _draw_ratios(self, batch: Batch, part: int) -> torch.Tensor:
         budgets = torch.tensor(self.model.config.budgets, dtype=torch.float32)
@@ -194,15 +222,16 @@ class Trainer:
             stored += encoded.total_units
         latents = gather(self.care.latents.to(self.accelerator.device))
         initialise_codebooks(
-            self.model.codebooks.data, latents, self.settings.kmeans_iterations, self.settings.seed
+            self.model.codebooks, latents, self.settings.kmeans_iterations, self.settings.seed
         )
         broadcast(self.model.codebooks.data)
 
     def _replace_dead(self) -> int:
-        draw = torch.Generator().manual_seed(self.settings.seed * 31 + self.step)
-        replaced = self.care.replace_dead(self.model.codebooks.data, self.settings.dead_code_threshold, draw)
-        broadcast(self.model.codebooks.data)
-        moments = self.optimizer.state.get(self.model.codebooks, {})
+        """Replace dead codes, the same ones with the same values in every process; returns how many."""
+        codebooks, draw = self.model.codebooks, torch.Generator().manual_seed(self.settings.seed * 31 + self.step)
+        replaced = self.care.replace_dead(codebooks, self.settings.dead_code_threshold, draw)
+        broadcast(codebooks.data)
+        moments = self.optimizer.state.get(codebooks, {})
         for level, dead in enumerate(replaced):
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in moments:
@@ -211,8 +240,7 @@ class Trainer:
 
     def _log(self, row: dict) -> None:
         if self.accelerator.is_main_process:
-            with (self.out / METRICS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
+            append_row(self.out / METRICS, row)
 
     def _save(self) -> None:
         streams = self.stream.state()
@@ -249,12 +277,18 @@ class Trainer:
         optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         if self.accelerator.process_index:
-            state = torch.load(
-                self.out / f"stream-{self.accelerator.process_index}.pt", map_location="cpu", weights_only=True
-            )
+            own_part = self.out / f"stream-{self.accelerator.process_index}.pt"
+            if own_part.is_file():
+                state = torch.load(own_part, map_location="cpu", weights_only=True)
+            if not own_part.is_file() or state["step"] != self.step:
+                raise SettingsError(
+                    f"{own_part}: expected the stream of process {self.accelerator.process_index} at step {self.step}, "
+                    f"got {'none' if not own_part.is_file() else state['step']}; go on with as many processes as before"
+                )
         self.stream.load_state(state["stream"])
         self.care.load_state(state["care"])
-        _truncate_metrics(self.out / METRICS, self.step)
+        if self.accelerator.is_main_process:
+            drop_rows_after(self.out / METRICS, self.step)
 
 
 @contextmanager
@@ -281,13 +315,5 @@ def _interrupts_between_steps() -> Iterator[list[int]]:
 
 
 def _sync_when(last: bool, accelerator: Accelerator, module):
-    from contextlib import nullcontext
-
     return nullcontext() if last else accelerator.no_sync(module)
 
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop the rows of steps after the checkpoint, which the resumed run writes again."""
-    if path.is_file():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")

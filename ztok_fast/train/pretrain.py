@@ -6,7 +6,6 @@ from the seed, and a checkpoint holds the model, the optimiser and the step.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -19,10 +18,14 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ztok_fast.train.settings import check_types, load_yaml
+from ztok_fast.train.metrics import append_row, drop_rows_after
+from ztok_fast.train.settings import SettingsError, check_types, load_yaml
 from ztok_fast.train.text_data import iter_texts
 
 END_OF_TEXT = "<|endoftext|>"
+
+MODEL_SETTINGS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "context")
+"""Settings that a checkpoint's model and the order of its blocks depend on."""
 
 
 @dataclass
@@ -67,17 +70,21 @@ class PretrainConfig:
         return config
 
     def validate(self) -> None:
+        """Raise :class:`SettingsError` (a ``ValueError``) that names the first setting that is not right."""
         check_types(self, "pretrain setting")
-        for name in ("vocab_size", "hidden_size", "num_layers", "context", "batch_size", "steps"):
+        for name in (
+            "vocab_size", "tokenizer_chars", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+            "context", "batch_size", "steps", "checkpoint_every", "eval_every",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"pretrain setting {name}: expected a positive number, got {getattr(self, name)}")
+                raise SettingsError(f"pretrain setting {name}: expected a positive number, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise SettingsError(
                 "pretrain settings: expected hidden_size divisible by num_heads and num_heads by num_kv_heads, "
                 f"got {self.hidden_size}, {self.num_heads}, {self.num_kv_heads}"
             )
         if not self.train_files:
-            raise ValueError("pretrain setting train_files: expected at least one file, got none")
+            raise SettingsError("pretrain setting train_files: expected at least one file, got none")
 
 
 def train_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
@@ -123,13 +130,18 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> L
 
 
 def token_stream(paths, exclude, tokenizer, cache: Path) -> np.ndarray:
-    """All texts as one ``uint16``/``uint32`` token array, an end-of-text token after each; kept in ``cache``."""
+    """All texts as one ``uint16``/``uint32`` token array, an end-of-text token after each; kept in ``cache``.
+
+    A kept array is used whatever the files hold by then, so that a run goes on with the text it began with.
+    """
     if cache.is_file():
         return np.load(cache, mmap_mode="r")
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     pieces, batch = [], []
 
     def flush():
+        if not batch:
+            return
         for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
             pieces.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype))
         batch.clear()
@@ -139,6 +151,8 @@ def token_stream(paths, exclude, tokenizer, cache: Path) -> np.ndarray:
         if len(batch) == 256:
             flush()
     flush()
+    if not pieces:
+        raise ValueError(f"text files {list(paths)}: expected at least one text outside the excluded sources, got none")
     stream = np.concatenate(pieces)
     temporary = cache.with_suffix(".tmp.npy")
     np.save(temporary, stream)
@@ -188,6 +202,8 @@ def next_token_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tens
 def dev_bits_per_token(model, stream: np.ndarray, config: PretrainConfig, blocks: int = 64) -> float:
     """Bits per token on the first ``blocks`` blocks of the dev text."""
     count = min(blocks, (len(stream) - 1) // config.context)
+    if count < 1:
+        raise ValueError(f"dev text: expected more than {config.context} tokens, got {len(stream)}")
     rows = [np.asarray(stream[i * config.context : (i + 1) * config.context + 1], np.int64) for i in range(count)]
     losses = [
         next_token_loss(model, torch.from_numpy(np.stack(rows[i : i + config.batch_size]))).item()
@@ -202,6 +218,9 @@ def pretrain(config: PretrainConfig) -> Path:
 
     ``config.out`` receives ``tokens-*.npy``, ``checkpoint.pt`` (replaced atomically),
     ``metrics.jsonl`` and, when the last step is done, ``model/`` in Hugging Face format.
+
+    Raises:
+        ValueError: a setting or data file is wrong, or the checkpoint is of a model of other sizes.
     """
     config.validate()
     if config.threads:
@@ -226,30 +245,28 @@ def pretrain(config: PretrainConfig) -> Path:
         lr=config.learning_rate,
         betas=(0.9, 0.95),
     )
-    first = _resume(out / "checkpoint.pt", model, optimizer)
+    first = _resume(out / "checkpoint.pt", model, optimizer, config)
+    metrics = out / "metrics.jsonl"
+    drop_rows_after(metrics, first)
     started = time.monotonic()
-    with (out / "metrics.jsonl").open("a") as metrics:
-        progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="pretrain", mininterval=5)
-        for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            loss = next_token_loss(model, blocks_of_step(train, step, config))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            row = {"step": step + 1, "loss": loss.item(), "lr": learning_rate(step, config)}
-            row["tokens_per_second"] = (
-                (step + 1 - first) * config.batch_size * config.context / (time.monotonic() - started)
-            )
-            done = step + 1 == config.steps
-            if dev is not None and (done or (step + 1) % config.eval_every == 0):
-                row["dev_bits_per_token"] = dev_bits_per_token(model, dev, config)
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if done or (step + 1) % config.checkpoint_every == 0:
-                _save(out / "checkpoint.pt", model, optimizer, step + 1, config)
+    progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="pretrain", mininterval=5)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        loss = next_token_loss(model, blocks_of_step(train, step, config))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        row = {"step": step + 1, "loss": loss.item(), "lr": learning_rate(step, config)}
+        row["tokens_per_second"] = (step + 1 - first) * config.batch_size * config.context / (time.monotonic() - started)
+        done = step + 1 == config.steps
+        if dev is not None and (done or (step + 1) % config.eval_every == 0):
+            row["dev_bits_per_token"] = dev_bits_per_token(model, dev, config)
+        append_row(metrics, row)
+        progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        if done or (step + 1) % config.checkpoint_every == 0:
+            _save(out / "checkpoint.pt", model, optimizer, step + 1, config)
     folder = out / "model"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -263,10 +280,13 @@ def _save(path: Path, model, optimizer, step: int, config: PretrainConfig) -> No
     os.replace(temporary, path)
 
 
-def _resume(path: Path, model, optimizer) -> int:
+def _resume(path: Path, model, optimizer, config: PretrainConfig) -> int:
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
+    changed = [name for name in MODEL_SETTINGS if state["config"][name] != getattr(config, name)]
+    if changed:
+        raise SettingsError(f"{path}: expected a checkpoint of the same model, got another {changed}; choose another `out`")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

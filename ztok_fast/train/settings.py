@@ -82,12 +82,28 @@ class TrainSettings:
         for name in ("noise", "noise_end", "sampling", "sampling_start", "level_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"training setting {name}: expected a share in [0, 1], got {getattr(self, name)}")
+        for name, low in (
+            ("checkpoint_every", 1), ("eval_documents", 1), ("eval_tokens", 1), ("kmeans_iterations", 1),
+            ("continuous_steps", 0), ("blend_steps", 0), ("warmup_steps", 0), ("surprisal_steps", 0), ("eval_every", 0),
+            ("dead_code_every", 0), ("dead_code_threshold", 0), ("max_minutes", 0), ("threads", 0), ("seed", 0),
+            ("module_learning_rate", 0),
+        ):
+            if not low <= getattr(self, name) < math.inf:
+                raise SettingsError(f"training setting {name}: expected at least {low}, got {getattr(self, name)}")
+        for name in ("learning_rate", "codebook_learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"training setting {name}: expected a number above 0, got {getattr(self, name)}")
         if not self.train_files:
             raise SettingsError("training setting train_files: expected at least one file, got none")
         if self.continuous_steps >= self.steps:
             raise SettingsError(
                 f"training setting continuous_steps: expected fewer than steps ({self.steps}), so that the codec "
                 f"is trained quantised, got {self.continuous_steps}"
+            )
+        if self.sampling and self.sampling_start >= 1:
+            raise SettingsError(
+                "training setting sampling_start: expected less than 1, so that some steps draw from the model's own "
+                f"predictions, got {self.sampling_start}; sampling 0 switches it off"
             )
         self.codec_config()
         self.loss_weights()

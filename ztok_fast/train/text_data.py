@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def iter_rows(path: str | Path) -> Iterator[dict]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parse(path, number, line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"data file {path}: cannot be read as UTF-8 JSON lines: {error}") from error
 
 
