@@ -33,7 +33,7 @@ def find_corrections(
     Args:
         documents: the true tokens of each window.
         batch_tokens: text tokens of one teacher-forced pass.
-        progress: called with the number of tokens of each window verified.
+        progress: called with the number of tokens just verified; equal windows are verified once.
     """
     unique = {tuple(d): i for i, d in reversed(list(enumerate(documents)))}
     corrections: dict[tuple, dict[int, int]] = {}
@@ -48,6 +48,9 @@ def find_corrections(
             corrections[tokens] = {p: t for p, t in enumerate(tokens) if wanted[at + p]}
             at += len(tokens)
     _verify(model, windows, members, corrections, progress)
+    repeated = sum(map(len, documents)) - sum(len(tokens) for tokens, _ in members)
+    if progress and repeated:
+        progress(repeated)
     return [corrections[tuple(d)] for d in documents]
 
 

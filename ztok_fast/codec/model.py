@@ -286,7 +286,7 @@ class ZTokModel(nn.Module):
     def surprisal(self, tokens: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
         """Bits of every token under the bare base model, each segment on its own, fp32 ``[T]``.
 
-        The first token of a segment has nothing before it; it gets the mean of the others.
+        The first token of a segment has nothing before it; it gets the mean of all others that are given.
         """
         total = len(tokens)
         position = position_in_sequence(cu_segments, total)
