@@ -196,7 +196,7 @@ from tests.codec.tiny_codec import tiny_base
 from tests.train.tiny_run import tiny_settings
 from ztok_fast.train.loop import Trainer
 
-settings = tiny_settings(Path(sys.argv[1]), accumulation=2, dead_code_every=1)
+settings = tiny_settings(Path(sys.argv[1]), accumulation=2, dead_code_every=1, max_minutes=float(sys.argv[2]))
 trainer = Trainer(settings, tiny_base())
 assert trainer.accelerator.num_processes == 2
 trainer.run()
@@ -214,10 +214,10 @@ def test_two_processes_train_one_model(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         str(tmp_path / "train_two.py"), str(tmp_path),
-    ]
+    ]  # and the minutes after which all stop
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    for steps in (8, 8):  # the second one resumes, and finds nothing left to do
-        result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    for minutes, steps in (("1e-9", 1), ("0", 8)):  # stops after a step; goes on from there
+        result = subprocess.run([*command, minutes], cwd=root, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
         one, two = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
         for name in one["state"]:

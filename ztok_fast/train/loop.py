@@ -159,7 +159,8 @@ class Trainer:
                 terms, encoded = self.objective(batch, ratio, part_phase)
                 self.accelerator.backward(terms["total"] / settings.accumulation)
             # Usage is counted over all processes, so that they agree on which codes are dead.
-            self.care.observe(encoded.quantized.latents, reduce(encoded.quantized.usage) if phase.blend > 0 else None)
+            usage = reduce(encoded.quantized.usage, "sum") if phase.blend > 0 else None
+            self.care.observe(encoded.quantized.latents, usage)
             tokens, units = tokens + len(batch.tokens), units + encoded.total_units
             for name, value in terms.items():
                 row[name] = row.get(name, 0.0) + value.item() / settings.accumulation
@@ -186,7 +187,8 @@ class Trainer:
         """Teacher-forced and free-running accuracy on the dev documents at every budget; empty without dev files."""
         if not self.dev or not self.accelerator.is_main_process:
             return {}
-        return evaluate(self.codec, self.dev, self.model.config.budgets, quantized=self.step > self.settings.continuous_steps)
+        quantized = self.step > self.settings.continuous_steps
+        return evaluate(self.codec, self.dev, self.model.config.budgets, quantized=quantized)
 
     def _diverged(self, what: str, value: float) -> None:
         kept = self.out / CHECKPOINT
