@@ -95,11 +95,17 @@ def training_table(rows: list[dict]) -> str:
     """The evaluations during training, thinned to a few, and the last step's codebook use.
 
     Raises:
-        CardError: the run has no step, or none with an evaluation.
+        CardError: the run has no step.
     """
+    if not rows:
+        raise CardError("metrics: expected at least one step, got none")
     evaluated = [row for row in rows if row.get("eval")]
     if not evaluated:
-        raise CardError("metrics: expected at least one row with an evaluation, got none")
+        return (
+            f"The run ended after {rows[-1]['step']:,} steps, before its first evaluation. On its training batches "
+            f"{percent(rows[0]['accuracy'])} of the tokens were right at the first step and "
+            f"{percent(rows[-1]['accuracy'])} at the last, given the true prefix (budgets mixed)."
+        )
     stride = -(-len(evaluated) // HISTORY)
     cells = []
     for row in evaluated[::-1][::stride][::-1]:

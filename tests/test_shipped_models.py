@@ -80,4 +80,4 @@ def test_the_same_input_gives_the_same_codes(codec):
 
 def test_shipped_files_are_small():
     assert sum(f.stat().st_size for f in (MODELS / "ztok-mini").rglob("*") if f.is_file()) <= 20_000_000
-    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) <= 60_000_000
+    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) <= 40_000_000
