@@ -140,8 +140,13 @@ def test_the_training_table_is_thinned_to_the_last_evaluation():
     rows = [{"step": n, "eval": {"base": {}, "2": own}, "codes_alive": [1], "perplexity": [1.0]} for n in range(1, 100)]
     steps = [int(line.split("|")[1]) for line in training_table(rows).splitlines()[2:] if line.startswith("|")]
     assert len(steps) <= 8 and steps[-1] == 99 and steps == sorted(steps)
-    with pytest.raises(CardError, match="at least one row with an evaluation"):
-        training_table([{"step": 1, "codes_alive": [1], "perplexity": [1.0]}])
+
+
+def test_a_run_that_ended_before_its_first_evaluation_says_so():
+    text = training_table([{"step": 1, "accuracy": 0.25}, {"step": 20, "accuracy": 0.5}])
+    assert "after 20 steps, before its first evaluation" in text and "25.0 %" in text and "50.0 %" in text
+    with pytest.raises(CardError, match="at least one step"):
+        training_table([])
 
 
 def test_tables():
