@@ -55,8 +55,7 @@ def initialise_codebooks(codebooks: torch.Tensor, latents: torch.Tensor, iterati
 def keep_blocks(codebooks: torch.Tensor) -> None:
     """Clear, in place, what ``codebooks [L, V, d]`` hold outside their own block of columns.
 
-    Left free, the first levels took in the blocks of the others: their search then followed the whole latent, fewer
-    codes were used (perplexity 1,024 → 760 in 150 steps) and accuracy stood still.
+    Left free, the first levels would take in the blocks of the others, and their search would follow the whole latent.
     """
     for codebook, (begin, end) in zip(codebooks, block_bounds(codebooks.shape[2], len(codebooks))):
         codebook[:, :begin] = 0
