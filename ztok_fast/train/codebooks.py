@@ -41,8 +41,7 @@ def initialise_codebooks(codebooks: torch.Tensor, latents: torch.Tensor, iterati
     """Fill ``codebooks [L, V, d]`` in place with k-means of ``latents [N, d]``.
 
     Level l clusters block l of the latent's columns, so that each level starts with a share of the columns to
-    itself: as a product quantiser, which keeps tokens bound to different blocks apart. (k-means of whole residuals
-    left 17 % of the energy at 40 bits in 32 columns.)
+    itself: as a product quantiser, which keeps tokens bound to different blocks apart.
     """
     generator = torch.Generator(device=latents.device).manual_seed(seed)
     codebooks.zero_()
