@@ -1,73 +1,132 @@
-"""The CUDA sources compile for every architecture that is shipped, and the kernels stay in registers; no GPU needed."""
+"""The CUDA kernels compile for every architecture that is shipped and stay in registers; no GPU needed.
+
+What is checked of each kernel is in `tests/build/cuda_kernels.py`.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from tests.build.cuda_kernels import KERNELS
+
 ROOT = Path(__file__).resolve().parents[2]
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-ARCHITECTURES = ["80", "90a"]
+SOURCES = ROOT / "csrc/cuda"
+
+
+def toolkit_program(name: str) -> str | None:
+    """A program of the CUDA toolkit; Triton's wheel brings some of them as well."""
+    triton = importlib.util.find_spec("triton")
+    bundled = [f"{folder}/backends/nvidia/bin" for folder in (triton.submodule_search_locations if triton else ())]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(["/usr/local/cuda/bin", *bundled]))
+
+
+NVCC, CUOBJDUMP, CUFILT = (toolkit_program(name) for name in ("nvcc", "cuobjdump", "cu++filt"))
 PTXAS_ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-# The instantiations that ragged.cu launches, with the widest and the narrowest unit among them.
-KERNEL_SOURCE = """
-#include "ragged_kernel.cuh"
-#define INSTANTIATE(Unit, Offset) \\
-  template __global__ void ztok::ragged_pack_kernel<Unit, Offset>( \\
-      const Unit*, const Offset*, Unit*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-INSTANTIATE(uint4, int32_t)
-INSTANTIATE(uint4, int64_t)
-INSTANTIATE(uint32_t, int32_t)
-INSTANTIATE(uint8_t, int64_t)
-"""
+CASES = [
+    pytest.param(kernel, arch, id=f"{kernel.name.removeprefix('ztok::').replace('ztok::', '')}-sm_{arch}")
+    for kernel in KERNELS
+    for arch in kernel.architectures
+]
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 
 
-def compile_cubin(source: Path, arch: str, *options: str) -> tuple[Path, str]:
-    cubin = source.with_suffix(f".{arch}.cubin")
-    command = [NVCC, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc/cuda'}", *options]
-    result = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
+class Compiled(NamedTuple):
+    """What the toolkit says of one kernel."""
+
+    resources: dict[str, str]
+    code: str
+    is_sass: bool
+
+
+def normal(name: str) -> str:
+    return re.sub(r"\s+", "", name)
+
+
+def run(*command: str | Path) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return cubin, result.stderr
+    return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kernels_use_neither_local_memory_nor_spills(tmp_path, arch):
-    source = tmp_path / "kernels.cu"
-    source.write_text(KERNEL_SOURCE)
-    cubin, log = compile_cubin(source, arch, "-Xptxas=-v")
-    assert cubin.stat().st_size > 0
-    entries = [match.groupdict() for match in PTXAS_ENTRY.finditer(log)]
-    assert len(entries) == KERNEL_SOURCE.count("INSTANTIATE(u"), log
-    for entry in entries:
-        assert entry["arch"] == arch
-        assert (entry["stack"], entry["stores"], entry["loads"]) == ("0", "0", "0"), entry
-        # 64 registers let 4 blocks of 256 threads run on one multiprocessor.
-        assert int(entry["registers"]) <= 64, entry
+def demangled(name: str) -> str:
+    """Without return type and arguments. Demanglers disagree on blanks, so it is compared without any."""
+    full = normal(run(CUFILT or "c++filt", name)).removeprefix("void")
+    depth = 0
+    for position, letter in enumerate(full):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return full[:position]
+    return full
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_wide_unit_moves_16_bytes_at_once(tmp_path, arch):
-    source = tmp_path / "kernels.cu"
-    source.write_text(KERNEL_SOURCE)
-    ptx = tmp_path / "kernels.ptx"
-    command = [NVCC, "-O3", "-std=c++17", "-ptx", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc/cuda'}", str(source)]
-    subprocess.run([*command, "-o", str(ptx)], check=True, capture_output=True)
-    entries = ptx.read_text().split(".visible .entry")[1:]
-    wide = [entry for entry in entries if "5uint4" in entry.split("(")[0]]
-    assert len(wide) == 2
-    for entry in wide:
-        assert re.search(r"ld\.global[.\w]*\.v4\.\w32", entry) and re.search(r"st\.global[.\w]*\.v4\.\w32", entry)
+def nvcc(kind: str, source: Path, arch: str) -> tuple[Path, str]:
+    target = source.with_suffix(f".{arch}.{kind}")
+    # The flags of CMake's release build.
+    options = ("-O3", "-DNDEBUG", "-std=c++17", f"-arch=sm_{arch}", f"-I{SOURCES}", f"-I{ROOT / 'csrc/common'}")
+    return target, run(NVCC, *options, "-Xptxas=-v", f"-{kind}", source, "-o", target)
+
+
+def split_code(text: str, entry: re.Pattern) -> dict[str, str]:
+    """Mangled name -> code, from text in which `entry` matches the line that begins a kernel."""
+    marks = list(entry.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return {mark.group(1): text[mark.end() : end] for mark, end in zip(marks, ends)}
+
+
+@functools.cache
+def compiled(header: str, arch: str) -> dict[str, Compiled]:
+    """Compile all kernels of a header in one translation unit; normalised name -> what came of it."""
+    names = [kernel.name for kernel in KERNELS if kernel.header == header and arch in kernel.architectures]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernels.cu")
+        # Taking its address instantiates a kernel, whatever its parameters are.
+        addresses = "".join(f"    reinterpret_cast<const void*>(&{name}),\n" for name in names)
+        source.write_text(f'#include "{header}"\nextern const void* const kernels[] = {{\n{addresses}}};\n')
+        cubin, log = nvcc("cubin", source, arch)
+        resources = {match["name"]: match.groupdict() for match in PTXAS_ENTRY.finditer(log)}
+        if CUOBJDUMP:
+            code = split_code(run(CUOBJDUMP, "-sass", cubin), re.compile(r"Function : (\w+)"))
+        else:
+            code = split_code(nvcc("ptx", source, arch)[0].read_text(), re.compile(r"\.entry (\w+)\("))
+    return {demangled(name): Compiled(resources[name], code[name], CUOBJDUMP is not None) for name in resources}
+
+
+@pytest.mark.parametrize(("kernel", "arch"), CASES)
+def test_kernel_stays_in_registers_and_uses_the_instructions_it_should(kernel, arch):
+    found = compiled(kernel.header, arch)
+    assert normal(kernel.name) in found, sorted(found)
+    resources, code, is_sass = found[normal(kernel.name)]
+    assert resources["arch"] == arch
+    assert (resources["stack"], resources["stores"], resources["loads"]) == ("0", "0", "0"), resources
+    assert int(resources["registers"]) <= kernel.registers, resources
+    for instruction in kernel.instructions:
+        pattern = instruction.sass if is_sass else instruction.ptx
+        assert re.search(pattern, code), f"no {pattern} in\n{code}"
+
+
+def test_every_kernel_is_in_the_table():
+    defined = {
+        (path.name, name)
+        for path in SOURCES.glob("*.cu*")
+        for name in re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", path.read_text())
+    }
+    assert defined == {(kernel.header, re.search(r"(\w+)(<|$)", kernel.name)[1]) for kernel in KERNELS}
 
 
 def test_spill_detection_sees_spills(tmp_path):
@@ -82,7 +141,7 @@ def test_spill_detection_sees_spills(tmp_path):
         "  for (int i = 0; i < 64; ++i) x[i * 32 + threadIdx.x] = v[i];\n"
         "}\n"
     )
-    _, log = compile_cubin(source, "80", "-Xptxas=-v")
+    _, log = nvcc("cubin", source, "80")
     entry = PTXAS_ENTRY.search(log)
     assert entry is not None, log
     assert int(entry["stores"]) > 0 or int(entry["stack"]) > 0
