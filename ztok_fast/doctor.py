@@ -123,8 +123,8 @@ def render(report: dict) -> str:
         if entry["device"] != device:
             device = entry["device"]
             lines += ["", f"ops on {device}"]
-        lines.append(f"  {entry['op']:<20} {entry['backend'] or 'NONE: ' + entry['error']}")
-        lines += [f"  {'':<20}   not {name}: {'; '.join(why)}" for name, why in entry["others"].items()]
+        lines.append(f"  {entry['op']:<26} {entry['backend'] or 'NONE: ' + entry['error']}")
+        lines += [f"  {'':<26}   not {name}: {'; '.join(why)}" for name, why in entry["others"].items()]
     return "\n".join(lines)
 
 

@@ -2,8 +2,11 @@
 
 A test that asks for `backend` and carries `@pytest.mark.op("name")` runs once per (backend, device) row of the
 requirements table; what is not present on this machine is skipped with the table's own reason. Inside the test the
-backend is forced, and `device` is the device to put the inputs on.
+backend is forced, and `device` is the device to put the inputs on. The backward pass of the op is forced along with it;
+a backend that has none of its own is tested with the reference's.
 """
+
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -45,7 +48,11 @@ def pytest_generate_tests(metafunc):
 def backend(request):
     """The backend under test, forced for its op while the test runs."""
     op = request.node.get_closest_marker("op").args[0]
-    with ztok_fast.backend(request.param, ops=[op]):
+    with ExitStack() as forced:
+        forced.enter_context(ztok_fast.backend(request.param, ops=[op]))
+        backward = f"{op}_backward"
+        if backward in requirements.ops() and request.param not in {r.backend for r in requirements.rows_of(backward)}:
+            forced.enter_context(ztok_fast.backend("reference", ops=[backward]))
         yield request.param
 
 

@@ -15,9 +15,14 @@ CPU = torch.device("cpu")
 
 
 def marked_codebook_assign(x, codebook, metric):
-    """A second backend of `codebook_assign`, told by its impossible codes."""
+    """A second backend of `codebook_assign`, told by its codes: of equal ones not the lowest."""
     distances, codes = reference.codebook_assign(x, codebook, metric)
-    return distances, codes - 1000
+    return distances, codes + 2
+
+
+def marked_codebook_assign_backward(x, codebook, codes, grad_distances, metric):
+    """Its backward pass, told by its gradient."""
+    return torch.full_like(x, 1000.0), torch.zeros_like(codebook)
 
 
 @pytest.fixture
@@ -40,7 +45,33 @@ def assign(width=4, dtype=torch.float32):
     return codes.tolist()
 
 
-REFERENCE, MARKED = [0, 0], [-1000, -1000]
+REFERENCE, MARKED = [0, 0], [2, 2]
+
+
+@pytest.fixture
+def marked_backward(marked, monkeypatch):
+    """The same backend with a backward pass."""
+    row = Requirement(
+        op="codebook_assign_backward",
+        backend="marked",
+        implementation="tests.ops.test_dispatch:marked_codebook_assign_backward",
+        max_width=8,
+    )
+    monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))
+
+
+def distances(width=4, device="cpu"):
+    """A leaf and distances that depend on it."""
+    x = torch.ones(2, width, device=device, requires_grad=True)
+    return x, ops.codebook_assign(x, torch.zeros(3, width, device=device), "dot").distances.sum()
+
+
+def gradient(width=4):
+    x, total = distances(width)
+    return torch.autograd.grad(total, x)[0].unique().tolist()
+
+
+REFERENCE_GRADIENT, MARKED_GRADIENT = [0.0], [1000.0]
 
 
 @pytest.mark.parametrize("op", requirements.ops())
@@ -77,6 +108,31 @@ def test_unmet_needs_are_said(marked):
         "takes torch.float32, not torch.float64",
         "takes a width of at most 8, not 9",
     ]
+
+
+def test_other_arguments_dtypes_are_compared(monkeypatch):
+    narrow = Requirement(
+        op="codebook_assign",
+        backend="narrow",
+        implementation="tests.ops.test_dispatch:marked_codebook_assign",
+        argument_dtypes=(torch.float16, torch.float32),
+    )
+    monkeypatch.setattr(requirements, "REQUIREMENTS", (narrow, *requirements.REQUIREMENTS))
+    assert requirements.unmet(narrow, CPU, torch.float64, argument_dtypes={torch.bfloat16, torch.float64}) == [
+        "takes torch.float16, torch.float32 beside the main tensor, not torch.bfloat16, torch.float64"
+    ]
+    x = torch.ones(2, 4)
+    assert ops.codebook_assign(x, torch.ones(3, 4)).codes.tolist() == MARKED
+    assert ops.codebook_assign(x, torch.ones(3, 4, dtype=torch.float64)).codes.tolist() == REFERENCE
+
+
+def test_strided_input_gives_what_the_fake_kernels_say():
+    x, codebooks = torch.randn(4, 6).T, torch.randn(4, 5, 2).permute(2, 1, 0)
+    result = torch.ops.ztok.residual_quantize(x, codebooks, None)
+    assert all(t.is_contiguous() for t in result)
+    torch.library.opcheck(torch.ops.ztok.residual_quantize.default, (x, codebooks.requires_grad_(), None))
+    gradients = torch.ops.ztok.residual_quantize_backward(x, codebooks.detach(), result[3], x, *result[1:3])
+    assert all(t.is_contiguous() for t in gradients)
 
 
 def test_missing_library_is_said(monkeypatch):
@@ -125,6 +181,54 @@ def test_other_threads_are_not_forced(marked):
         thread.start()
         thread.join()
     assert results == [MARKED]
+
+
+def test_backward_pass_is_dispatched(marked_backward):
+    assert gradient() == MARKED_GRADIENT
+    assert gradient(width=9) == REFERENCE_GRADIENT
+
+
+def test_backward_pass_is_forced_with_its_op(marked_backward):
+    for names in (None, ["codebook_assign"]):
+        with ztok_fast.backend("reference", names):
+            assert gradient() == REFERENCE_GRADIENT
+            with ztok_fast.backend("marked", ["codebook_assign"]):
+                assert gradient() == MARKED_GRADIENT
+    with ztok_fast.backend("reference", ["codebook_assign_backward"]):
+        assert assign() == MARKED and gradient() == REFERENCE_GRADIENT
+
+
+def test_the_block_around_backward_decides(marked_backward):
+    with ztok_fast.backend("marked"):
+        x, total = distances()
+    with ztok_fast.backend("reference"):
+        assert torch.autograd.grad(total, x)[0].unique().tolist() == REFERENCE_GRADIENT
+
+
+def test_a_forced_backend_without_backward_pass_is_an_error(marked):
+    with ztok_fast.backend("marked", ["codebook_assign"]):
+        with pytest.raises(ops.BackendUnavailable, match="codebook_assign_backward: .*the op has no such backend"):
+            gradient()
+        with ztok_fast.backend("reference", ["codebook_assign_backward"]):
+            assert gradient() == REFERENCE_GRADIENT
+
+
+def test_compiled_backward_pass_obeys(marked_backward):
+    x, codebook = torch.ones(2, 4, requires_grad=True), torch.zeros(3, 4)
+    compiled = torch.compile(
+        lambda x, c: ops.codebook_assign(x, c, "dot").distances.sum(), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.autograd.grad(compiled(x, codebook), x)[0].unique().tolist() == MARKED_GRADIENT
+    with ztok_fast.backend("reference"):
+        assert torch.autograd.grad(compiled(x, codebook), x)[0].unique().tolist() == REFERENCE_GRADIENT
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_backward_pass_is_forced_in_the_threads_of_autograd(marked_backward):
+    x, total = distances(device="cuda")
+    with ztok_fast.backend("reference"):
+        assert torch.autograd.grad(total, x)[0].unique().tolist() == REFERENCE_GRADIENT
 
 
 def test_environment_variable_forces(marked, monkeypatch):

@@ -4,7 +4,9 @@ The preferred backend whose row in `ztok_fast.ops.requirements` is satisfied run
 `with ztok_fast.backend("reference"):` or for the whole process with the environment variable `ZTOK_BACKEND`. A forced
 backend that cannot run an op is an error: nothing falls back in silence.
 
-The choice is made when the op runs, inside the registered custom op, so compiled code obeys it as well.
+The choice is made when the op runs, inside the registered custom op, so compiled code obeys it as well. The backward
+pass of an op is an op of its own, `<op>_backward`, chosen when it runs: the block in which `.backward()` is called
+decides for it, not the one in which the forward pass ran, and not the thread that autograd runs it in.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib import import_module
 
 import torch
 
 from ztok_fast.ops import requirements
 
-# backend forced for an op; the key None stands for every op not named
-_forced: ContextVar[dict[str | None, str] | None] = ContextVar("ztok_forced_backend", default=None)
+# Where the forced backends are kept: op -> backend, the key None standing for every op not named. In the thread-local
+# objects of torch and not in a ContextVar, because autograd takes those along into the threads that run the backward
+# passes of a GPU.
+_FORCED = "ztok_forced_backend"
+
+
+def _forced() -> dict[str | None, str]:
+    return torch._C._get_obj_in_tls(_FORCED) if torch._C._is_key_in_tls(_FORCED) else {}
 
 
 class BackendUnavailable(ValueError):
@@ -40,34 +47,36 @@ def backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
 
     Args:
         name: a backend of the requirements table, for example "reference".
-        ops: names of the ops it is forced for; None forces it for all. Blocks nest: the inner one decides for
-            the ops it names.
+        ops: names of the ops it is forced for, with their backward passes; None forces it for all. Blocks nest: the
+            inner one decides for the ops it names.
 
     Raises:
         ValueError: the backend or an op is not in the table.
 
-    Inside the block an op that this backend cannot run raises `BackendUnavailable`. Enter the block outside of code
+    Inside the block an op, or a backward pass, that this backend cannot run raises `BackendUnavailable`; another backend
+    can be forced for that one: `backend("reference", ops=["codebook_assign_backward"])`. Enter the block outside of code
     given to `torch.compile`.
     """
     _check_backend_name(name, "backend: name")
     if ops is None:
         forced: dict[str | None, str] = {None: name}
     else:
-        forced = dict(_forced.get() or {})
+        forced = dict(_forced())
         for op in ops:
             if op not in requirements.ops():
                 raise ValueError(f"backend: ops must name ops of {', '.join(requirements.ops())}, got {op!r}")
-            forced[op] = name
-    token = _forced.set(forced)
+            forced[op] = forced[f"{op}_backward"] = name
+    outer = _forced()
+    torch._C._stash_obj_in_tls(_FORCED, forced)
     try:
         yield
     finally:
-        _forced.reset(token)
+        torch._C._stash_obj_in_tls(_FORCED, outer)
 
 
 def forced_backend(op: str) -> str | None:
     """The backend forced for an op by the innermost `backend` block or else by `ZTOK_BACKEND`; None when free."""
-    forced = _forced.get() or {}
+    forced = _forced()
     if op in forced:
         return forced[op]
     if None in forced:
@@ -84,12 +93,14 @@ def choose(
     device: torch.device,
     dtype: torch.dtype | None = None,
     width: int | None = None,
+    argument_dtypes: Iterable[torch.dtype] = (),
 ) -> requirements.Requirement:
     """The row of the backend that runs an op on such input.
 
     Args:
         op: name of the op.
         device, dtype, width: those of the op's main tensor (its first argument, width = size of the last dimension).
+        argument_dtypes: those of its other floating-point tensors.
 
     Raises:
         BackendUnavailable: no backend can, or the forced one cannot.
@@ -99,7 +110,7 @@ def choose(
     for row in requirements.rows_of(op):
         if forced is not None and row.backend != forced:
             continue
-        reasons = requirements.unmet(row, device, dtype, width)
+        reasons = requirements.unmet(row, device, dtype, width, argument_dtypes)
         if not reasons:
             return row
         refused.append(f"{row.backend}: {'; '.join(reasons)}")
@@ -118,5 +129,14 @@ def load(implementation: str) -> Callable:
 
 def call(op: str, main: torch.Tensor, *args):
     """Run an op's chosen backend on `main` (which decides the choice) and the other arguments."""
-    row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None)
+    others = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
+    row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None, others)
     return load(row.implementation)(main, *args)
+
+
+def call_contiguous(op: str, *args):
+    """`call` with every tensor made contiguous: what ops do whose backends read rows in place.
+
+    Strided input is copied once here, and the results are laid out as the fake kernels say whatever came in.
+    """
+    return call(op, *(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args))

@@ -1,13 +1,14 @@
 """What each backend of each op needs: one table that drives dispatch, error messages, test skips and the doctor.
 
 A new backend of an op is one module in the family's folder and one row in `REQUIREMENTS`. Rows of an op stand in order
-of preference; the first one whose needs are met is chosen.
+of preference; the first one whose needs are met is chosen. The backward pass of an op is an op of its own with rows of
+its own, `<op>_backward`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class Requirement:
         implementation: "module:function", imported on first use; the function takes the op's arguments.
         device_types: torch device types that it runs on.
         dtypes: dtypes of the op's main tensor (its first argument).
+        argument_dtypes: dtypes of the op's other floating-point tensors.
         max_width: largest width (size of the last dimension) of the main tensor.
         min_compute_capability: lowest CUDA compute capability (major, minor).
         library: name in `LIBRARIES` of what must be present.
@@ -37,6 +39,7 @@ class Requirement:
     implementation: str
     device_types: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    argument_dtypes: tuple[torch.dtype, ...] | None = None
     max_width: int | None = None
     min_compute_capability: tuple[int, int] | None = None
     library: str | None = None
@@ -66,10 +69,15 @@ def _reference(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -
 
 REQUIREMENTS: tuple[Requirement, ...] = (
     _reference("codebook_assign", "nearest"),
+    _reference("codebook_assign_backward", "nearest"),
     _reference("halting_units", "halting"),
+    _reference("halting_units_backward", "halting"),
     _reference("integrate_units", "halting"),
+    _reference("integrate_units_backward", "halting"),
     _reference("residual_quantize", "quantize"),
+    _reference("residual_quantize_backward", "quantize"),
     _reference("quantize_ragged", "quantize"),
+    _reference("quantize_ragged_backward", "quantize"),
     Requirement("ragged_pack", "cpp", "ztok_fast.ops.ragged.cpp:ragged_pack", ("cpu",), ANY_DTYPE, library="cpu"),
     _reference("ragged_pack", "ragged", ANY_DTYPE),
     _reference("ragged_unpack", "ragged", ANY_DTYPE),
@@ -109,16 +117,23 @@ def unmet(
     device: torch.device,
     dtype: torch.dtype | None = None,
     width: int | None = None,
+    argument_dtypes: Iterable[torch.dtype] = (),
 ) -> list[str]:
     """Why a backend cannot run here, one plain phrase per need that is not met; empty when it can.
 
     `dtype` and `width` describe the main tensor; None leaves that need out (what the doctor and the tests do).
+    `argument_dtypes` are those of the other floating-point tensors.
     """
     reasons = []
     if row.device_types is not None and device.type not in row.device_types:
         reasons.append(f"runs on {' or '.join(row.device_types)}, not on {device.type}")
     if dtype is not None and dtype not in row.dtypes:
         reasons.append(f"takes {', '.join(str(d) for d in row.dtypes)}, not {dtype}")
+    if row.argument_dtypes is not None:
+        others = sorted({str(d) for d in argument_dtypes if d not in row.argument_dtypes})
+        if others:
+            allowed = ", ".join(str(d) for d in row.argument_dtypes)
+            reasons.append(f"takes {allowed} beside the main tensor, not {', '.join(others)}")
     if width is not None and row.max_width is not None and width > row.max_width:
         reasons.append(f"takes a width of at most {row.max_width}, not {width}")
     if row.min_compute_capability is not None and device.type == "cuda" and torch.cuda.is_available():

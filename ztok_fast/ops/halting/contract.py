@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks, dispatch
-from ztok_fast.ops.halting import reference
 
 MODES = ("fire", "stop")
 
@@ -22,7 +21,7 @@ class HaltingUnits(NamedTuple):
         ends: bool [T], rows that end a unit, whether by mass or as the last row of their sequence.
         unit: int32 [T], packed index of the unit that a row belongs to; -1 for rows after the stop in mode "stop".
         weights: float32 [T, 2] (float64 for float64 mass), the row's share in its unit and the remainder that it
-            carries into the next unit of the sequence. Differentiable in the mass.
+            carries into the next unit of the sequence. Differentiable in the mass, once.
         counts: int32 [B], units per sequence.
         cu_units: int32 [B + 1], packed offsets of the sequences' units; the last is K.
     """
@@ -90,7 +89,7 @@ def _halting_units(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.check_cu_seqlens_values("halting_units", "cu_seqlens", cu_seqlens, mass.shape[0])
     check_mass_values("halting_units", mass, threshold, mode)
-    return dispatch.call("halting_units", mass, cu_seqlens, threshold, mode)
+    return dispatch.call_contiguous("halting_units", mass, cu_seqlens, threshold, mode)
 
 
 def fake_units(mass: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -110,15 +109,26 @@ def _(mass, cu_seqlens, threshold, mode):
     return fake_units(mass, cu_seqlens)
 
 
+@torch.library.custom_op("ztok::halting_units_backward", mutates_args=())
+def _halting_units_backward(
+    mass: Tensor, cu_seqlens: Tensor, grad_weights: Tensor, threshold: float, mode: str
+) -> Tensor:
+    """Gradient of the mass [T] from that of the weights [T, 2]."""
+    return dispatch.call_contiguous("halting_units_backward", mass, cu_seqlens, grad_weights, threshold, mode)
+
+
+@_halting_units_backward.register_fake
+def _(mass, cu_seqlens, grad_weights, threshold, mode):
+    return mass.new_empty(mass.shape)
+
+
 def _save_halting(ctx, inputs, output):
     mass, cu_seqlens, ctx.threshold, ctx.mode = inputs
     ctx.save_for_backward(mass, cu_seqlens)
 
 
 def _halting_backward(ctx, grad_weights, grad_ends, grad_unit, grad_counts, grad_cu_units):
-    mass, cu_seqlens = ctx.saved_tensors
-    grad = reference.halting_units_backward(grad_weights, mass, cu_seqlens, ctx.threshold, ctx.mode)
-    return grad, None, None, None
+    return _halting_units_backward(*ctx.saved_tensors, grad_weights, ctx.threshold, ctx.mode), None, None, None
 
 
 _halting_units.register_autograd(_halting_backward, setup_context=_save_halting)
@@ -136,7 +146,7 @@ def integrate_units(rows: Tensor, units: HaltingUnits, total_units: int) -> Tens
 
     Returns:
         [total_units, D] in the dtype of `rows`, accumulated in float32 (float64 if anything is float64). A unit whose
-        weights are all 0 gives 0 and passes no gradient. Differentiable in `rows` and `units.weights`.
+        weights are all 0 gives 0 and passes no gradient. Differentiable in `rows` and `units.weights`, once.
 
     Raises:
         ValueError: bad rank, dtype, device; units of another number of rows; fewer `total_units` than units.
@@ -172,7 +182,7 @@ def _integrate_units(
     rows: Tensor, weights: Tensor, unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int
 ) -> Tensor:
     check_total_units("integrate_units", cu_units, total_units)
-    return dispatch.call("integrate_units", rows, weights, unit, ends, cu_units, total_units)
+    return dispatch.call_contiguous("integrate_units", rows, weights, unit, ends, cu_units, total_units)
 
 
 def check_total_units(op: str, cu_units: Tensor, total_units: int) -> None:
@@ -186,14 +196,26 @@ def _(rows, weights, unit, ends, cu_units, total_units):
     return rows.new_empty((total_units, rows.shape[1]))
 
 
+@torch.library.custom_op("ztok::integrate_units_backward", mutates_args=())
+def _integrate_units_backward(
+    rows: Tensor, weights: Tensor, unit: Tensor, ends: Tensor, cu_units: Tensor, means: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows [T, D] and of the weights [T, 2] from that of the means [K, D]."""
+    return dispatch.call_contiguous("integrate_units_backward", rows, weights, unit, ends, cu_units, means, grad)
+
+
+@_integrate_units_backward.register_fake
+def _(rows, weights, unit, ends, cu_units, means, grad):
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
 def _save_integrate(ctx, inputs, output):
     rows, weights, unit, ends, cu_units, _ = inputs
-    ctx.save_for_backward(output, rows, weights, unit, ends, cu_units)
+    ctx.save_for_backward(rows, weights, unit, ends, cu_units, output)
 
 
 def _integrate_backward(ctx, grad):
-    grad_rows, grad_weights = reference.integrate_units_backward(grad, *ctx.saved_tensors)
-    return grad_rows, grad_weights, None, None, None, None
+    return *_integrate_units_backward(*ctx.saved_tensors, grad), None, None, None, None
 
 
 _integrate_units.register_autograd(_integrate_backward, setup_context=_save_integrate)

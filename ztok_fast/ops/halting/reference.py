@@ -58,7 +58,7 @@ def halting_units(mass, cu_seqlens, threshold, mode):
     return weights, ends, unit.int(), cu_units.diff().int(), cu_units.int()
 
 
-def halting_units_backward(grad_weights, mass, cu_seqlens, threshold, mode):
+def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
     """Gradient of the mass [T] from that of the weights [T, 2].
 
     In "fire", d own = d mass_t where the row does not fire and -dC_{t-1} where it does, d carried = dC_t, with C the
@@ -116,7 +116,7 @@ def integrate_units(rows, weights, unit, ends, cu_units, total_units):
     return means.to(rows.dtype)
 
 
-def integrate_units_backward(grad, means, rows, weights, unit, ends, cu_units):
+def integrate_units_backward(rows, weights, unit, ends, cu_units, means, grad):
     """Gradients of the rows [T, D] and of the weights [T, 2] from that of the means [K, D]."""
     dtype = compute_dtype(rows, weights)
     total_units = means.shape[0]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks, dispatch
-from ztok_fast.ops.nearest import reference
 
 METRICS = ("l2", "cosine", "dot")
 
@@ -36,8 +35,8 @@ def codebook_assign(x: Tensor, codebook: Tensor, metric: str = "l2") -> Assignme
     compares directions only), so that their sum is always the approximation of x. The residual is kept in float32
     (float64 if an input is float64) and rounded to it after every level.
 
-    A row that holds NaN or infinity gets code 0 and distance NaN, at every level. The gradient of the distances takes
-    the codes as given.
+    A row that holds NaN or infinity gets code 0 and distance NaN, at every level. The distances are differentiable once;
+    their gradient takes the codes as given.
 
     Args:
         x: floating point [M, d]; M may be 0.
@@ -71,7 +70,7 @@ def check_codebook(op: str, argument: str, codebook: object, layout: str, main_a
 @torch.library.custom_op("ztok::codebook_assign", mutates_args=())
 def _codebook_assign(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     checks.check_finite_values("codebook_assign", "codebook", codebook)
-    return dispatch.call("codebook_assign", x, codebook, metric)
+    return dispatch.call_contiguous("codebook_assign", x, codebook, metric)
 
 
 @_codebook_assign.register_fake
@@ -80,13 +79,26 @@ def _(x, codebook, metric):
     return x.new_empty(shape, dtype=checks.compute_dtype(x, codebook)), x.new_empty(shape, dtype=torch.int32)
 
 
+@torch.library.custom_op("ztok::codebook_assign_backward", mutates_args=())
+def _codebook_assign_backward(
+    x: Tensor, codebook: Tensor, codes: Tensor, grad_distances: Tensor, metric: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` [M, d] and `codebook` [L, V, d] from that of the distances [M, L], the codes held fixed."""
+    return dispatch.call_contiguous("codebook_assign_backward", x, codebook, codes, grad_distances, metric)
+
+
+@_codebook_assign_backward.register_fake
+def _(x, codebook, codes, grad_distances, metric):
+    return x.new_empty(x.shape), codebook.new_empty(codebook.shape)
+
+
 def _save(ctx, inputs, output):
     x, codebook, ctx.metric = inputs
     ctx.save_for_backward(x, codebook, output[1])
 
 
 def _backward(ctx, grad_distances, grad_codes):
-    return *reference.codebook_assign_backward(grad_distances, *ctx.saved_tensors, ctx.metric), None
+    return *_codebook_assign_backward(*ctx.saved_tensors, grad_distances, ctx.metric), None
 
 
 _codebook_assign.register_autograd(_backward, setup_context=_save)

@@ -110,7 +110,7 @@ def _distance_gradients(residual, chosen, metric):
     return by_residual, by_chosen
 
 
-def codebook_assign_backward(grad_distances, x, codebook, codes, metric):
+def codebook_assign_backward(x, codebook, codes, grad_distances, metric):
     """Gradients of `x` [M, d] and `codebook` [L, V, d] from that of the distances [M, L], the codes held fixed."""
     dtype = compute_dtype(x, codebook)
     levels, size, _ = codebook.shape

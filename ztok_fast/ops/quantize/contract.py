@@ -12,7 +12,6 @@ from torch import Tensor
 from ztok_fast.ops import checks, dispatch
 from ztok_fast.ops.halting import contract as halting
 from ztok_fast.ops.nearest.contract import check_codebook
-from ztok_fast.ops.quantize import reference
 
 
 class ResidualCodes(NamedTuple):
@@ -40,7 +39,7 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
     `codebook_loss` are the mean over rows and used levels l of |z - q_{<=l}|^2 / d, with q_{<=l} the sum of the first
     l code vectors; float32 (float64 if an input is float64), 0 when no level of any row is used.
 
-    The gradient of `quantized` passes straight through to the latents, except in rows that use no level (they are 0
+    Differentiable once. The gradient of `quantized` passes straight through to the latents, except in rows that use no level (they are 0
     and transmit nothing). A row with NaN or infinity gets code 0 at every used level and makes both losses NaN.
 
     Args:
@@ -84,7 +83,7 @@ def _residual_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.check_finite_values("residual_quantize", "codebooks", codebooks)
     check_level_values("residual_quantize", levels, codebooks.shape[0])
-    return dispatch.call("residual_quantize", latents, codebooks, levels)
+    return dispatch.call_contiguous("residual_quantize", latents, codebooks, levels)
 
 
 def fake_codes(latents: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -105,15 +104,33 @@ def _(latents, codebooks, levels):
     return fake_codes(latents, codebooks)
 
 
+@torch.library.custom_op("ztok::residual_quantize_backward", mutates_args=())
+def _residual_quantize_backward(
+    latents: Tensor,
+    codebooks: Tensor,
+    codes: Tensor,
+    grad_quantized: Tensor,
+    grad_commitment: Tensor,
+    grad_codebook_loss: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the latents [M, d] and the codebooks [L, V, d], the codes held fixed."""
+    return dispatch.call_contiguous(
+        "residual_quantize_backward", latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
+    )
+
+
+@_residual_quantize_backward.register_fake
+def _(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
+    return latents.new_empty(latents.shape), codebooks.new_empty(codebooks.shape)
+
+
 def _save(ctx, inputs, output):
     latents, codebooks, _ = inputs
     ctx.save_for_backward(latents, codebooks, output[3])
 
 
 def _backward(ctx, grad_quantized, grad_commitment, grad_codebook_loss, grad_codes, grad_usage):
-    grads = reference.residual_quantize_backward(
-        grad_quantized, grad_commitment, grad_codebook_loss, *ctx.saved_tensors
-    )
+    grads = _residual_quantize_backward(*ctx.saved_tensors, grad_quantized, grad_commitment, grad_codebook_loss)
     return *grads, None
 
 
@@ -154,7 +171,7 @@ def quantize_ragged(
 
     The latent of a unit is end_weight @ h + mean_weight @ m, divided by its root mean square, with h the hidden state
     of the row that ends the unit and m the weighted mean of the unit's rows (`integrate_units`). Halting is that of
-    `halting_units`, quantisation that of `residual_quantize`; so are the gradients.
+    `halting_units`, quantisation that of `residual_quantize`; so are the gradients. Differentiable once.
 
     Args:
         hidden: floating point [T, D].
@@ -197,7 +214,7 @@ def quantize_ragged(
     outputs = _quantize_ragged(
         hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, float(threshold), mode, total_units
     )
-    quantized, latents, commitment, codebook_loss, weights, codes, usage, ends, unit, counts, cu_units = outputs
+    quantized, latents, commitment, codebook_loss, weights, codes, usage, _, ends, unit, counts, cu_units = outputs
     units = halting.HaltingUnits(ends, unit, weights, counts, cu_units)
     return QuantizedUnits(codes, quantized, latents, commitment, codebook_loss, usage, units)
 
@@ -214,13 +231,14 @@ def _quantize_ragged(
     threshold: float,
     mode: str,
     total_units: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Everything in `QuantizedUnits`, and before `ends` the factors [K] that normalised the latents."""
     op = "quantize_ragged"
     checks.check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, mass.shape[0])
     halting.check_mass_values(op, mass, threshold, mode)
     checks.check_finite_values(op, "codebooks", codebooks)
     check_level_values(op, levels, codebooks.shape[0])
-    outputs = dispatch.call(
+    outputs = dispatch.call_contiguous(
         op, hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
     )
     halting.check_total_units(op, outputs[-1], total_units)
@@ -233,19 +251,75 @@ def _(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, thre
     latents = hidden.new_empty((total_units, codebooks.shape[2]), dtype=dtype)
     quantized, commitment, codebook_loss, codes, usage = fake_codes(latents, codebooks)
     weights, *units = halting.fake_units(mass, cu_seqlens)
-    return quantized, latents, commitment, codebook_loss, weights, codes, usage, *units
+    scale = latents.new_empty(total_units)
+    return quantized, latents, commitment, codebook_loss, weights, codes, usage, scale, *units
+
+
+@torch.library.custom_op("ztok::quantize_ragged_backward", mutates_args=())
+def _quantize_ragged_backward(
+    hidden: Tensor,
+    mass: Tensor,
+    cu_seqlens: Tensor,
+    end_weight: Tensor,
+    mean_weight: Tensor,
+    codebooks: Tensor,
+    latents: Tensor,
+    weights: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    ends: Tensor,
+    unit: Tensor,
+    cu_units: Tensor,
+    grad_quantized: Tensor,
+    grad_latents: Tensor,
+    grad_commitment: Tensor,
+    grad_codebook_loss: Tensor,
+    grad_weights: Tensor,
+    threshold: float,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden [T, D], mass [T], both projections [d, D] and the codebooks [L, V, d]; codes held fixed."""
+    return dispatch.call_contiguous(
+        "quantize_ragged_backward",
+        hidden,
+        mass,
+        cu_seqlens,
+        end_weight,
+        mean_weight,
+        codebooks,
+        latents,
+        weights,
+        codes,
+        scale,
+        ends,
+        unit,
+        cu_units,
+        grad_quantized,
+        grad_latents,
+        grad_commitment,
+        grad_codebook_loss,
+        grad_weights,
+        threshold,
+        mode,
+    )
+
+
+@_quantize_ragged_backward.register_fake
+def _(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, *_):
+    return tuple(t.new_empty(t.shape) for t in (hidden, mass, end_weight, mean_weight, codebooks))
 
 
 def _save_ragged(ctx, inputs, output):
-    *tensors, _, ctx.threshold, ctx.mode, _ = inputs
-    _, _, _, _, weights, codes, _, ends, unit, _, cu_units = output
-    ctx.save_for_backward(*tensors, codes, ends, unit, weights, cu_units)
+    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, _, ctx.threshold, ctx.mode, _ = inputs
+    _, latents, _, _, weights, codes, _, scale, ends, unit, _, cu_units = output
+    arguments = hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks
+    ctx.save_for_backward(*arguments, latents, weights, codes, scale, ends, unit, cu_units)
 
 
 def _backward_ragged(ctx, *grads):
     # the first five outputs are the differentiable ones
-    hidden, mass, end_weight, mean_weight, codebooks = reference.quantize_ragged_backward(
-        *grads[:5], *ctx.saved_tensors, ctx.threshold, ctx.mode
+    hidden, mass, end_weight, mean_weight, codebooks = _quantize_ragged_backward(
+        *ctx.saved_tensors, *grads[:5], ctx.threshold, ctx.mode
     )
     return hidden, mass, None, end_weight, mean_weight, codebooks, None, None, None, None
 

@@ -43,7 +43,7 @@ def _used_pairs(codes):
     return (codes >= 0).sum().clamp(min=1)
 
 
-def residual_quantize_backward(grad_quantized, grad_commitment, grad_codebook_loss, latents, codebooks, codes):
+def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
     """Gradients of the latents [M, d] and the codebooks [L, V, d], the codes held fixed.
 
     With e_l = z - q_{<=l} and N used pairs, both losses are sum_l |e_l|^2 / (N d); the commitment sees z alone, the
@@ -81,14 +81,10 @@ def _end_rows(hidden, unit, ends, total_units):
     return torch.where(row_of[:, None] >= 0, hidden[row_of.clamp(min=0)], 0)
 
 
-def _project(hidden, weights, unit, ends, cu_units, end_weight, mean_weight, total_units, dtype):
-    """Of each unit the end row, the weighted mean, the latent and the reciprocal RMS that normalised it."""
-    hidden = hidden.to(dtype)
+def _end_rows_and_means(hidden, weights, unit, ends, cu_units, total_units):
+    """What the latent of each unit is made from, both [total_units, D]."""
     end_rows = _end_rows(hidden, unit, ends, total_units)
-    means = halting.integrate_units(hidden, weights, unit, ends, cu_units, total_units)
-    latents = end_rows @ end_weight.to(dtype).T + means @ mean_weight.to(dtype).T
-    scale = torch.rsqrt(latents.square().mean(1, keepdim=True) + RMS_EPS)
-    return end_rows, means, latents * scale, scale
+    return end_rows, halting.integrate_units(hidden, weights, unit, ends, cu_units, total_units)
 
 
 def _unit_levels(levels, cu_units, num_levels, total_units):
@@ -106,58 +102,59 @@ def quantize_ragged(
     """See `ztok_fast.ops.quantize.contract.quantize_ragged`.
 
     Returns:
-        quantized, latents, commitment, codebook_loss, weights, codes, usage, ends, unit, counts, cu_units.
+        quantized, latents, commitment, codebook_loss, weights, codes, usage, scale, ends, unit, counts, cu_units.
     """
     dtype = compute_dtype(hidden, end_weight, mean_weight, codebooks)
     weights, ends, unit, counts, cu_units = halting.halting_units(mass, cu_seqlens, threshold, mode)
-    _, _, latents, _ = _project(
-        hidden, weights, unit, ends, cu_units, end_weight, mean_weight, total_units, dtype
-    )
+    end_rows, means = _end_rows_and_means(hidden.to(dtype), weights, unit, ends, cu_units, total_units)
+    latents = end_rows @ end_weight.to(dtype).T + means @ mean_weight.to(dtype).T
+    scale = torch.rsqrt(latents.square().mean(1) + RMS_EPS)
+    latents = latents * scale[:, None]
     unit_levels = _unit_levels(levels, cu_units, codebooks.shape[0], total_units)
     quantized, commitment, codebook_loss, codes, usage = residual_quantize(latents, codebooks, unit_levels)
     losses = commitment, codebook_loss
-    return quantized, latents, *losses, weights, codes, usage, ends, unit, counts, cu_units
+    return quantized, latents, *losses, weights, codes, usage, scale, ends, unit, counts, cu_units
 
 
 def quantize_ragged_backward(
-    grad_quantized,
-    grad_latents,
-    grad_commitment,
-    grad_codebook_loss,
-    grad_weights,
     hidden,
     mass,
     cu_seqlens,
     end_weight,
     mean_weight,
     codebooks,
+    latents,
+    weights,
     codes,
+    scale,
     ends,
     unit,
-    weights,
     cu_units,
+    grad_quantized,
+    grad_latents,
+    grad_commitment,
+    grad_codebook_loss,
+    grad_weights,
     threshold,
     mode,
 ):
     """Gradients of hidden [T, D], mass [T], both projections [d, D] and the codebooks [L, V, d]."""
     dtype = compute_dtype(hidden, end_weight, mean_weight, codebooks)
     total_units = codes.shape[0]
-    end_rows, means, latents, scale = _project(
-        hidden, weights, unit, ends, cu_units, end_weight, mean_weight, total_units, dtype
-    )
+    end_rows, means = _end_rows_and_means(hidden.to(dtype), weights, unit, ends, cu_units, total_units)
     from_codes, grad_codebooks = residual_quantize_backward(
-        grad_quantized, grad_commitment, grad_codebook_loss, latents, codebooks, codes
+        latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
     )
     grad = grad_latents.to(dtype) + from_codes
-    grad = scale * (grad - latents * (grad * latents).mean(1, keepdim=True))
+    grad = scale[:, None] * (grad - latents * (grad * latents).mean(1, keepdim=True))
     grad_end_rows, grad_means = grad @ end_weight.to(dtype), grad @ mean_weight.to(dtype)
     from_means, integrated = halting.integrate_units_backward(
-        grad_means, means, hidden.to(dtype), weights, unit, ends, cu_units
+        hidden.to(dtype), weights, unit, ends, cu_units, means, grad_means
     )
     # a row of zeros at the end for rows that end no unit
     grad_end_rows = torch.cat([grad_end_rows, grad_end_rows.new_zeros(1, hidden.shape[1])])
     grad_hidden = from_means + grad_end_rows[torch.where(ends, unit.long(), total_units).clamp(max=total_units)]
-    grad_mass = halting.halting_units_backward(grad_weights + integrated, mass, cu_seqlens, threshold, mode)
+    grad_mass = halting.halting_units_backward(mass, cu_seqlens, grad_weights + integrated, threshold, mode)
     return (
         grad_hidden.to(hidden.dtype),
         grad_mass,
