@@ -4,6 +4,9 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ztok_fast
 from ztok_fast import ops
@@ -301,3 +304,36 @@ def test_importing_the_package_is_light():
 def test_unknown_attribute_of_the_package():
     with pytest.raises(AttributeError, match="module 'ztok_fast' has no attribute 'nothing'"):
         ztok_fast.nothing  # noqa: B018
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def lora_arguments(make=torch.randn):
+    x, weight, A, B = make(3, 4), make(5, 4), make(1, 2, 4), make(1, 5, 2)
+    return x, weight, None, A, B, torch.ones(1), None
+
+
+def test_a_plain_call_leaves_out_the_registration_and_no_other_does():
+    plain = lora_arguments()
+    expected = ops.lora_linear(*plain)
+    with Recorder() as recorder:
+        assert torch.equal(ops.lora_linear(*plain), expected)
+    assert torch.ops.ztok.lora_linear.default in recorder.ops
+    with FakeTensorMode():
+        assert isinstance(ops.lora_linear(*lora_arguments(torch.empty)), FakeTensor)
+    x = plain[0].clone().requires_grad_()
+    assert ops.lora_linear(x, *plain[1:]).grad_fn is not None
+    with torch.no_grad():
+        assert ops.lora_linear(x, *plain[1:]).grad_fn is None
+    rows = torch.stack([plain[0], -plain[0]])
+    assert torch.equal(torch.func.vmap(lambda x: ops.lora_linear(x, *plain[1:]))(rows)[0], expected)
+    traced = make_fx(lambda x: ops.lora_linear(x, *plain[1:]))(plain[0])
+    assert torch.ops.ztok.lora_linear.default in [node.target for node in traced.graph.nodes]

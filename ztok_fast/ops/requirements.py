@@ -8,7 +8,7 @@ its own, `<op>_backward`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,16 +100,56 @@ def backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.backend for row in REQUIREMENTS))
 
 
+# the table that the rows were last gathered from, and op -> its rows: asked for at every call of an op
+_gathered: tuple[tuple[Requirement, ...], dict[str, tuple[Requirement, ...]]] = ((), {})
+
+
 def rows_of(op: str) -> tuple[Requirement, ...]:
     """The rows of one op, preferred backend first.
 
     Raises:
         KeyError: the table has no such op.
     """
-    rows = tuple(row for row in REQUIREMENTS if row.op == op)
-    if not rows:
+    global _gathered
+    table, by_op = _gathered
+    if table is not REQUIREMENTS:
+        by_op = {name: tuple(row for row in REQUIREMENTS if row.op == name) for name in ops()}
+        _gathered = (REQUIREMENTS, by_op)
+    if op not in by_op:
         raise KeyError(f"no op named {op!r}; the table has {', '.join(ops())}")
-    return rows
+    return by_op[op]
+
+
+def _needs_not_met(
+    row: Requirement,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    width: int | None,
+    argument_dtypes: Iterable[torch.dtype],
+) -> Iterator[str]:
+    """Cheapest needs first, so that a row is refused for its device before a library is looked for."""
+    if row.device_types is not None and device.type not in row.device_types:
+        yield f"runs on {' or '.join(row.device_types)}, not on {device.type}"
+    if dtype is not None and dtype not in row.dtypes:
+        yield f"takes {', '.join(str(d) for d in row.dtypes)}, not {dtype}"
+    if row.argument_dtypes is not None:
+        others = sorted({str(d) for d in argument_dtypes if d not in row.argument_dtypes})
+        if others:
+            allowed = ", ".join(str(d) for d in row.argument_dtypes)
+            yield f"takes {allowed} beside the main tensor, not {', '.join(others)}"
+    if width is not None and row.max_width is not None and width > row.max_width:
+        yield f"takes a width of at most {row.max_width}, not {width}"
+    if row.min_compute_capability is not None and device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < row.min_compute_capability:
+            yield (
+                f"needs compute capability {'.'.join(map(str, row.min_compute_capability))}, "
+                f"the device has {'.'.join(map(str, capability))}"
+            )
+    if row.library is not None:
+        missing = LIBRARIES[row.library]()
+        if missing is not None:
+            yield missing
 
 
 def unmet(
@@ -124,27 +164,15 @@ def unmet(
     `dtype` and `width` describe the main tensor; None leaves that need out (what the doctor and the tests do).
     `argument_dtypes` are those of the other floating-point tensors.
     """
-    reasons = []
-    if row.device_types is not None and device.type not in row.device_types:
-        reasons.append(f"runs on {' or '.join(row.device_types)}, not on {device.type}")
-    if dtype is not None and dtype not in row.dtypes:
-        reasons.append(f"takes {', '.join(str(d) for d in row.dtypes)}, not {dtype}")
-    if row.argument_dtypes is not None:
-        others = sorted({str(d) for d in argument_dtypes if d not in row.argument_dtypes})
-        if others:
-            allowed = ", ".join(str(d) for d in row.argument_dtypes)
-            reasons.append(f"takes {allowed} beside the main tensor, not {', '.join(others)}")
-    if width is not None and row.max_width is not None and width > row.max_width:
-        reasons.append(f"takes a width of at most {row.max_width}, not {width}")
-    if row.min_compute_capability is not None and device.type == "cuda" and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if capability < row.min_compute_capability:
-            reasons.append(
-                f"needs compute capability {'.'.join(map(str, row.min_compute_capability))}, "
-                f"the device has {'.'.join(map(str, capability))}"
-            )
-    if row.library is not None:
-        missing = LIBRARIES[row.library]()
-        if missing is not None:
-            reasons.append(missing)
-    return reasons
+    return list(_needs_not_met(row, device, dtype, width, argument_dtypes))
+
+
+def meets(
+    row: Requirement,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+    argument_dtypes: Iterable[torch.dtype] = (),
+) -> bool:
+    """Whether a backend can run here; stops at the first need that is not met."""
+    return next(_needs_not_met(row, device, dtype, width, argument_dtypes), None) is None
