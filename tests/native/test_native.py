@@ -87,3 +87,16 @@ def test_loaded_library_registers_its_kernels(name):
         pytest.skip(f"{name}: {native.status(name).reason}")
     for op in ("ragged_pack_native", "ragged_pack_native_out"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ztok::{op}", name.upper())
+
+
+def test_instruction_set_can_be_chosen_and_an_absent_one_is_refused():
+    if not native.status("cpu").available:
+        pytest.skip(native.status("cpu").reason)
+    isa = torch.ops.ztok.isa_native
+    best = isa(-1)
+    try:
+        assert isa(0) == 0 and isa(-1) == 0
+        assert isa(best) == best
+        assert isa(99) == best and (best == 2 or isa(2) == best)
+    finally:
+        isa(best)
