@@ -21,11 +21,8 @@ from bench.tables import number, percent, table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
 from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
 from ztok_fast.codec.passes import encode_documents, window_tokens
-from ztok_fast.train.evaluate import dev_documents, evaluate
+from ztok_fast.train.evaluate import UNIT_KINDS, dev_documents, evaluate, unit_kinds
 from ztok_fast.train.text_data import DataError
-
-UNITS = {"learned": False, "fixed": True}
-"""Kinds of units, and whether they are fixed."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exclude-sources", nargs="*", default=[], metavar="PREFIX", help="rows to leave out, by source")
     parser.add_argument("--budgets", nargs="+", type=float, help="ratios to ask for (default: those of the codec)")
     parser.add_argument("--levels", nargs="+", type=int, help="residual levels (default: 1 to the codec's number)")
-    parser.add_argument("--units", nargs="+", choices=tuple(UNITS), default=list(UNITS), help="kinds of units")
+    parser.add_argument("--units", nargs="+", choices=tuple(UNIT_KINDS), help="kinds of units (default: the codec's own)")
     parser.add_argument("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of each document (default 512)")
     parser.add_argument("--json", required=True, metavar="FILE", help="results")
@@ -85,10 +82,10 @@ def measure(codec: ZTokCodec, options: argparse.Namespace) -> dict:
     if not documents:
         raise ValueError(f"files: expected at least one text outside the excluded sources in {options.files}, got none")
     points, base = [], None
-    for units in options.units:
+    for units in options.units or unit_kinds(config):
         for level in levels:
             print(f"{units} units, {level} of {config.num_codebooks} levels ...", file=sys.stderr, flush=True)
-            report = evaluate(codec, documents, budgets, fixed_units=UNITS[units], levels=level)
+            report = evaluate(codec, documents, budgets, fixed_units=UNIT_KINDS[units], levels=level)
             base = report.pop("base")
             points += [{"units": units, "levels": level, "budget": float(b), **values} for b, values in report.items()]
     return {
@@ -173,7 +170,7 @@ def draw(results: dict, path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     budgets = sorted({point["budget"] for point in results["points"]})
-    for units, line in (("learned", "-"), ("fixed", ":")):
+    for units, line in (("written", "--"), ("learned", "-"), ("fixed", ":")):
         for number_of, budget in enumerate(budgets):
             own = sorted(
                 (p for p in results["points"] if (p["units"], p["budget"]) == (units, budget)), key=lambda p: p["rate"]

@@ -1,9 +1,12 @@
 """Z-space: continuations that depend on the seed alone, both ways to end, and answers."""
 
+import math
+
 import pytest
 import torch
 
 from tests.codec.tiny_codec import packed_documents, tiny_codec
+from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import continue_ztokens
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.zspace import ZSpaceHead
@@ -171,3 +174,15 @@ def test_more_ztokens_than_a_learned_position_table_has_rows():
         codec.generate(z, 60)
     with pytest.raises(CodecError, match="expected at most 128 rows"):
         codec.answer(z, "zzzz", 60)
+
+
+def test_untrained_head_is_near_uniform_even_on_long_hidden_states():
+    config = ZTokConfig(num_codebooks=4, codebook_size=256, latent_dim=16)
+    torch.manual_seed(0)
+    head = ZSpaceHead(64, config, embedding_rms=0.1)
+    codes = torch.randint(256, (50, 4), dtype=torch.int32)
+    lengths, ends = torch.full((50,), 3, dtype=torch.int32), torch.zeros(50, dtype=torch.bool)
+    with torch.no_grad():
+        head.length_query.weight.zero_()  # what is under test are the codes
+    loss = head.loss(20 * torch.randn(50, 64), codes, lengths, ends, 0.1 * torch.randn(4, 256, 16))
+    assert loss.item() == pytest.approx(4 * math.log(256) + math.log(16), abs=0.5)

@@ -139,7 +139,7 @@ class TestConfig:
             ({"segment_length": 0}, "segment_length: expected an integer of at least 1, got 0"),
             ({"num_codebooks": True}, "num_codebooks: expected an integer"),
             ({"codebook_size": 1 << 17}, "codebook_size: expected at most 65536"),
-            ({"emission": "stop"}, "emission: expected one of"),
+            ({"emission": "halt"}, "emission: expected one of"),
             ({"z_position": "middle"}, "z_position: expected one of"),
             ({"budgets": []}, "budgets: expected a list of at least one ratio"),
             ({"budgets": [17.0]}, "ratio: expected between 1 and 16"),

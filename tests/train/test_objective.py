@@ -16,7 +16,7 @@ NONE = dict.fromkeys(TERMS, 0.0)
 COMPRESSOR = ("compressor", "budget_embedding", "end_projection", "mean_projection", "binding", "hidden_gain", "embedding_gain")
 MASS = ("compressor", "budget_embedding", "halting")
 DECOMPRESSOR = ("decompressor", "z_projection", "length_embedding", "start_embedding", "offset_embedding", "unbinding", "copy_gains")
-ZSPACE_HEAD = ("inferencer", "zspace")
+ZSPACE_HEAD = ("inferencer", "zspace", "serial")
 
 # term -> what it moves, what gets no gradient from it
 LIVE = {
@@ -28,13 +28,14 @@ LIVE = {
     "density": (MASS, (*DECOMPRESSOR, *ZSPACE_HEAD, "codebooks", "end_projection", "mean_projection", "binding")),
     "zspace": (("inferencer", "zspace.queries", "zspace.end_row", "zspace.length", "zspace.marks"),
                (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks")),
+    "serial": (("compressor", "budget_embedding", "serial"), (*DECOMPRESSOR, "inferencer", "zspace", "halting", "codebooks", "binding")),
     "answer": (("inferencer", "zspace.marks"), (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks", "zspace.queries")),
 }
 
 
 @pytest.fixture
 def codec():
-    return tiny_codec(copy_path=True)
+    return tiny_codec(copy_path=True, emission="stop")
 
 
 def batch_of(codec, lengths=(40, 23), asked=True):

@@ -76,20 +76,16 @@ def evaluate_variants(codec: ZTokCodec, documents: list[list[int]], budgets: lis
         :func:`ztok_fast.train.evaluate.evaluate` measures there.
     """
     from ztok_fast.codec.passes import window_tokens
-    from ztok_fast.train.evaluate import evaluate
+    from ztok_fast.train.evaluate import UNIT_KINDS, evaluate, unit_kinds
 
-    all_levels = codec.config.num_codebooks
-    variants = [("fixed", all_levels)]
-    if codec.config.emission != "fixed":
-        variants = [("learned", all_levels), *variants, *(("learned", n) for n in range(all_levels - 1, 0, -1))]
-    else:
-        variants += [("fixed", n) for n in range(all_levels - 1, 0, -1)]
+    all_levels, kinds = codec.config.num_codebooks, unit_kinds(codec.config)
+    variants = [*((units, all_levels) for units in kinds), *((kinds[0], n) for n in range(all_levels - 1, 0, -1))]
     documents = [document[: window_tokens(codec.model)] for document in documents]
     tokens = sum(map(len, documents))
     measured, base = {}, {}
     with common.progress_bar(tokens * len(variants) * len(budgets), "evaluate") as progress:
         for units, levels in variants:
-            found = evaluate(codec, documents, budgets, fixed_units=units == "fixed", levels=levels)
+            found = evaluate(codec, documents, budgets, fixed_units=UNIT_KINDS[units], levels=levels)
             base = found["base"]
             for budget in budgets:
                 measured[budget, units, levels] = found[f"{budget:g}"]

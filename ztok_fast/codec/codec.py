@@ -126,7 +126,8 @@ class ZTokCodec:
             ratio: text tokens per Z-token to aim at, 1 to ``config.max_unit_length``.
             exact: decompress while compressing and store corrections, so that what comes back is the input.
             levels: residual levels to use, 1 to ``config.num_codebooks``; ``None`` for all.
-            fixed_units: one Z-token for every ``ratio`` tokens instead of learned emission; ``None`` as trained.
+            fixed_units: ``True`` for one Z-token for every ``ratio`` tokens, ``False`` for units by learned halting mass;
+                ``None`` as the codec is configured.
             batch_tokens: text tokens of one pass; bounds the memory.
             progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
                 compressed and once verified.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 FORMAT_VERSION = 1
 Z_POSITIONS = ("start", "center", "end")
-EMISSIONS = ("fire", "fixed")
+EMISSIONS = ("fire", "fixed", "stop")
 
 
 class ConfigError(ValueError):
@@ -31,8 +31,9 @@ class ZTokConfig:
         latent_dim: width of a code vector (d_z).
         max_unit_length: most text tokens that one Z-token may stand for.
         budgets: the ratios r that the codec was trained at.
-        emission: ``"fire"`` (learned halting mass, integrate-and-fire) or ``"fixed"`` (units of r tokens). Halting of
-            the kind "stop" ends Z-space generation at end-of-Z (``generate(end_threshold=...)``).
+        emission: ``"fire"`` (learned halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r
+            tokens, one pass) or ``"stop"`` (the compressor writes the Z-tokens of a segment one after another until
+            the mass of end-of-Z reaches a threshold; see :mod:`ztok_fast.codec.serial`).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
         unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
             that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor

@@ -6,13 +6,13 @@ import math
 
 import torch
 
+from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.engine import DecodeSession, write_answer
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.passes import Window
 from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
-from ztok_fast.ops import halting_units
 
 
 @torch.inference_mode()
@@ -67,18 +67,8 @@ def continue_ztokens(
         if step + 1 < max_new_ztokens:
             session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
             position = position + 1
-    kept = _before_end(torch.stack(masses, dim=1), end_threshold or 1.0)
+    kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0).tolist()
     return _as_windows(model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept)
-
-
-def _before_end(mass: torch.Tensor, threshold: float) -> list[int]:
-    """How many Z-tokens of every row ``[B, steps]`` of end-of-Z mass come before the step at which it halts."""
-    rows, steps = mass.shape
-    cu_steps = torch.arange(rows + 1, dtype=torch.int32, device=mass.device) * steps
-    units = halting_units(mass.reshape(-1), cu_steps, threshold, "stop")
-    # The step that reaches the threshold is end-of-Z itself; a row that never does runs to its last step.
-    kept = (units.unit >= 0) & (mass.reshape(-1) < threshold)
-    return kept.reshape(rows, steps).sum(1).tolist()
 
 
 def check_count(name: str, value: object) -> None:

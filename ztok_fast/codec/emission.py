@@ -119,6 +119,21 @@ def scale_to_budget(
     return (mass * scale).clamp(floor, 1.0)
 
 
+def steps_before_stop(mass: torch.Tensor, threshold: float) -> torch.Tensor:
+    """How many steps of each row come before the one at which it halts, int64 ``[B]``.
+
+    The halting mode "stop" of :func:`~ztok_fast.ops.halting_units`: the step whose end mass reaches the threshold is
+    end-of-Z itself; a row that never does runs to its last step.
+
+    Args:
+        mass: ``[B, steps]``, the mass of end-of-Z at every step.
+    """
+    rows, steps = mass.shape
+    cu_steps = torch.arange(rows + 1, dtype=torch.int32, device=mass.device) * steps
+    units = halting_units(mass.reshape(-1), cu_steps, threshold, "stop")
+    return ((units.unit >= 0) & (mass.reshape(-1) < threshold)).reshape(rows, steps).sum(1)
+
+
 def unit_lengths(units: HaltingUnits, total_units: int) -> torch.Tensor:
     """Text tokens of every unit, int32 ``[K]``."""
     lengths = torch.zeros(total_units, dtype=torch.int32, device=units.unit.device)

@@ -48,12 +48,13 @@ class DecodeSession:
         embeds: packed prefix embeddings ``[R, D]``; position_ids int64 ``[R]``; cu_seqlens int32 ``[B + 1]``,
             every sequence with at least one row.
         new_rows: how many rows will follow at most.
+        layers: run only the first ``layers`` of the base's stack; ``None`` for all.
     """
 
     def __init__(
-        self, adapted: AdaptedBase, adapter: str, embeds, position_ids, cu_seqlens, new_rows: int
+        self, adapted: AdaptedBase, adapter: str, embeds, position_ids, cu_seqlens, new_rows: int, layers: int | None = None
     ) -> None:
-        self.adapted, self.adapter = adapted, adapter
+        self.adapted, self.adapter, self.layers = adapted, adapter, layers
         lengths = cu_seqlens.diff().long()
         batch, longest = len(lengths), int(lengths.max())
         device = embeds.device
@@ -72,7 +73,7 @@ class DecodeSession:
         # Padding rows attend to themselves: a row that attends to nothing would fill the cache with NaN.
         itself = torch.eye(longest, dtype=torch.bool, device=device)
         mask = (valid[:, None, :longest] & causal) | itself
-        hidden = adapted(padded, positions, mask=mask[:, None], cache=self.cache, adapter=adapter)
+        hidden = adapted(padded, positions, mask=mask[:, None], cache=self.cache, adapter=adapter, layers=layers)
         self.cache.advance(longest)
         self.last = hidden[:, -1]
         """Hidden state ``[B, D]`` of every sequence's last row."""
@@ -81,7 +82,7 @@ class DecodeSession:
         """Append one row ``[B, D]`` at ``position_ids [B]``; returns its hidden states ``[B, D]``."""
         mask = self.valid[:, None, None, : self.cache.filled + 1]
         hidden = self.adapted(
-            embeds[:, None], position_ids[:, None], mask=mask, cache=self.cache, adapter=self.adapter
+            embeds[:, None], position_ids[:, None], mask=mask, cache=self.cache, adapter=self.adapter, layers=self.layers
         )
         self.cache.advance(1)
         self.last = hidden[:, -1]

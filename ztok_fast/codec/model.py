@@ -131,6 +131,8 @@ class ZTokModel(nn.Module):
         self.copy_gains = nn.Parameter(torch.tensor([1.0, 0.25])) if config.copy_path else None
         self.evidence_scale = EVIDENCE_LOGIT / (rms**2 * width)
         self.zspace = ZSpaceHead(width, config, rms)
+        # The head of a compressor that writes its Z-tokens one by one.
+        self.serial = ZSpaceHead(width, config, rms) if config.emission == "stop" else None
 
     # Compression
 
@@ -157,12 +159,9 @@ class ZTokModel(nn.Module):
         """
         config = self.config
         total = len(tokens)
-        group_of_segment = sequence_of_row(cu_groups, len(cu_segments) - 1)
-        row_ratio = ratio[group_of_segment[sequence_of_row(cu_segments, total)]]
-        embeds = self.adapted.embedding(tokens)
-        features = torch.stack([torch.ones_like(row_ratio), row_ratio.log2() - 1], dim=1).to(embeds.dtype)
+        embeds, told, row_ratio = self.compressor_inputs(tokens, cu_segments, cu_groups, ratio)
         hidden = self.adapted(
-            embeds + features @ self.budget_embedding.to(embeds.dtype),
+            told,
             position_in_sequence(cu_segments, total),
             cu_segments,
             config.segment_length,
@@ -190,6 +189,14 @@ class ZTokModel(nn.Module):
             rows, even, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
         )
         return Encoded(raw_mass, scaled, quantized, lengths, units.cu_units)
+
+    def compressor_inputs(self, tokens, cu_segments, cu_groups, ratio) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of text rows packed as in :meth:`encode`: embeddings ``[T, D]``, the same told the ratio, the ratio ``[T]``."""
+        group_of_segment = sequence_of_row(cu_groups, len(cu_segments) - 1)
+        row_ratio = ratio[group_of_segment[sequence_of_row(cu_segments, len(tokens))]]
+        embeds = self.adapted.embedding(tokens)
+        features = torch.stack([torch.ones_like(row_ratio), row_ratio.log2() - 1], dim=1).to(embeds.dtype)
+        return embeds, embeds + features @ self.budget_embedding.to(embeds.dtype), row_ratio
 
     def gate_of_token(self, lengths: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unit, row of the gate table and offset in the unit of ``total`` packed tokens, int64 each."""

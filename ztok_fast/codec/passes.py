@@ -12,6 +12,7 @@ import torch
 from ztok_fast.codec.engine import decode_text
 from ztok_fast.codec.layout import joined_rows, offsets, split_segments
 from ztok_fast.codec.model import Encoded, ZTokModel
+from ztok_fast.codec.serial import Written, write_ztokens
 
 Progress = Callable[[int], None]
 """Called with the number of text tokens just finished."""
@@ -61,15 +62,34 @@ def encode_documents(
     model: ZTokModel, documents: list[list[int]], ratio: float, fixed_units: bool | None = None, levels: int | None = None
 ) -> Encoded:
     """One compression pass over documents that share a ratio, each at most one window long."""
+    return model.encode(*_packed(model, documents, ratio, levels), fixed_units)
+
+
+def emit_documents(
+    model: ZTokModel, documents: list[list[int]], ratio: float, fixed_units: bool | None = None, levels: int | None = None
+) -> Written:
+    """The Z-tokens of such documents by the emission that the codec is configured for.
+
+    Args:
+        fixed_units: ``True`` for units of ``ratio`` tokens, ``False`` for units by halting mass, both in one pass;
+            ``None`` for what is configured.
+    """
+    if fixed_units is None and model.config.emission == "stop":
+        return write_ztokens(model, *_packed(model, documents, ratio, levels))
+    encoded = encode_documents(model, documents, ratio, fixed_units, levels)
+    return Written(encoded.quantized.codes, encoded.lengths, encoded.cu_units)
+
+
+def _packed(model: ZTokModel, documents: list[list[int]], ratio: float, levels: int | None):
+    """tokens, cu_segments, cu_groups, ratio and levels, as :meth:`ZTokModel.encode` takes them."""
     segments, counts = split_segments([len(d) for d in documents], model.config.segment_length)
     device = model.codebooks.device
-    return model.encode(
+    return (
         torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device),
-        offsets(torch.tensor(segments, device=device)),
-        offsets(torch.tensor(counts, device=device)),
+        offsets(torch.tensor(segments, dtype=torch.int64, device=device)),
+        offsets(torch.tensor(counts, dtype=torch.int64, device=device)),
         torch.full((len(documents),), ratio, device=device),
         None if levels is None else torch.full((len(segments),), levels, dtype=torch.int32, device=device),
-        fixed_units,
     )
 
 
@@ -92,9 +112,9 @@ def compress_windows(
         counts[tuple(window)] = counts.get(tuple(window), 0) + 1
     for group in grouped([len(w) for w in unique], batch_tokens):
         members = [unique[i] for i in group]
-        encoded = encode_documents(model, [list(m) for m in members], ratio, fixed_units, levels)
-        codes, lengths = encoded.quantized.codes.cpu(), encoded.lengths.cpu()
-        cu_units = encoded.cu_units.tolist()
+        written = emit_documents(model, [list(m) for m in members], ratio, fixed_units, levels)
+        codes, lengths = written.codes.cpu(), written.lengths.cpu()
+        cu_units = written.cu_units.tolist()
         segment = 0
         for member in members:
             stop = segment + -(-len(member) // model.config.segment_length)

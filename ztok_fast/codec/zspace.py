@@ -20,7 +20,9 @@ class ZSpaceHead(nn.Module):
     def __init__(self, hidden_size: int, config: ZTokConfig, embedding_rms: float) -> None:
         super().__init__()
         latent = config.latent_dim
-        self.queries = nn.Parameter(torch.randn(config.num_codebooks, latent, hidden_size) / hidden_size**0.5)
+        # Small, so that an untrained head is near uniform: hidden states of some bases are long, and logits to match
+        # would start the loss far above log V and let it dominate the clipped gradient.
+        self.queries = nn.Parameter(torch.randn(config.num_codebooks, latent, hidden_size) * (0.02 / hidden_size**0.5))
         self.end_row = nn.Parameter(torch.zeros(1, latent))
         self.length_query = nn.Linear(hidden_size, config.max_unit_length)
         self.length_of_codes = nn.Linear(latent, config.max_unit_length, bias=False)

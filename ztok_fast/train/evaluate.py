@@ -7,8 +7,24 @@ import math
 import torch
 
 from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
-from ztok_fast.codec.passes import decode_segments, encode_documents, grouped, predict_tokens, window_tokens
+from ztok_fast.codec.passes import (
+    decode_segments,
+    emit_documents,
+    encode_documents,
+    grouped,
+    predict_tokens,
+    window_tokens,
+)
 from ztok_fast.train.text_data import iter_texts
+
+UNIT_KINDS = {"written": None, "learned": False, "fixed": True}
+"""Kinds of units as reports name them, and the ``fixed_units`` that asks for them: written one by one, cut by the learned
+halting mass, or of r tokens."""
+
+
+def unit_kinds(config) -> list[str]:
+    """The kinds of units that a codec was trained for, its own first; ``"fixed"``, the baseline, is always among them."""
+    return {"fire": ["learned", "fixed"], "fixed": ["fixed"], "stop": ["written", "learned", "fixed"]}[config.emission]
 
 
 def dev_documents(files, tokenizer, documents: int, tokens: int, exclude_sources=()) -> list[list[int]]:
@@ -41,7 +57,7 @@ def evaluate(
     Args:
         documents: token lists, each at most one window long (see ``window_segments``).
         quantized: decode from the codes; otherwise from the continuous latents (before k-means).
-        fixed_units: units of r tokens instead of learned ones; ``None`` as configured.
+        fixed_units: one of the values of :data:`UNIT_KINDS`; ``None`` for units as configured.
         levels: use only the first ``levels`` residual levels.
 
     Returns:
@@ -78,8 +94,12 @@ def evaluate(
         loss, unit_bits, unit_tokens = 0.0, [], []
         for members, bits in zip(groups, surprisals):
             tokens, cu_segments = _pack(members, config.segment_length, model.codebooks.device)
-            encoded = encode_documents(model, members, budget, fixed_units, levels)
-            vectors = model.dequantize(encoded.quantized.codes) if quantized else encoded.quantized.latents
+            if quantized:
+                encoded = emit_documents(model, members, budget, fixed_units, levels)
+                vectors = model.dequantize(encoded.codes)
+            else:
+                encoded = encode_documents(model, members, budget, fixed_units, levels)
+                vectors = encoded.quantized.latents
             segments, counts = split_segments([len(m) for m in members], config.segment_length)
             counts = torch.tensor(counts, device=tokens.device)
             first = torch.repeat_interleave(offsets(counts)[:-1].long(), counts)

@@ -2,6 +2,7 @@
 
     loss = CE(x | Z) + λ_commit·commitment + λ_code·codebook + λ_len·(E[K]/N − 1/r)²
            + λ_use·usage + λ_density·density + λ_z·CE(next Z-token) + λ_answer·CE(answer | Z, question)
+           + λ_serial·CE(Z-tokens that the compressor writes one by one), for the emission "stop"
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from ztok_fast.codec.emission import surprisal_mass
 from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.model import Encoded, ZTokModel
+from ztok_fast.codec.serial import serial_loss
 from ztok_fast.ops import ragged_gather
 from ztok_fast.train.batches import Batch
 
@@ -31,6 +33,7 @@ class LossWeights:
     density: float = 5.0
     zspace: float = 0.05
     answer: float = 0.1
+    serial: float = 0.1
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -116,6 +119,10 @@ class Objective(nn.Module):
                 terms["zspace"] = zspace
             if answer is not None:
                 terms["answer"] = answer
+        if weights.serial and quantizing and model.serial is not None:
+            terms["serial"] = serial_loss(
+                model, batch.tokens, batch.cu_segments, batch.cu_groups, ratio, encoded, embeddings
+            )
         terms["total"] = terms["reconstruction"] + sum(
             getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)
         )
