@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.codec.tiny_codec import packed_documents, tiny_causal_lm, tiny_codec
+from ztok_fast.codec import attention
 from ztok_fast.codec.attention import masked_attention, no_mask, packed_attention, ztok_attention
 from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.passes import encode_documents
@@ -16,16 +17,28 @@ def ragged_heads(lengths, heads, kv_heads, width=8):
     return torch.randn(total, heads, width), torch.randn(total, kv_heads, width), torch.randn(total, kv_heads, width)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_packed_attention_is_that_of_each_sequence_alone(kv_heads):
-    lengths = [5, 0, 1, 16, 3]
-    query, key, value = ragged_heads(lengths, 4, kv_heads)
-    cu = offsets(torch.tensor(lengths))
-    packed = packed_attention(query, key, value, cu, max(lengths), None)
+@pytest.mark.parametrize("lengths", [[5, 5, 0, 1, 16, 3, 3, 3], [4, 4], [0, 0], []])
+def test_packed_attention_is_that_of_each_sequence_alone(lengths, kv_heads, padded, monkeypatch):
+    if padded:  # what a GPU in float32 runs
+        monkeypatch.setattr(attention, "_runs", lambda q, k, v, cu, scale: attention._padded(q, k, v, cu, max([*lengths, 0]), scale))
+    query, key, value = (x.requires_grad_() for x in ragged_heads(lengths, 4, kv_heads))
+    cu = offsets(torch.tensor(lengths, dtype=torch.int64))
+    packed = packed_attention(query, key, value, cu, max([*lengths, 0]), None)
+    assert packed.shape == query.shape
+    weights = torch.randn_like(packed)
+    gradients = torch.autograd.grad((packed * weights).sum(), (query, key, value))
     for start, stop in zip(cu.tolist(), cu[1:].tolist()):
-        own = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
-        alone = scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        if start == stop:
+            continue
+        own = [x.detach()[start:stop].requires_grad_() for x in (query, key, value)]
+        alone = scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in own), is_causal=True, enable_gqa=True)
+        alone = alone[0].transpose(0, 1)
         torch.testing.assert_close(packed[start:stop], alone)
+        expected = torch.autograd.grad((alone * weights[start:stop]).sum(), own)
+        for got, one in zip(gradients, expected):
+            torch.testing.assert_close(got[start:stop], one)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

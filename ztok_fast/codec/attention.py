@@ -10,6 +10,7 @@ the sequence, logit caps, sinks) is refused, never ignored.
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,6 +36,28 @@ def packed_attention(query, key, value, cu_seqlens, max_length: int, scaling: fl
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query, key, value, cu_seqlens, max_length, scaling)
+    if query.is_cpu:
+        return _runs(query, key, value, cu_seqlens, scaling)
+    return _padded(query, key, value, cu_seqlens, max_length, scaling)
+
+
+def _runs(query, key, value, cu_seqlens, scaling):
+    """Neighbours of equal length share a call, as a batch that is a view of the packed rows; nothing is padded or copied.
+
+    The lengths are read on the host, which is free on the CPU alone.
+    """
+    runs = [(length, sum(1 for _ in same)) for length, same in itertools.groupby(cu_seqlens.diff().tolist()) if length]
+    sizes = [length * count for length, count in runs]
+    outs = []
+    for (length, count), *parts in zip(runs, *(x.split(sizes) for x in (query, key, value))):
+        q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs) if outs else query.clone()  # no rows
+
+
+def _padded(query, key, value, cu_seqlens, max_length, scaling):
+    """What is left for a GPU in float32, which has no kernel for packed sequences."""
     # Padding lies to the right of each sequence, so the causal mask alone keeps it out of every valid row.
     q, k, v = (ragged_unpack(x, cu_seqlens, max_length).transpose(1, 2) for x in (query, key, value))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
