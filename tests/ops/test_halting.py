@@ -9,7 +9,11 @@ from ztok_fast import ops
 ONE = 1 << 20
 MODES = ("fire", "stop")
 HYPOTHESIS = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    # a test of a class runs once per backend, each time on another instance of the class
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 
 

@@ -67,12 +67,20 @@ def _reference(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -
     return Requirement(op, "reference", f"ztok_fast.ops.{family}.reference:{op}", dtypes=dtypes)
 
 
+def _cpp(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs) -> Requirement:
+    return Requirement(op, "cpp", f"ztok_fast.ops.{family}.cpp:{op}", ("cpu",), dtypes, library="cpu", **needs)
+
+
 REQUIREMENTS: tuple[Requirement, ...] = (
     _reference("codebook_assign", "nearest"),
     _reference("codebook_assign_backward", "nearest"),
+    _cpp("halting_units", "halting"),
     _reference("halting_units", "halting"),
+    _cpp("halting_units_backward", "halting"),
     _reference("halting_units_backward", "halting"),
+    _cpp("integrate_units", "halting"),
     _reference("integrate_units", "halting"),
+    _cpp("integrate_units_backward", "halting"),
     _reference("integrate_units_backward", "halting"),
     _reference("residual_quantize", "quantize"),
     _reference("residual_quantize_backward", "quantize"),
