@@ -27,6 +27,8 @@ def test_packed_attention_is_that_of_each_sequence_alone(lengths, kv_heads, padd
     cu = offsets(torch.tensor(lengths, dtype=torch.int64))
     packed = packed_attention(query, key, value, cu, max([*lengths, 0]), None)
     assert packed.shape == query.shape
+    if not sum(lengths):
+        return
     weights = torch.randn_like(packed)
     gradients = torch.autograd.grad((packed * weights).sum(), (query, key, value))
     for start, stop in zip(cu.tolist(), cu[1:].tolist()):
