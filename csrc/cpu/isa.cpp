@@ -37,7 +37,8 @@ std::atomic<Isa>& current() {
   return value;
 }
 
-// For tests: uses `wanted` from now on if it is the number of an instruction set available here; returns the one in use.
+// For tests: uses `wanted` from now on if that is the number of an instruction set available here; returns the one in
+// use.
 int64_t isa_native(int64_t wanted) {
   if (wanted >= 0 && wanted <= static_cast<int64_t>(Isa::avx512)) set_isa(static_cast<Isa>(wanted));
   return static_cast<int64_t>(isa());

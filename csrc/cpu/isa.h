@@ -21,7 +21,8 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 // The best one that was compiled and that this processor has; looked up once.
 Isa isa();
 
-// Uses another one from now on, for tests (from Python: torch.ops.ztok.isa_native). Returns false, and changes nothing, where it is not available.
+// Uses another one from now on, for tests (from Python: torch.ops.ztok.isa_native). Returns false, and changes nothing,
+// where it is not available.
 bool set_isa(Isa wanted);
 
 }  // namespace ztok

@@ -1,5 +1,5 @@
 // One vector of floats per instruction set, for kernel files only (see isa.h). The names are the same for all of them;
-// `kWidth` lanes differ: 4 (GCC vector extensions: SSE2, NEON and whatever else the compiler has), 8 (AVX2), 16 (AVX-512).
+// `kWidth` lanes differ: 4 (GCC vector extensions: SSE2, NEON or what else there is), 8 (AVX2), 16 (AVX-512).
 //
 //   load, load_first(p, n)      from float, Half or BFloat16, unaligned; the n first lanes, the others 0 and not read
 //   store, store_first(p, v, n) to the same types, rounded to nearest even; the n first lanes, the others not written
@@ -7,6 +7,7 @@
 //   a >= b, a > b -> Mask; select(mask, a, b); any(mask); bits(mask): lane i is bit i
 //   Ints: 32-bit lanes, ints(i), lane_numbers(), +, select, store
 //   reduce_add, reduce_max: over the lanes, in the fixed order of a tree of halves
+//   transpose(rows): a square of kWidth vectors, in place
 //
 // Kernels are compiled with -ffp-contract=off: only fma() fuses. The baseline on x86 has no fused instruction, there
 // fma() rounds twice.

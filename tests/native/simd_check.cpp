@@ -125,6 +125,12 @@ void check_arithmetic() {
   EXPECT(!any(zeros() > zeros()) && any(zeros() >= zeros()) && bits(zeros() >= zeros()) == (1ull << kWidth) - 1);
   EXPECT(!any(broadcast(kNaN) >= broadcast(kNaN)) && any((x > y) | (y > x)));
   EXPECT(lane(min(broadcast(kNaN), broadcast(1)), 0) == 1 && lane(max(broadcast(kNaN), broadcast(1)), 0) == 1);
+  Vec square[kWidth];
+  for (int i = 0; i < kWidth; ++i) square[i] = broadcast(100.0f * i) + x;
+  transpose(square);
+  for (int i = 0; i < kWidth; ++i) {
+    for (int j = 0; j < kWidth; ++j) EXPECT(lane(square[i], j) == 100.0f * j + a[i]);
+  }
   Vec total = zeros();
   total += x;
   EXPECT(lane(total, kWidth - 1) == a[kWidth - 1]);

@@ -19,6 +19,7 @@ DEVICES = ("cpu", "cuda")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "op(name): the op under test; decides which backends it runs over")
+    config.addinivalue_line("markers", "dtype(dtype): dtype of the op's tensors, for backends that do not take them all")
 
 
 def _cases(op):
@@ -44,10 +45,22 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("backend", "device"), list(_cases(*marker.args)), indirect=["backend"])
 
 
+def dtypes_of(op, backend):
+    """The dtypes that a backend takes an op's tensors in."""
+    return next(row.dtypes for row in requirements.rows_of(op) if row.backend == backend)
+
+
 @pytest.fixture
 def backend(request):
-    """The backend under test, forced for its op while the test runs."""
+    """The backend under test, forced for its op while the test runs.
+
+    Skips where the backend does not take the test's dtype: that of its marker, or of its parameter `dtype`.
+    """
     op = request.node.get_closest_marker("op").args[0]
+    marker = request.node.get_closest_marker("dtype")
+    dtype = marker.args[0] if marker else request.node.callspec.params.get("dtype")
+    if dtype is not None and dtype not in dtypes_of(op, request.param):
+        pytest.skip(f"{request.param} does not take {dtype}")
     with ExitStack() as forced:
         forced.enter_context(ztok_fast.backend(request.param, ops=[op]))
         backward = f"{op}_backward"

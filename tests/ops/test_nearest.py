@@ -206,12 +206,13 @@ def test_blocks_do_not_show(backend, device, monkeypatch):
         assert torch.equal(whole.codes, blocks.codes) and torch.equal(whole.distances, blocks.distances)
 
 
-def differentiable_inputs(device):
-    x = torch.randn(6, 4, dtype=torch.float64, device=device, requires_grad=True)
-    codebook = torch.randn(2, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
+def differentiable_inputs(device, dtype=torch.float64):
+    x = torch.randn(6, 4, dtype=dtype, device=device, requires_grad=True)
+    codebook = torch.randn(2, 5, 4, dtype=dtype, device=device, requires_grad=True)
     return x, codebook
 
 
+@pytest.mark.dtype(torch.float64)
 @pytest.mark.parametrize("metric", METRICS)
 def test_gradcheck(backend, device, metric):
     inputs = differentiable_inputs(device)
@@ -241,8 +242,9 @@ def test_gradients_match_float64(backend, device, metric, dtype):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_opcheck(backend, device, metric):
-    torch.library.opcheck(torch.ops.ztok.codebook_assign.default, (*differentiable_inputs(device), metric))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_opcheck(backend, device, dtype, metric):
+    torch.library.opcheck(torch.ops.ztok.codebook_assign.default, (*differentiable_inputs(device, dtype), metric))
 
 
 def test_compiles_in_full_without_recompiling_for_another_number_of_rows(backend, device):
@@ -256,11 +258,12 @@ def test_compiles_in_full_without_recompiling_for_another_number_of_rows(backend
     assert counter.frame_count == 1
 
 
-def test_compiled_gradients(backend, device):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_gradients(backend, device, dtype):
     def loss(x, codebook):
         return ops.codebook_assign(x, codebook, "cosine").distances.sum()
 
-    x, codebook = differentiable_inputs(device)
+    x, codebook = differentiable_inputs(device, dtype)
     eager = torch.autograd.grad(loss(x, codebook), (x, codebook))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for got, expected in zip(torch.autograd.grad(compiled(x, codebook), (x, codebook)), eager, strict=True):

@@ -15,6 +15,7 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+UP_TO_FLOAT32 = FLOATS[:3]
 ANY_DTYPE = (*FLOATS, *INTEGERS, torch.bool)
 
 
@@ -72,6 +73,7 @@ def _cpp(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs
 
 
 REQUIREMENTS: tuple[Requirement, ...] = (
+    _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _reference("codebook_assign", "nearest"),
     _reference("codebook_assign_backward", "nearest"),
     _cpp("halting_units", "halting"),

@@ -53,9 +53,9 @@ def codebook_assign(x: Tensor, codebook: Tensor, metric: str = "l2") -> Assignme
     check_codebook("codebook_assign", "codebook", codebook, "[V, d] or [L, V, d]", "x", x)
     checks.check_choice("codebook_assign", "metric", metric, METRICS)
     if codebook.ndim == 3:
-        distances, codes = _codebook_assign(x, codebook, metric)
+        distances, codes = dispatch.run(_registered, _kernel, x, codebook, metric)
         return Assignment(codes, distances)
-    distances, codes = _codebook_assign(x, codebook[None], metric)
+    distances, codes = dispatch.run(_registered, _kernel, x, codebook[None], metric)
     return Assignment(codes[:, 0], distances[:, 0])
 
 
@@ -67,10 +67,13 @@ def check_codebook(op: str, argument: str, codebook: object, layout: str, main_a
     checks.check_size(op, argument, codebook, -1, main.shape[-1], f"the width of {main_argument}")
 
 
-@torch.library.custom_op("ztok::codebook_assign", mutates_args=())
-def _codebook_assign(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+def _kernel(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     checks.check_finite_values("codebook_assign", "codebook", codebook)
     return dispatch.call_contiguous("codebook_assign", x, codebook, metric)
+
+
+_codebook_assign = torch.library.custom_op("ztok::codebook_assign", _kernel, mutates_args=())
+_registered = torch.ops.ztok.codebook_assign.default
 
 
 @_codebook_assign.register_fake

@@ -1,0 +1,197 @@
+// Drives nearest-code search: cuts rows and codes into cache-sized blocks and shares them among threads.
+#include "nearest.h"
+
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "buffer.h"
+#include "nearest_kernel.h"
+
+namespace ztok {
+namespace {
+
+// Packed rows of a block, or those of one part of the width: half of a 512 KB L2 cache.
+constexpr int64_t kRowBytes = 256 * 1024;
+constexpr int64_t kMaxBlockRows = 192;  // beyond this a code panel in L1 is used often enough
+
+int64_t blocks_of(int64_t codes) { return (codes + kBlockCodes - 1) / kBlockCodes; }
+
+// The floats of a packed block: panels are padded to their width, of which a block is a multiple.
+int64_t block_floats(int64_t width) { return kBlockCodes * width; }
+
+struct Problem {
+  const Matrix& rows;
+  const Codebooks& codebooks;
+  Metric metric;
+  const LevelCounts& levels;
+  const SearchResult& result;
+};
+
+// What the search of one row block needs; its arrays are reused from block to block.
+struct RowBlock {
+  RowBlock(const Problem& problem, int64_t capacity)
+      : rows(capacity * problem.rows.width),
+        tiles(search_slots(capacity) * problem.rows.width + 64),
+        index(capacity) {}
+
+  void load(const Problem& problem, int64_t first_row, int64_t num_rows) {
+    first = first_row;
+    count = num_rows;
+    ZTOK_SELECT(to_floats)(problem.rows, first, count, rows.get());
+  }
+
+  // Rows that use a level, packed.
+  int64_t pack(const Problem& problem, int64_t level) {
+    int64_t active = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (problem.levels.of(first + i, problem.codebooks.levels) > level) index[active++] = static_cast<int32_t>(i);
+    }
+    ZTOK_SELECT(pack_tiles)(rows.get(), index.get(), active, problem.rows.width, tiles.get());
+    return active;
+  }
+
+  Settled settled(const Problem& problem, int64_t level) const {
+    const int64_t levels = problem.codebooks.levels, offset = first * levels + level;
+    const SearchResult& result = problem.result;
+    return {result.codes + offset, result.distances ? result.distances + offset : nullptr, levels,
+            result.errors ? result.errors + first : nullptr};
+  }
+
+  Buffer<float> rows, tiles;
+  Buffer<int32_t> index;
+  int64_t first = 0, count = 0;
+};
+
+// The state of one search of a row block.
+struct SearchState {
+  SearchState(int64_t capacity, int64_t width)
+      : floats(4 * search_slots(capacity)),
+        counts(search_slots(capacity)),
+        candidates(capacity * kCandidates),
+        scratch(part_depth(width) < width ? kBlockCodes * search_slots(capacity) : 0),
+        slots(search_slots(capacity)) {}
+
+  void begin(const RowBlock& block, int64_t active, int64_t width) {
+    search = {block.rows.get(),     block.index.get(),      block.tiles.get(),       active,       floats.get(),
+              floats.get() + slots, floats.get() + 2 * slots, floats.get() + 3 * slots, counts.get(), candidates.get()};
+    ZTOK_SELECT(begin_search)(search, width);
+  }
+
+  Buffer<float> floats;
+  Buffer<int32_t> counts;
+  Buffer<Candidate> candidates;
+  Buffer<float> scratch;
+  int64_t slots;
+  Search search{};
+};
+
+// Memory for one packed block, and the staging area that cosine needs.
+struct Packer {
+  Packer(const Problem& problem, bool with_panels)
+      : panels(with_panels ? block_floats(problem.rows.width) : 0),
+        staging(problem.metric == Metric::cosine ? block_floats(problem.rows.width) : 0),
+        bias(kBlockCodes) {}
+
+  CodeBlock& pack(const Problem& problem, const Matrix& codes, int64_t number, float* panels_out, float* bias_out) {
+    const int64_t first = number * kBlockCodes;
+    block = {panels_out, bias_out, 0, first, std::min<int64_t>(kBlockCodes, codes.rows - first)};
+    ZTOK_SELECT(pack_codes)(codes, problem.metric, staging.get(), block);
+    return block;
+  }
+
+  Buffer<float> panels, staging, bias;
+  CodeBlock block{};
+};
+
+// Many rows: all codes are packed once, each thread takes row blocks and searches all levels of one while it is in cache.
+void search_many(const Problem& problem, int64_t block_rows) {
+  const int64_t width = problem.rows.width, levels = problem.codebooks.levels;
+  const int64_t blocks = blocks_of(problem.codebooks.first.rows);
+  Buffer<float> panels(levels * blocks * block_floats(width)), bias(levels * blocks * kBlockCodes);
+  std::vector<CodeBlock> packed(levels * blocks);
+  torch::stable::parallel_for(0, levels * blocks, 1, [&](int64_t begin, int64_t end) {
+    Packer packer(problem, false);
+    for (int64_t i = begin; i < end; ++i) {
+      packed[i] = packer.pack(problem, problem.codebooks.level(i / blocks), i % blocks,
+                              panels.get() + i * block_floats(width), bias.get() + i * kBlockCodes);
+    }
+  });
+  const int64_t row_blocks = (problem.rows.rows + block_rows - 1) / block_rows;
+  torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
+    RowBlock block(problem, block_rows);
+    SearchState state(block_rows, width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * block_rows;
+      block.load(problem, first, std::min(block_rows, problem.rows.rows - first));
+      for (int64_t level = 0; level < levels; ++level) {
+        const Matrix codes = problem.codebooks.level(level);
+        state.begin(block, block.pack(problem, level), width);
+        for (int64_t b = 0; b < blocks; ++b) {
+          ZTOK_SELECT(search_block)(state.search, packed[level * blocks + b], codes, problem.metric,
+                                    state.scratch.get());
+        }
+        ZTOK_SELECT(settle)(&state.search, 1, 0, state.search.count, codes, problem.metric, block.rows.get(),
+                            block.settled(problem, level));
+      }
+    }
+  });
+}
+
+// Few rows: they are one block, and the threads share the codes, each packing a block of its own just before it is used.
+void search_few(const Problem& problem) {
+  const int64_t width = problem.rows.width, num_rows = problem.rows.rows;
+  const int64_t blocks = blocks_of(problem.codebooks.first.rows);
+  const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  RowBlock block(problem, num_rows);
+  block.load(problem, 0, num_rows);
+  std::vector<SearchState> states;
+  for (int64_t part = 0; part < parts; ++part) states.emplace_back(num_rows, width);
+  std::vector<Search> searches(parts);
+  for (int64_t level = 0; level < problem.codebooks.levels; ++level) {
+    const Matrix codes = problem.codebooks.level(level);
+    const int64_t active = block.pack(problem, level);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      Packer packer(problem, true);
+      for (int64_t part = begin; part < end; ++part) {
+        SearchState& state = states[part];
+        state.begin(block, active, width);
+        for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
+          CodeBlock& packed = packer.pack(problem, codes, b, packer.panels.get(), packer.bias.get());
+          ZTOK_SELECT(search_block)(state.search, packed, codes, problem.metric, state.scratch.get());
+        }
+        searches[part] = state.search;
+      }
+    });
+    ZTOK_SELECT(settle)(searches.data(), parts, 0, active, codes, problem.metric, block.rows.get(),
+                        block.settled(problem, level));
+  }
+}
+
+}  // namespace
+
+Matrix Codebooks::level(int64_t l) const {
+  Matrix matrix = first;
+  const int64_t bytes = matrix.element == Element::float32 ? 4 : 2;
+  matrix.data = static_cast<const char*>(matrix.data) + l * level_stride * bytes;
+  return matrix;
+}
+
+void search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric, const LevelCounts& levels,
+                  const SearchResult& result) {
+  if (rows.rows == 0) return;
+  if (levels.data != nullptr) std::fill_n(result.codes, rows.rows * codebooks.levels, -1);
+  if (result.errors != nullptr) std::fill_n(result.errors, rows.rows, 0.0);
+  const Problem problem{rows, codebooks, metric, levels, result};
+  const int64_t depth = part_depth(rows.width);
+  const int64_t fitting = std::max<int64_t>(kTileRows, kRowBytes / (4 * depth) / kTileRows * kTileRows);
+  if (rows.rows <= fitting) return search_few(problem);
+  // Blocks of equal size, as many for one thread as for another.
+  const int64_t most = std::min(kMaxBlockRows, fitting);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t row_blocks = round_up((rows.rows + most - 1) / most, threads);
+  search_many(problem, round_up((rows.rows + row_blocks - 1) / row_blocks, kTileRows));
+}
+
+}  // namespace ztok
