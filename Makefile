@@ -1,11 +1,12 @@
 # make demo       compress and decompress a text that ships in the repository
 # make test       the tests, without those marked slow
 # make test-all   every test
+# make bench      time the ops against their peers on this CPU (ARGS="--set quick"; see docs/benchmarks.md)
 # make bench-ready  the environment with the benchmark peers installed
 # make build      the package and its C++/CUDA libraries, in place
 # make venv       the virtual environment alone
-# Each makes what it needs first. PYTHON=python3.12 picks the interpreter of a new environment; ARGS=... goes to pytest
-# or to the demo.
+# Each makes what it needs first. PYTHON=python3.12 picks the interpreter of a new environment; ARGS=... goes to pytest,
+# to the demo or to the benchmark.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ ARGS ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 PINS := requirements/constraints.txt requirements/runtime.txt
 
-.PHONY: venv build demo test test-all bench-ready clean
+.PHONY: venv build demo test test-all bench bench-ready clean
 
 venv: $(PY)
 build: $(VENV)/.built
@@ -31,6 +32,9 @@ test-all: $(VENV)/.test $(VENV)/.built
 	$(PY) -m pytest $(ARGS)
 
 bench-ready: $(VENV)/.bench $(VENV)/.built
+
+bench: $(VENV)/.bench $(VENV)/.built
+	$(PY) -m bench $(ARGS)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

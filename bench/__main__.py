@@ -1,0 +1,95 @@
+"""Times the ops against peers on this machine: verified first, then measured, written as JSON.
+
+    python -m bench                                         the default set on the CPU, all ops, backends and peers
+    python -m bench --ops codebook_assign z_select --set quick
+    python -m bench --cases "M=4096,V=4096" --json docs/results/bench-cpu.json
+    python -m bench --device cuda --plots out/figures
+    python -m bench --list --set full                       the cases and nothing else
+
+Results are added to the JSON file case by case, so a run that is interrupted keeps what it has and several runs make
+one file. Exit status: 0; 1 when a backend's answer was wrong or it raised; 130 when interrupted. `docs/benchmarks.md`
+describes the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.micro.machine import pin_threads, restart_with_pinned_environment
+
+SETS = ("tiny", "quick", "default", "full")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="these ops only")
+    parser.add_argument("--backends", nargs="*", metavar="NAME", help="these backends only; without a name, none")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help="these peers and marks only; without a name, none")
+    parser.add_argument("--set", default="default", choices=SETS, help="which shapes (default: default)")
+    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose key contains one of these texts")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing per case, all contenders (default 2)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further case after this time")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
+    parser.add_argument("--plots", metavar="DIR", help="draw plots of the results file into a folder")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    options = parser.parse_args(argv)
+    if options.seconds <= 0:
+        parser.error(f"--seconds: expected a number above 0, got {options.seconds:g}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    # After this line torch may be imported: not before, libgomp reads its variables when it is loaded.
+    restart_with_pinned_environment("bench", argv, options.threads)
+    return run(options, argv)
+
+
+def run(options: argparse.Namespace, argv: list[str]) -> int:
+    """Measure what the options select; see the module for the exit status."""
+    import torch
+
+    from bench.micro import results
+    from bench.micro.registry import select
+    from bench.micro.session import Session, SessionError
+
+    threads = pin_threads(options.threads)
+    try:
+        device = torch.device(options.device)
+        cases = select(options.ops, options.set, device.type, options.cases)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(case.key for case in cases))
+        return 0
+    if not cases:
+        print("error: no case is selected", file=sys.stderr)
+        return 2
+    path = Path(options.json) if options.json else ROOT / "build" / "bench" / f"{device.type}.json"
+    try:
+        session = Session(path, device, threads, argv, options)
+        status = session.measure_all(cases)
+        if options.plots:
+            from bench.micro.plots import draw
+
+            for drawn in draw(results.load(path), Path(options.plots), device.type):
+                print(f"plot: {drawn}")
+    except (SessionError, results.ResultsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

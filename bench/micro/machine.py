@@ -1,0 +1,122 @@
+"""The machine that is measured on: threads, what its units reach (the marks), and what is recorded of it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from pathlib import Path
+
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+PINNED = {"GOMP_SPINCOUNT": "0"}
+"""Set before libgomp is loaded, unless the user has set it: where threads spin for work, a machine with as many busy
+processes as cores gives small ops multiples of a scheduler tick."""
+RECORDED = ("OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "TORCH", "ZTOK_", "TRITON_",
+            "CUDA_VISIBLE_DEVICES", "PYTORCH_", "LD_PRELOAD")
+PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "pytest-benchmark", "matplotlib")
+
+
+def restart_with_pinned_environment(module: str, arguments: list[str], threads: int | None) -> None:
+    """Start this process anew with the pinned variables, if they are not set; torch must not be imported before.
+
+    Args:
+        module: name for `python -m`; arguments: its command line; threads: OpenMP threads, None for the user's.
+    """
+    wanted = {name: value for name, value in PINNED.items() if name not in os.environ}
+    if threads is not None and os.environ.get(THREADS_VARIABLE) != str(threads):
+        wanted[THREADS_VARIABLE] = str(threads)
+    if not wanted:
+        return
+    if "torch" in sys.modules:
+        raise RuntimeError(f"{', '.join(wanted)} must be set before torch is imported")
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **wanted})
+
+
+def pin_threads(threads: int | None) -> int:
+    """Give torch and faiss the same number of threads; returns it."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        import faiss
+    except ImportError:
+        pass
+    else:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+    return torch.get_num_threads()
+
+
+def last_cache_bytes(device) -> int:
+    """Size of the last cache: L2 of a GPU, the largest that Linux reports of the CPU, 32 MB where it reports none."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 0)
+        if factor and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * factor)
+    return max(sizes)
+
+
+def marks(device, seconds: float = 1.0, small: bool = False) -> dict:
+    """What the machine reaches in this run: GFLOP/s of a large `torch.mm` and GB/s (read + written) of a large copy.
+
+    Returns:
+        `mm_gflops` by dtype, `mm_size`, `copy_gbs`, `copy_bytes`. Medians; on random data.
+    """
+    import torch
+
+    from bench.micro.timing import Contender, take_turns
+
+    cuda = device.type == "cuda"
+    size = 256 if small else 8192 if cuda else 2048
+    count = (1 << 20) if small else (1 << 30) if cuda else (1 << 27)
+    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
+    contenders = []
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        contenders.append(Contender(str(dtype), [_mm_call(a, b, out)], torch.no_grad))
+    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    contenders.append(Contender("copy", [lambda: target.copy_(source)], torch.no_grad))
+    found = take_turns(contenders, seconds, cuda)
+    return {
+        "mm_gflops": {name.removeprefix("torch."): 2e-9 * size**3 / found[name].median for name in map(str, dtypes)},
+        "mm_size": size,
+        "copy_gbs": 2e-9 * count / found["copy"].median,
+        "copy_bytes": count,
+    }
+
+
+def _mm_call(a, b, out):
+    import torch
+
+    return lambda: torch.mm(a, b, out=out)
+
+
+def facts(arguments: list[str], threads: int, device) -> dict:
+    """What is recorded with every run: command, commit, date, versions, machine, threads, variables."""
+    from importlib import metadata
+
+    from bench.environment import environment
+
+    found = environment("bench", arguments)
+    found["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found["threads"] = threads
+    found["last_cache_bytes"] = last_cache_bytes(device)
+    found["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found["variables"] = {**found["variables"], **{
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)
+    }}
+    for name in PACKAGES:
+        try:
+            found["packages"][name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found["packages"][name] = None
+    return found

@@ -1,0 +1,148 @@
+"""Times of calls that take turns: a sample of each in every round, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from statistics import quantiles
+
+import torch
+
+Call = Callable[[], object]
+
+SAMPLE_SECONDS = 2e-4
+"""A sample repeats a short call until it takes this long: far above the resolution of the clock."""
+GRAPH_SECONDS = 1e-3
+WARM_UP_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Seconds per call over the samples of all rounds."""
+
+    min: float
+    p25: float
+    median: float
+    p75: float
+    rounds: int
+    calls_per_sample: int
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def stats(samples: Sequence[float], calls_per_sample: int) -> Stats:
+    """Minimum and quartiles of at least one sample."""
+    lower, middle, upper = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+    return Stats(min(samples), lower, middle, upper, len(samples), calls_per_sample)
+
+
+@dataclass
+class Contender:
+    """Something to be timed: one call per input set, made inside `context` (the forced backend)."""
+
+    name: str
+    calls: Sequence[Call]
+    context: Callable[[], AbstractContextManager]
+    samples: list[float] = field(default_factory=list)
+    repeats: int = 1
+    position: int = 0
+    kept: object = None  # what must live as long as the calls (the tensors that a captured graph writes)
+
+    def next_calls(self) -> list[Call]:
+        """The calls of one sample, going on where the last sample stopped, so that all input sets are used in turn."""
+        n = len(self.calls)
+        chosen = [self.calls[(self.position + i) % n] for i in range(self.repeats)]
+        self.position = (self.position + self.repeats) % n
+        return chosen
+
+
+@contextmanager
+def no_garbage_collection():
+    """Collect once, then not until the end."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _wall_sample(contender: Contender) -> float:
+    calls = contender.next_calls()
+    with contender.context():
+        start = time.perf_counter_ns()
+        for call in calls:
+            call()
+        stop = time.perf_counter_ns()
+    return (stop - start) / (1e9 * len(calls))
+
+
+def _event_sample(contender: Contender) -> float:
+    calls = contender.next_calls()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with contender.context():
+        start.record()
+        for call in calls:
+            call()
+        stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / (1e3 * len(calls))
+
+
+def _warm_up(contender: Contender, sample: Callable[[Contender], float], seconds: float) -> float:
+    """Run for a while; returns the fastest sample seen, from which the number of calls per sample follows."""
+    stop = time.perf_counter() + seconds
+    fastest = sample(contender)
+    while time.perf_counter() < stop:
+        fastest = min(fastest, sample(contender))
+    return fastest
+
+
+def take_turns(
+    contenders: Sequence[Contender], seconds: float, cuda: bool = False, min_rounds: int = 5, max_rounds: int = 400
+) -> dict[str, Stats]:
+    """Time all contenders within about `seconds`, each once per round, every other round in reverse order.
+
+    Args:
+        seconds: for all contenders together; `min_rounds` may take longer.
+        cuda: time with CUDA events and not with the wall clock.
+    """
+    sample = _event_sample if cuda else _wall_sample
+    with no_garbage_collection():
+        for contender in contenders:
+            fastest = _warm_up(contender, sample, min(WARM_UP_SECONDS, seconds / (4 * len(contenders))))
+            least = GRAPH_SECONDS if cuda else SAMPLE_SECONDS
+            contender.repeats = max(1, round(least / max(fastest, 1e-9)))
+            contender.samples.clear()
+        start = time.perf_counter()
+        for number in range(max_rounds):
+            if number >= min_rounds and time.perf_counter() - start > seconds:
+                break
+            for contender in contenders if number % 2 == 0 else reversed(contenders):
+                contender.samples.append(sample(contender))
+    return {contender.name: stats(contender.samples, contender.repeats) for contender in contenders}
+
+
+def graph_of(contender: Contender) -> Contender:
+    """The contender's calls, one per input set, captured in one CUDA graph; a call of the result replays it.
+
+    Raises:
+        RuntimeError: something in them cannot be captured (it synchronises, say).
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with contender.context():
+        with torch.cuda.stream(stream):  # allocations and lazy initialisation happen before the capture
+            for call in contender.calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [call() for call in contender.calls]
+    return Contender(contender.name, [graph.replay], contender.context, kept=(graph, kept))

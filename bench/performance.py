@@ -1,0 +1,181 @@
+"""Writes docs/performance.md from the benchmark results.
+
+    python -m bench.performance            from docs/results/bench-cpu.json and, where it exists, bench-cuda.json
+    python -m bench.performance --check    exit status 1 when the document is not that of the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench.environment import ROOT, summary
+from bench.micro import results
+from bench.micro.registry import OPS
+from bench.micro.session import milliseconds
+from bench.tables import percent, table
+from bench.targets import ELSEWHERE, TARGETS, judge
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+FILES = {"cpu": ROOT / "docs" / "results" / "bench-cpu.json", "cuda": ROOT / "docs" / "results" / "bench-cuda.json"}
+NAMES = {"cpu": "CPU", "cuda": "GPU"}
+FIGURES = {"nearest": "Time of the nearest-code search", "roofline": "Roofline of all ops"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.performance", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the document is out of date")
+    parser.add_argument("--out", default=str(DOCUMENT), help="document to write")
+    for device, path in FILES.items():
+        parser.add_argument(f"--{device}", default=str(path), help=f"results on the {NAMES[device]}")
+    options = parser.parse_args(argv)
+    try:
+        found = {
+            device: results.load(path) for device in FILES if Path(path := getattr(options, device)).is_file()
+        }
+        text = document(found)
+    except (results.ResultsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    out = Path(options.out)
+    if options.check:
+        same = out.is_file() and out.read_text(encoding="utf-8") == text
+        if not same:
+            print(f"error: {out} is not that of the results; run python -m bench.performance", file=sys.stderr)
+        return int(not same)
+    out.write_text(text, encoding="utf-8")
+    print(f"{out}: {sum(len(own['cases']) for own in found.values())} cases")
+    return 0
+
+
+def document(found: dict[str, dict]) -> str:
+    """The whole document.
+
+    Args:
+        found: results by device type; a device without results is said to be not measured.
+    """
+    parts = [
+        "# Performance",
+        "Written by `python -m bench.performance` from the results files in `docs/results`; do not edit. How things are "
+        "measured, and how to measure them again: [benchmarks.md](benchmarks.md). \"ours\" is always the backend that the "
+        "op chooses by itself. Every case was verified against a float64 answer before it was timed. Times are medians "
+        "in ms, on a GPU those of graph replays where the call can be captured.",
+        "## Targets",
+        target_table(found),
+        "A target is met when every measured shape meets it, those with very few rows included, where the fixed cost of "
+        "a call (checks, dispatch, the custom op) is most of the time.",
+    ]
+    for device in FILES:
+        parts.append(f"## Measured on the {NAMES[device]}")
+        if device not in found or not found[device]["cases"]:
+            parts.append("Not measured.")
+            continue
+        parts += device_part(device, found[device])
+    return "\n\n".join(parts) + "\n"
+
+
+def target_table(found: dict[str, dict]) -> str:
+    """One row per target, CPU first, with what was measured and whether it is met."""
+    rows = []
+    for device in FILES:
+        cases = found.get(device, results.empty())["cases"]
+        for target in TARGETS:
+            if target.device == device:
+                verdict = judge(target, cases)
+                rows.append([NAMES[device], target.op, target.text, verdict.measured(), verdict.said()])
+    for op, on_cpu, on_gpu in ELSEWHERE:
+        rows.append(["CPU", op, on_cpu, "not measured here", "–"])
+        rows.append(["GPU", op, on_gpu, "not measured here", "–"])
+    return table(["on", "op", "target", "measured", "verdict"], rows)
+
+
+def device_part(device: str, found: dict) -> list[str]:
+    """Machine, plots and the tables of all ops on one device."""
+    parts = [runs_text(found)]
+    figures = [
+        f"![{title}](figures/bench-{device}-{name}.png)" for name, title in FIGURES.items()
+        if (DOCUMENT.parent / "figures" / f"bench-{device}-{name}.png").is_file()
+    ]
+    if figures:
+        parts.append("\n\n".join(figures))
+    losses = 0
+    for name, op in OPS.items():
+        cases = [case for case in found["cases"] if case["op"] == name]
+        if cases:
+            text, lost = op_part(op, cases)
+            parts.append(text)
+            losses += lost
+    parts.insert(1, f"{len(found['cases'])} cases; in {losses} of them a peer is faster than ours: they are marked **slower**.")
+    return parts
+
+
+def runs_text(found: dict) -> str:
+    """What every run of the file was made with."""
+    lines = []
+    for name, facts in found["runs"].items():
+        marks = facts["marks"]
+        cases = sum(case["run"] == name for case in found["cases"])
+        rates = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in marks["mm_gflops"].items())
+        variables = ", ".join(f"{key}={value}" for key, value in sorted(facts["variables"].items()) if value is not None)
+        lines.append(
+            f"- {cases} cases, {facts['date'][:10]}: `{facts['command']}`; {summary(facts)}; {variables}; marks: torch.mm of "
+            f"{marks['mm_size']}² {rates}, copy {marks['copy_gbs']:,.1f} GB/s"
+        )
+    return "\n".join(lines)
+
+
+def op_part(op, cases: list[dict]) -> tuple[str, int]:
+    """Heading, table and notes of one op; and on how many of its cases a peer is faster."""
+    names = list(dict.fromkeys(entry["name"] for case in cases for entry in case["contenders"] if entry["status"] == "ok"))
+    backends = {entry["name"] for case in cases for entry in case["contenders"] if entry["kind"] == "backend"}
+    names.sort(key=lambda name: name not in backends)  # backends first, otherwise as they came
+    sizes = list(cases[0]["shape"])
+    headers = [*sizes, "dtype", "pass", *names, "of roofline", "best peer / ours"]
+    rows, losses, notes = [], 0, []
+    for case in cases:
+        ours, peer = results.default_backend(case), results.best_peer(case)
+        cells = [case["shape"].get(size, "–") for size in sizes]
+        cells += [case["dtype"].replace("float", "fp").replace("bfp", "bf"), "f" if case["direction"] == "forward" else "f+b"]
+        for name in names:
+            cells.append(_cell(case, name))
+        cells.append(percent(ours["roofline"]) if ours else "–")
+        ratio = results.seconds(peer) / results.seconds(ours) if ours and peer else None
+        lost = ratio is not None and ratio < 1
+        losses += lost
+        cells.append("–" if ratio is None else f"{ratio:.2f}×{' **slower**' if lost else ''}")
+        rows.append(cells)
+        notes += [
+            f"{case['key']}: {entry['name']}: {entry['status']}: {entry['reason']}"
+            for entry in case["contenders"] if entry["status"] in ("wrong", "failed")
+        ]
+    used = "\n".join(f"- {peer.name}{_kind(peer)}: {peer.note}" for peer in op.peers if peer.name in names)
+    missing = sorted({
+        f"{entry['name']} ({entry['reason']})" for case in cases for entry in case["contenders"] if entry["status"] == "missing"
+    })
+    text = f"### {op.name}\n\n{table(headers, rows)}"
+    if used:
+        text += f"\n\n{used}"
+    if missing:
+        text += f"\n\nNot measured: {', '.join(missing)}."
+    if notes:
+        text += "\n\nWithout a speed, because the check was red:\n\n" + "\n".join(f"- {note}" for note in notes)
+    return text, losses
+
+
+def _kind(peer) -> str:
+    return {"mark": " (a mark)", "variant": " (our own ops)"}.get(peer.kind, "")
+
+
+def _cell(case: dict, name: str) -> str:
+    for entry in case["contenders"]:
+        if entry["name"] == name:
+            if entry["status"] == "ok":
+                took = milliseconds(results.seconds(entry))
+                return f"**{took}**" if entry.get("default") else took
+            return entry["status"] if entry["status"] in ("wrong", "failed") else "–"
+    return "–"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
