@@ -1,12 +1,14 @@
 // From stable-ABI tensors to what the kernels take.
 #pragma once
 
+#include <optional>
+
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "check.h"
-#include "score_layout.h"
+#include "nearest.h"
 
 namespace ztok {
 
@@ -38,6 +40,31 @@ inline Matrix matrix_of(const char* op, const char* argument, const Tensor& tens
   const int64_t rows = tensor.dim() - 2;
   return {tensor.const_data_ptr(), element_of(op, argument, tensor), tensor.size(rows), tensor.size(rows + 1),
           tensor.stride(rows)};
+}
+
+// What every search asks of its rows [M, d] and codebooks [L, V, d].
+inline void check_search(const char* op, const char* argument, const Tensor& rows, const Tensor& codebooks) {
+  ZTOK_CHECK(rows.dim() == 2, op, argument, ": expected [M, d], got ", rows.dim(), " dimensions");
+  ZTOK_CHECK(codebooks.dim() == 3, op, "codebooks: expected [L, V, d], got ", codebooks.dim(), " dimensions");
+  ZTOK_CHECK(codebooks.size(2) == rows.size(1), op, "codebooks: expected width ", rows.size(1), ", got ",
+             codebooks.size(2));
+  ZTOK_CHECK(codebooks.size(0) > 0 && codebooks.size(1) > 0 && codebooks.size(2) > 0, op,
+             "codebooks: expected at least one level, code and element");
+}
+
+inline Codebooks codebooks_of(const char* op, const Tensor& codebooks) {
+  return {matrix_of(op, "codebooks", codebooks), codebooks.size(0), codebooks.stride(0)};
+}
+
+// Levels per row; the values are the caller's to check. int32 or int64 [expected], or none.
+inline LevelCounts level_counts(const char* op, const std::optional<Tensor>& levels, int64_t expected) {
+  if (!levels.has_value()) return {};
+  const ScalarType type = levels->scalar_type();
+  ZTOK_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, "levels: expected int32 or int64, got ",
+             torch::headeronly::toString(type));
+  ZTOK_CHECK(levels->dim() == 1 && levels->size(0) == expected && levels->is_contiguous(), op,
+             "levels: expected a contiguous tensor [", expected, "]");
+  return {levels->const_data_ptr(), type == ScalarType::Long};
 }
 
 }  // namespace ztok

@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "op(name): the op under test; decides which backends it runs over")
-    config.addinivalue_line("markers", "dtype(dtype): dtype of the op's tensors, for backends that do not take them all")
+    config.addinivalue_line("markers", "dtype(dtype): the dtype of the op's tensors, which not every backend takes")
 
 
 def _cases(op):

@@ -57,7 +57,9 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
     check_codebook("residual_quantize", "codebooks", codebooks, "[L, V, d]", "latents", latents)
     if levels is not None:
         check_levels("residual_quantize", levels, "[M]", latents.shape[0], "rows of latents", "latents", latents)
-    quantized, commitment, codebook_loss, codes, usage = _residual_quantize(latents, codebooks, levels)
+    quantized, commitment, codebook_loss, codes, usage = dispatch.run(
+        _registered, _kernel, latents, codebooks, levels
+    )
     return ResidualCodes(codes, quantized, commitment, codebook_loss, usage)
 
 
@@ -77,13 +79,16 @@ def check_level_values(op: str, levels: Tensor | None, num_levels: int) -> None:
         checks.fail(op, "levels", f"in [0, {num_levels}] (the number of codebooks)", low if low < 0 else high)
 
 
-@torch.library.custom_op("ztok::residual_quantize", mutates_args=())
-def _residual_quantize(
+def _kernel(
     latents: Tensor, codebooks: Tensor, levels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.check_finite_values("residual_quantize", "codebooks", codebooks)
     check_level_values("residual_quantize", levels, codebooks.shape[0])
     return dispatch.call_contiguous("residual_quantize", latents, codebooks, levels)
+
+
+_residual_quantize = torch.library.custom_op("ztok::residual_quantize", _kernel, mutates_args=())
+_registered = torch.ops.ztok.residual_quantize.default
 
 
 def fake_codes(latents: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

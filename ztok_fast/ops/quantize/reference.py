@@ -34,7 +34,10 @@ def residual_quantize(latents, codebooks, levels):
         error += torch.where(used, residual.double().square().sum(1), 0)
         codes[:, level] = torch.where(used, code, -1)
         usage[level].scatter_add_(0, code, used.long())
-    loss = (error.sum() / (_used_pairs(codes) * width)).to(dtype)
+    total = error.sum()
+    # no square of a finite residual overflows float64: infinity is that of a row
+    total = torch.where(total.isfinite(), total, torch.nan)
+    loss = (total / (_used_pairs(codes) * width)).to(dtype)
     return quantized.to(latents.dtype), loss, loss.clone(), codes.int(), usage
 
 
