@@ -8,7 +8,6 @@ from tests.codec.tiny_codec import tiny_codec
 from ztok_fast.codec.layout import (
     block_bounds,
     expand_ranges,
-    joined_rows,
     offsets,
     position_in_sequence,
     sequence_of_row,
@@ -32,19 +31,6 @@ def test_expanded_ranges(ranges):
     rows, cu = expand_ranges(begin, begin + torch.tensor([n for _, n in ranges]))
     assert rows.tolist() == [r for b, n in ranges for r in range(b, b + n)]
     assert cu.diff().tolist() == [n for _, n in ranges]
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=4))
-def test_joined_rows_concatenate_each_sequence(lengths):
-    parts = list(zip(*lengths))
-    rows, cu = joined_rows([offsets(torch.tensor(p)) for p in parts], [sum(p) for p in parts])
-    result = torch.full((sum(map(sum, lengths)),), -1)
-    for part, own in enumerate(rows):
-        result[own] = part
-    assert result.tolist() == [part for own in lengths for part, n in enumerate(own) for _ in range(n)]
-    assert cu.diff().tolist() == [sum(own) for own in lengths]
-    for own in rows:
-        assert own.tolist() == sorted(own.tolist())
 
 
 @given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 12))

@@ -9,10 +9,11 @@ import torch
 from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.engine import DecodeSession, write_answer
 from ztok_fast.codec.errors import CodecError
-from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence
+from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.passes import Window
 from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.ops import ragged_gather
 
 
 @torch.inference_mode()
@@ -118,16 +119,13 @@ def answer_question(model: ZTokModel, z: ZBatch, questions: list[list[int]], max
     words = model.adapted.embedding(torch.tensor([t for q in questions for t in q], dtype=torch.int64, device=device))
     cu_words = offsets(torch.tensor([len(q) for q in questions], device=device))
     cu_mark = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
-    asked, answered = (marks[i : i + 1].expand(len(z), -1) for i in (1, 2))
-    parts = [(embeds, cu_context), (asked, cu_mark), (words, cu_words), (answered, cu_mark)]
-    rows, cu_joined = joined_rows([cu for _, cu in parts], [len(values) for values, _ in parts])
-    joined = embeds.new_empty(sum(len(values) for values, _ in parts), embeds.shape[1])
-    for (values, _), own in zip(parts, rows):
-        joined[own] = values
-    check_positions(model, cu_joined, max_new_tokens - 1)
+    once = torch.zeros(len(z), dtype=torch.int64, device=device)
+    joined = ragged_gather(
+        [embeds, marks[1:2], words.to(embeds.dtype), marks[2:3]], [None, once, None, once], [cu_context, cu_mark, cu_words, cu_mark]
+    )
+    check_positions(model, joined.cu_seqlens, max_new_tokens - 1)
     return write_answer(
-        model.adapted, joined, position_in_sequence(cu_joined, len(joined)), cu_joined, max_new_tokens,
-        set(model.adapted.end_tokens),
+        model.adapted, joined.values, joined.position_ids, joined.cu_seqlens, max_new_tokens, set(model.adapted.end_tokens)
     )
 
 
@@ -137,8 +135,6 @@ def _context(model: ZTokModel, z: ZBatch):
     embeddings = model.z_embeddings(model.dequantize(z.codes.to(device)), z.unit_lengths.to(device))
     cu_z = z.cu_ztokens.to(device)
     cu_start = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
-    (start_rows, z_rows), cu_joined = joined_rows([cu_start, cu_z], [len(z), z.ztokens])
-    joined = embeddings.new_empty(len(z) + z.ztokens, embeddings.shape[1])
-    joined[start_rows] = model.zspace.marks[:1].to(joined.dtype)
-    joined[z_rows] = embeddings
-    return joined, position_in_sequence(cu_joined, len(joined)), cu_joined
+    once = torch.zeros(len(z), dtype=torch.int64, device=device)
+    joined = ragged_gather([model.zspace.marks[:1].to(embeddings.dtype), embeddings], [once, None], [cu_start, cu_z])
+    return joined.values, joined.position_ids, joined.cu_seqlens

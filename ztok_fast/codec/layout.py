@@ -1,4 +1,4 @@
-"""Index arithmetic of packed batches: ranges, offsets, joined sequences. No model here."""
+"""Index arithmetic of packed batches: ranges and offsets. No model here; joined sequences are `ztok_fast.ops.ragged_layout`."""
 
 from __future__ import annotations
 
@@ -26,25 +26,6 @@ def expand_ranges(begin: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor,
     cu = offsets(end - begin)
     total = int(cu[-1])
     return begin.long()[sequence_of_row(cu, total)] + position_in_sequence(cu, total), cu
-
-
-def joined_rows(cu_parts: list[torch.Tensor], totals: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Where the rows of each part land when every sequence is the concatenation of its parts.
-
-    Args:
-        cu_parts: offsets ``[B + 1]`` of each part; ``totals`` their row counts.
-
-    Returns:
-        For each part the output row of each of its rows (int64 ``[T_i]``), and the joined int32 offsets.
-    """
-    lengths = [cu.diff().long() for cu in cu_parts]
-    cu_out = offsets(sum(lengths))
-    base = cu_out[:-1].long()
-    rows = []
-    for cu, length, total in zip(cu_parts, lengths, totals):
-        rows.append(base[sequence_of_row(cu, total)] + position_in_sequence(cu, total))
-        base = base + length
-    return rows, cu_out
 
 
 def split_segments(lengths: list[int], segment_length: int) -> tuple[list[int], list[int]]:

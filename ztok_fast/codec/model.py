@@ -10,9 +10,9 @@ from torch import nn
 from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
-from ztok_fast.codec.layout import block_bounds, expand_ranges, joined_rows, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.zspace import ZSpaceHead
-from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather
+from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
 
 
 MASS_STEP = 2.0**-20
@@ -256,12 +256,10 @@ class ZTokModel(nn.Module):
         if told is not None:
             text = text + told.to(text.dtype)
         joined = ragged_gather([embeddings.to(text.dtype), text], [rows, None], [cu_prefix, cu_segments])
-        (z_rows, text_rows), cu_joined = joined_rows([cu_prefix, cu_segments], [len(rows), total])
-        position_ids = torch.empty(len(rows) + total, dtype=torch.int64, device=tokens.device)
-        position_ids[z_rows] = z_positions
-        position_ids[text_rows] = position + self.config.context_segments * self.config.segment_length
-        longest = int(cu_joined.diff().max()) if len(cu_joined) > 1 else 0
-        return DecoderInputs(joined.values, position_ids, cu_joined, longest, text_rows, evidence)
+        layout = ragged_layout([cu_prefix, cu_segments], [len(rows), total])
+        position_ids = layout.place([z_positions, position + self.config.context_segments * self.config.segment_length])
+        longest = int(layout.cu_seqlens.diff().max()) if len(layout.cu_seqlens) > 1 else 0
+        return DecoderInputs(joined.values, position_ids, layout.cu_seqlens, longest, layout.destinations[1], evidence)
 
     def conditioning(self, embeddings, lengths, total: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What ``total`` packed text rows are told of the units they write.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from ztok_fast.codec.engine import decode_text
-from ztok_fast.codec.layout import joined_rows, offsets, split_segments
+from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.codec.model import Encoded, ZTokModel
 from ztok_fast.codec.serial import Written, write_ztokens
+from ztok_fast.ops import ragged_gather, ragged_layout
 
 Progress = Callable[[int], None]
 """Called with the number of text tokens just finished."""
@@ -165,11 +166,13 @@ def decode_segments(
         own = torch.cat([torch.arange(bounds[s], bounds[s + 1], device=device) for s in members])
         cu_own = offsets(torch.tensor([bounds[s + 1] - bounds[s] for s in members], device=device))
         cu_start = torch.arange(len(members) + 1, dtype=torch.int32, device=device)
-        (z_out, start_out), cu_joined = joined_rows([cu_own, cu_start], [len(own), len(members)])
-        embeds = embeddings.new_empty(len(own) + len(members), embeddings.shape[1])
-        position_ids = torch.empty(len(embeds), dtype=torch.int64, device=device)
-        embeds[z_out], position_ids[z_out] = embeddings[rows[own]], positions[own]
-        embeds[start_out], position_ids[start_out] = model.start_embedding.to(embeds.dtype), start_position
+        told, added = (_padded_rows(rows_of_text, cu_text, members) for rows_of_text in (conditioning, evidence))
+        start = model.start_embedding.to(embeddings.dtype).expand(len(members), -1)
+        start = start if told is None else start + told[:, 0]
+        joined = ragged_gather([embeddings, start.contiguous()], [rows[own], None], [cu_own, cu_start])
+        position_ids = ragged_layout([cu_own, cu_start], [len(own), len(members)]).place(
+            [positions[own], positions.new_full((len(members),), start_position)]
+        )
         counts = torch.tensor([segment_lengths[s] for s in members], device=device)
         fixed = None
         if forced is not None and any(forced[s] for s in members):
@@ -178,11 +181,8 @@ def decode_segments(
                 for position, token in (forced[s] or {}).items():
                     fixed[row, position] = token
             fixed = fixed.to(device)
-        told, added = (_padded_rows(rows_of_text, cu_text, members) for rows_of_text in (conditioning, evidence))
-        if told is not None:
-            embeds[start_out] = embeds[start_out] + told[:, 0]
         tokens = decode_text(
-            model.adapted, embeds, position_ids, cu_joined, counts, start_position, fixed, told, added
+            model.adapted, joined.values, position_ids, joined.cu_seqlens, counts, start_position, fixed, told, added
         )
         for s, row in zip(members, tokens.tolist()):
             written[s] = row[: segment_lengths[s]]

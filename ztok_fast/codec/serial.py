@@ -17,9 +17,9 @@ import torch
 
 from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.engine import DecodeSession
-from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.model import Encoded, ZTokModel
-from ztok_fast.ops import ragged_gather
+from ztok_fast.ops import ragged_gather, ragged_layout
 
 STOP_THRESHOLD = 0.5
 """Mass (probability) of end-of-Z at which a segment ends."""
@@ -137,11 +137,10 @@ def _serial_rows(model: ZTokModel, told, cu_segments, embeddings=None, lengths=N
     parts = [cu_segments, cu_mark, cu_units]
     marks = torch.zeros(segments, dtype=torch.int64, device=device)
     joined = ragged_gather([told, model.serial.marks[:1].to(told.dtype), embeddings.to(told.dtype)], [None, marks, None], parts)
-    (text_rows, mark_rows, z_rows), cu_joined = joined_rows(parts, [len(told), segments, len(embeddings)])
-    position_ids = torch.zeros(len(joined.values), dtype=torch.int64, device=device)
-    position_ids[text_rows] = position_in_sequence(cu_segments, len(told))
+    layout = ragged_layout(parts, [len(told), segments, len(embeddings)])
     segment = sequence_of_row(cu_units, len(lengths))
     ends = offsets(lengths).long()[1:] - cu_segments.long()[segment]
-    position_ids[z_rows] = torch.minimum(ends, cu_segments.diff().long()[segment] - 1)
-    predict = torch.cat([mark_rows, z_rows]).sort().values
-    return joined.values, position_ids, cu_joined, predict
+    of_units = torch.minimum(ends, cu_segments.diff().long()[segment] - 1)
+    position_ids = layout.place([position_in_sequence(cu_segments, len(told)), marks, of_units])
+    predict = torch.cat(layout.destinations[1:]).sort().values
+    return joined.values, position_ids, layout.cu_seqlens, predict

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ztok_fast.codec.emission import surprisal_mass
-from ztok_fast.codec.layout import joined_rows, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.layout import offsets, sequence_of_row
 from ztok_fast.codec.model import Encoded, ZTokModel
 from ztok_fast.codec.serial import serial_loss
-from ztok_fast.ops import ragged_gather
+from ztok_fast.ops import ragged_gather, ragged_layout
 from ztok_fast.train.batches import Batch
 
 
@@ -193,22 +193,17 @@ class Objective(nn.Module):
             (words, answer, cu_answer),
         ]
         joined = ragged_gather([s[0] for s in sources], [s[1] for s in sources], [s[2] for s in sources])
-        rows, cu_joined = joined_rows(
+        rows = ragged_layout(
             [s[2] for s in sources], [groups, total, mark_count, len(question), mark_count, len(answer)]
-        )
+        ).destinations
         hidden = model.adapted(
-            joined.values,
-            position_in_sequence(cu_joined, len(joined.values)),
-            cu_joined,
-            int(cu_joined.diff().max()),
-            adapter="inferencer",
+            joined.values, joined.position_ids, joined.cu_seqlens, int(joined.cu_seqlens.diff().max()), adapter="inferencer"
         )
         # The start row and every Z row predict: the next Z-token, and after the last one the end.
-        (start_out, z_out), cu_predict = joined_rows([one_each, cu_z], [groups, total])
-        predict = torch.empty(groups + total, dtype=torch.int64, device=device)
-        predict[start_out], predict[z_out] = rows[0], rows[1]
+        order = ragged_layout([one_each, cu_z], [groups, total])
+        predict = order.place(rows[:2])
         is_end = torch.zeros(groups + total, dtype=torch.bool, device=device)
-        is_end[cu_predict[1:].long() - 1] = True
+        is_end[order.cu_seqlens[1:].long() - 1] = True
         codes = torch.full((groups + total, model.config.num_codebooks), -1, dtype=torch.int32, device=device)
         codes[~is_end] = encoded.quantized.codes
         lengths = torch.ones(groups + total, dtype=torch.int32, device=device)
