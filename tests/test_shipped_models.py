@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ztok_fast
 from ztok_fast import ZTokCodec
 from ztok_fast.codec.codec import MODELS
 from ztok_fast.train.evaluate import evaluate
@@ -81,3 +82,16 @@ def test_the_same_input_gives_the_same_codes(codec):
 def test_shipped_files_are_small():
     assert sum(f.stat().st_size for f in (MODELS / "ztok-mini").rglob("*") if f.is_file()) <= 20_000_000
     assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) <= 40_000_000
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_codes_are_those_of_the_reference(codec, ratio):
+    """Whatever backends run here by default, they give the codes, units and text that the reference gives."""
+    documents = [path.read_text(encoding="utf-8")[:4000] for path in TEXTS.values()]
+    found = codec.compress(documents, ratio)
+    with ztok_fast.backend("reference"):
+        expected = codec.compress(documents, ratio)
+        written = codec.decompress(expected)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.unit_lengths, expected.unit_lengths) and torch.equal(found.cu_ztokens, expected.cu_ztokens)
+    assert codec.decompress(found) == written
