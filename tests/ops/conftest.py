@@ -7,6 +7,7 @@ a backend that has none of its own is tested with the reference's.
 """
 
 from contextlib import ExitStack
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -17,6 +18,36 @@ from ztok_fast.ops import requirements
 DEVICES = ("cpu", "cuda")
 
 
+# Tests that take Triton's interpreter more than a second or two are slow tests there, but for some cases of each.
+SLOW_WHEN_INTERPRETED = (
+    "test_matches_float64*",
+    "test_equal_codes_go_to_the_lowest_index*",
+    "test_rows_that_are_not_finite*",
+    "test_repeats_bitwise_whatever_else_is_in_the_batch*",
+    "test_gradients_match_float64*",
+)
+QUICK_EVEN_INTERPRETED = (
+    "test_matches_float64*-one_code-cosine]",
+    "test_matches_float64*-wide-l2]",
+    "test_matches_float64*-bfloat16-dot]",
+    "test_matches_float64*-near_ties-l2]",
+    "test_equal_codes_go_to_the_lowest_index*-l2-duplicates]",
+    "test_rows_that_are_not_finite[[]triton-cpu-inf-l2]",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        call = getattr(item, "callspec", None)
+        interpreted = call and call.params.get("backend") == "triton" and requirements.triton_is_interpreted()
+        if interpreted and _matches(item, SLOW_WHEN_INTERPRETED) and not _matches(item, QUICK_EVEN_INTERPRETED):
+            item.add_marker(pytest.mark.slow)
+
+
+def _matches(item, patterns):
+    return any(fnmatch(item.name, pattern) for pattern in patterns)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "op(name): the op under test; decides which backends it runs over")
     config.addinivalue_line("markers", "dtype(dtype): the dtype of the op's tensors, which not every backend takes")
@@ -25,9 +56,9 @@ def pytest_configure(config):
 def _cases(op):
     for row in requirements.rows_of(op):
         for device in DEVICES:
-            if row.device_types is not None and device not in row.device_types:
+            if not requirements.runs_on(row, device):
                 continue
-            reasons = requirements.unmet(row, torch.device(device))
+            reasons = requirements.unmet(row, torch.device(device), forced=True)
             if device == "cuda" and not torch.cuda.is_available():
                 reasons.append("no CUDA device")
             marks = pytest.mark.skip(reason="; ".join(reasons)) if reasons else ()

@@ -101,7 +101,7 @@ def test_the_first_backend_that_can_is_chosen(marked):
     assert assign() == MARKED
     assert assign(width=9) == REFERENCE
     assert assign(dtype=torch.float64) == REFERENCE
-    assert dispatch.choose("codebook_assign", torch.device("cuda")).backend == "reference"
+    assert dispatch.choose("codebook_assign", torch.device("cuda")).backend != "marked"
 
 
 def test_unmet_needs_are_said(marked):
@@ -139,9 +139,38 @@ def test_strided_input_gives_what_the_fake_kernels_say():
 
 
 def test_missing_library_is_said(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(requirements.LIBRARIES, "triton", lambda: "the package triton is not installed")
     row = Requirement("codebook_assign", "triton", "nowhere:nothing", library="triton")
     assert requirements.unmet(row, CPU) == ["the package triton is not installed"]
+
+
+def test_too_old_a_library_is_said(monkeypatch):
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: name)
+    for version, reason in (
+        ("3.6.0", None),
+        ("4.0", None),
+        ("3.5.1", "triton 3.6 or newer is needed, 3.5.1 is installed"),
+    ):
+        monkeypatch.setattr(requirements.metadata, "version", lambda name, version=version: version)
+        assert requirements._triton_missing.__wrapped__() == reason
+
+
+def test_interpreted_kernels_run_only_when_forced(monkeypatch):
+    monkeypatch.setitem(requirements.LIBRARIES, "triton", lambda: None)
+    kernel = "tests.ops.test_dispatch:marked_codebook_assign"
+    row = Requirement("codebook_assign", "tiles", kernel, ("cuda",), library="triton")
+    monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert assign() == REFERENCE
+    assert "only if it is forced" in requirements.unmet(row, CPU)[0]
+    with ztok_fast.backend("tiles", ["codebook_assign"]):
+        assert assign() == MARKED
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert not requirements.runs_on(row, "cpu") and requirements.runs_on(row, "cuda")
+    with ztok_fast.backend("tiles", ["codebook_assign"]):
+        with pytest.raises(ops.BackendUnavailable, match=r"runs on cuda, not on cpu, .*TRITON_INTERPRET=1"):
+            assign()
 
 
 def test_compute_capability_is_compared(monkeypatch):

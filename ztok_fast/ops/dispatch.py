@@ -107,12 +107,13 @@ def choose(
     """
     forced = forced_backend(op)
     rows = requirements.rows_of(op)
+    needs = (device, dtype, width, argument_dtypes, forced is not None)
     for row in rows:
         if forced is None or row.backend == forced:
-            if requirements.meets(row, device, dtype, width, argument_dtypes):
+            if requirements.meets(row, *needs):
                 return row
     refused = [
-        f"{row.backend}: {'; '.join(requirements.unmet(row, device, dtype, width, argument_dtypes))}"
+        f"{row.backend}: {'; '.join(requirements.unmet(row, *needs))}"
         for row in rows
         if forced is None or row.backend == forced
     ]

@@ -7,9 +7,12 @@ its own, `<op>_backward`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 
@@ -27,7 +30,7 @@ class Requirement:
         op: name of the op, as in `torch.ops.ztok`.
         backend: name given to `ztok_fast.backend` and `ZTOK_BACKEND`.
         implementation: "module:function", imported on first use; the function takes the op's arguments.
-        device_types: torch device types that it runs on.
+        device_types: torch device types that it runs on. Triton kernels run on others too where they are interpreted.
         dtypes: dtypes of the op's main tensor (its first argument).
         argument_dtypes: dtypes of the op's other floating-point tensors.
         max_width: largest width (size of the last dimension) of the main tensor.
@@ -46,8 +49,34 @@ class Requirement:
     library: str | None = None
 
 
+OLDEST_TRITON = (3, 6)
+
+
+@functools.cache
 def _triton_missing() -> str | None:
-    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    version = metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, OLDEST_TRITON))} or newer is needed, {version} is installed"
+    return None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: on any device, for tests, and very slowly.
+
+    Triton decides when a kernel's module is first imported, by the environment variable that is asked for here.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _interpreted(row: Requirement) -> bool:
+    return row.library == "triton" and triton_is_interpreted()
+
+
+def runs_on(row: Requirement, device_type: str) -> bool:
+    """Whether a backend runs on a kind of device at all."""
+    return row.device_types is None or device_type in row.device_types or _interpreted(row)
 
 
 def _cpu_library_missing() -> str | None:
@@ -72,8 +101,14 @@ def _cpp(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs
     return Requirement(op, "cpp", f"ztok_fast.ops.{family}.cpp:{op}", ("cpu",), dtypes, library="cpu", **needs)
 
 
+def _triton(op: str, family: str, module: str = "triton", **needs) -> Requirement:
+    needs = {"dtypes": UP_TO_FLOAT32, "argument_dtypes": UP_TO_FLOAT32, "min_compute_capability": (8, 0), **needs}
+    return Requirement(op, "triton", f"ztok_fast.ops.{family}.{module}:{op}", ("cuda",), library="triton", **needs)
+
+
 REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
+    _triton("codebook_assign", "nearest"),
     _reference("codebook_assign", "nearest"),
     _reference("codebook_assign_backward", "nearest"),
     _cpp("halting_units", "halting"),
@@ -137,10 +172,14 @@ def _needs_not_met(
     dtype: torch.dtype | None,
     width: int | None,
     argument_dtypes: Iterable[torch.dtype],
+    forced: bool,
 ) -> Iterator[str]:
     """Cheapest needs first, so that a row is refused for its device before a library is looked for."""
-    if row.device_types is not None and device.type not in row.device_types:
-        yield f"runs on {' or '.join(row.device_types)}, not on {device.type}"
+    if not runs_on(row, device.type):
+        hint = ", where only Triton's interpreter runs it (TRITON_INTERPRET=1)" if row.library == "triton" else ""
+        yield f"runs on {' or '.join(row.device_types)}, not on {device.type}{hint}"
+    elif not forced and _interpreted(row):
+        yield "is run by Triton's interpreter here (TRITON_INTERPRET), which is for tests: only if it is forced"
     if dtype is not None and dtype not in row.dtypes:
         yield f"takes {', '.join(str(d) for d in row.dtypes)}, not {dtype}"
     if row.argument_dtypes is not None:
@@ -169,13 +208,15 @@ def unmet(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     argument_dtypes: Iterable[torch.dtype] = (),
+    forced: bool = False,
 ) -> list[str]:
     """Why a backend cannot run here, one plain phrase per need that is not met; empty when it can.
 
     `dtype` and `width` describe the main tensor; None leaves that need out (what the doctor and the tests do).
-    `argument_dtypes` are those of the other floating-point tensors.
+    `argument_dtypes` are those of the other floating-point tensors. `forced` says that the backend was asked for by
+    name; interpreted kernels run only then.
     """
-    return list(_needs_not_met(row, device, dtype, width, argument_dtypes))
+    return list(_needs_not_met(row, device, dtype, width, argument_dtypes, forced))
 
 
 def meets(
@@ -184,6 +225,7 @@ def meets(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     argument_dtypes: Iterable[torch.dtype] = (),
+    forced: bool = False,
 ) -> bool:
     """Whether a backend can run here; stops at the first need that is not met."""
-    return next(_needs_not_met(row, device, dtype, width, argument_dtypes), None) is None
+    return next(_needs_not_met(row, device, dtype, width, argument_dtypes, forced), None) is None

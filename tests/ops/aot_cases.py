@@ -1,0 +1,141 @@
+"""Every Triton kernel as it is launched, for `tests/ops/test_aot.py`, which compiles it ahead of time without a GPU.
+
+To add a kernel, append one `Case` to `CASES` (or a loop over the configurations that your launcher can pick, imported
+from the module that picks them, so that what is tested is what is launched):
+
+    Case(
+        "halting-scan",                                      # unique; shows in test ids
+        "ztok_fast.ops.halting.triton:scan_kernel",          # the @triton.jit function
+        {"mass": "*fp32", "units": "*i32", "rows": "i32"},   # run-time arguments in any order
+        {"BLOCK": 1024},                                     # constexpr arguments
+        num_warps=4,
+    )
+
+Types are *fp16, *bf16, *fp32, *fp64, *i1, *i8, *i16, *i32, *i64 for pointers and i32, i64, fp32, fp64 for numbers.
+Pointers are taken to be aligned to 16 bytes, as those of whole tensors are; name the numbers that are multiples of 16
+in `divisible`. Any other pointer that is passed as None goes into the constexprs as None.
+
+For each architecture the test asserts that the code has no stack frame and no spills, at most `max_shared` bytes of
+shared memory, and for sm_90a the instructions named in `sm90_needs`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# compute capability -> name of the architecture whose code is made (the features of 90a and 100a included)
+ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+# bytes of shared memory that one block may have, by compute capability
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one signature and one set of constants.
+
+    Attributes:
+        name: unique name, shown in test ids.
+        kernel: "module:function".
+        signature: type of each run-time argument.
+        constexprs: value of each constexpr argument.
+        num_warps, num_stages: launch options.
+        divisible: run-time numbers that are multiples of 16.
+        capabilities: keys of `ARCHITECTURES` that it is compiled for.
+        sm90_needs: instructions that its PTX for sm_90a must contain.
+        slow: leave it to the slow tests.
+    """
+
+    name: str
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = tuple(ARCHITECTURES)
+    sm90_needs: tuple[str, ...] = ()
+    slow: bool = False
+
+
+CASES: list[Case] = []
+
+
+def _nearest_cases():
+    """The kernels of the nearest-code search with the tiles of their tables."""
+    from ztok_fast.ops.nearest import triton_configs as configs
+
+    module = "ztok_fast.ops.nearest.triton_kernels"
+    types = {(1, 1): ("*bf16", "*bf16"), (2, 1): ("*fp32", "*bf16"), (2, 2): ("*fp32", "*fp32")}
+    capability_of = {configs.architecture((c // 10, 0)): c for c in ARCHITECTURES}
+    settle = {"REL": 1e-5, "BV": configs.EXACT_CODES, "BK": configs.SETTLE_WIDTH}
+    outputs = {"residual": "*fp32", "codes": "*i32", "distances": "*fp32", "usage": "*i64"}
+    for arch, capability in capability_of.items():
+        for (width, *terms), tile in configs.WHOLE[arch].items():
+            rows, codes = types[*terms]
+            yield Case(
+                f"residual-search-{width}-{terms[0]}x{terms[1]}-{arch}",
+                f"{module}:residual_search_kernel",
+                {
+                    "x": rows, "book": codes, "terms": "*bf16", "offsets": "*fp32", "longest": "*i32",
+                    "row_levels": "*i32", **outputs, "quantized": rows, "M": "i32", "V": "i32", "L": "i32",
+                },
+                {
+                    "D": width, "METRIC": "l2", "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False,
+                    "LEVELS": True, "QUANTIZE": True, "BM": tile.rows, "BN": tile.codes, "BD": tile.width, **settle,
+                    "BK": configs.SETTLE_WIDTH_INSIDE,
+                },
+                tile.warps, tile.stages, capabilities=(capability,), sm90_needs=("wgmma",),
+                slow=(width, *terms) != (64, 2, 2),
+            )  # fmt: skip
+        for terms, tile in configs.STEPS[arch].items():
+            for width in (64, 1024):
+                yield Case(
+                    f"scan-{width}-{terms[0]}x{terms[1]}-{arch}",
+                    f"{module}:scan_kernel",
+                    {
+                        "x": types[terms][0], "terms": "*bf16", "low_terms": "*bf16", "offsets": "*fp32",
+                        "scores": "*fp32", "indices": "*i32", "M": "i32", "V": "i32", "tiles": "i32",
+                    },
+                    {
+                        "D": width, "METRIC": "l2", "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False,
+                        "BM": tile.rows, "BN": tile.codes, "BK": tile.width,
+                    },
+                    tile.warps, tile.stages, capabilities=(capability,), sm90_needs=("wgmma",),
+                    slow=(width, *terms) != (1024, 1, 1),
+                )  # fmt: skip
+    for terms, (rows, codes) in types.items():
+        yield Case(
+            f"settle-{terms[0]}x{terms[1]}",
+            f"{module}:settle_kernel",
+            {
+                "x": rows, "book": codes, "longest": "*i32", "scores": "*fp32", "indices": "*i32",
+                "row_levels": "*i32", **outputs, "M": "i32", "V": "i32", "L": "i32", "level": "i32", "parts": "i32",
+            },
+            {"D": 1024, "METRIC": "cosine", **settle, "BM": configs.SETTLE_ROWS, "LEVELS": True, "QUANTIZE": True},
+            configs.SETTLE_WARPS, slow=terms != (2, 2),
+        )  # fmt: skip
+        yield Case(
+            f"prepare-codes-{terms[0]}x{terms[1]}",
+            f"{module}:prepare_codes_kernel",
+            {"book": codes, "terms": "*bf16", "offsets": "*fp32", "longest": "*i32", "V": "i32"},
+            {"D": 64, "METRIC": "l2", "CODE_TERMS": terms[1], "BV": 32, "BK": 64},
+            slow=terms != (2, 2),
+        )
+    yield Case(
+        "sum-codes",
+        f"{module}:sum_codes_kernel",
+        {"book": "*bf16", "codes": "*i32", "quantized": "*bf16", "M": "i32", "V": "i32", "L": "i32"},
+        {"D": 64, "BM": configs.SETTLE_ROWS, "BK": configs.SETTLE_WIDTH},
+        configs.SETTLE_WARPS,
+    )
+
+
+CASES += _nearest_cases()
+
+# compiled by the test of the test alone
+SPILLS = Case("spills", "tests.ops.aot_spills:spill_kernel", {"x": "*fp32", "y": "*fp32"}, {"B": 64}, num_warps=1)
+
+
+def by_name() -> dict[str, Case]:
+    """All cases by their names."""
+    return {case.name: case for case in (*CASES, SPILLS)}
