@@ -132,6 +132,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _reference("ragged_scatter_add", "ragged"),
     _reference("lora_linear", "lora"),
     _reference("lora_linear_backward", "lora"),
+    _cpp("z_select", "zhead", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _reference("z_select", "zhead"),
 )
 

@@ -25,11 +25,14 @@ class Selection(NamedTuple):
     log_probs: Tensor
 
 
-@torch.library.custom_op("ztok::z_select", mutates_args=())
-def _z_select(
+def _kernel(
     hidden: Tensor, rows: Tensor, temperature: float, top_p: float, seed: int, row_ids: Tensor | None, step: int
 ) -> tuple[Tensor, Tensor]:
     return dispatch.call(OP, hidden, rows, temperature, top_p, seed, row_ids, step)
+
+
+_z_select = torch.library.custom_op("ztok::z_select", _kernel, mutates_args=())
+_registered = torch.ops.ztok.z_select.default
 
 
 @_z_select.register_fake
@@ -90,7 +93,8 @@ def z_select(
         checks.check_tensor(OP, "row_ids", row_ids, "[B]", (torch.int64,))
         checks.check_size(OP, "row_ids", row_ids, 0, hidden.shape[0], "rows of hidden")
         checks.check_same_device(OP, "row_ids", row_ids, "hidden", hidden)
-    return Selection(*_z_select(hidden, rows, float(temperature), float(top_p), seed, row_ids, step))
+    sampling = float(temperature), float(top_p), seed, row_ids, step
+    return Selection(*dispatch.run(_registered, _kernel, hidden, rows, *sampling))
 
 
 def _is_number(value: object) -> bool:
