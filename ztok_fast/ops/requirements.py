@@ -120,6 +120,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("integrate_units_backward", "halting"),
     _reference("integrate_units_backward", "halting"),
     _cpp("residual_quantize", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
+    _triton("residual_quantize", "quantize", "triton_residual"),
     _reference("residual_quantize", "quantize"),
     _reference("residual_quantize_backward", "quantize"),
     _reference("quantize_ragged", "quantize"),
