@@ -1,83 +1,105 @@
-// ragged_pack on the CPU: padded [B, S, *] to packed [T, *].
-#include <algorithm>
-#include <cstring>
+// ragged_pack and ragged_unpack on the CPU, and the schemas of all native ragged ops.
+#include <limits>
 
 #include <torch/csrc/stable/library.h>
 
-#include "ragged.h"
+#include "ragged_copy.h"
 
 namespace ztok {
 namespace {
 
-constexpr const char* kOp = "ragged_pack";
-constexpr int64_t kBytesPerTask = 64 * 1024;  // below this a second thread costs more than the copy
+constexpr const char* kPack = "ragged_pack";
+constexpr const char* kUnpack = "ragged_unpack";
 
-template <typename Offset>
-void check_offsets(const PaddedLayout& layout, const Offset* cu_seqlens, int64_t total) {
-  ZTOK_CHECK(cu_seqlens[0] == 0, kOp, "cu_seqlens[0]: expected 0, got ", cu_seqlens[0]);
-  for (int64_t b = 0; b < layout.batch; ++b) {
-    const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
-    ZTOK_CHECK(begin <= end, kOp, "cu_seqlens: expected non-decreasing offsets, got ", begin, " before ", end,
-               " at sequence ", b);
-    // Non-negative by induction from cu_seqlens[0] == 0, so the difference cannot overflow.
-    ZTOK_CHECK(end - begin <= layout.max_length, kOp, "cu_seqlens: expected lengths of at most S = ",
-               layout.max_length, ", got ", end - begin, " at sequence ", b);
-  }
-  ZTOK_CHECK(cu_seqlens[layout.batch] == total, kOp, "cu_seqlens[-1]: expected total = ", total, ", got ",
-             cu_seqlens[layout.batch]);
-}
-
-// Writes packed rows [begin, end). A task is a range of packed rows, not of sequences, so that one long sequence
-// among short ones is shared between threads.
-template <typename Offset>
-void pack_rows(const PaddedLayout& layout, const char* padded, const Offset* cu_seqlens, char* packed, int64_t begin,
-               int64_t end) {
-  int64_t sequence = std::upper_bound(cu_seqlens, cu_seqlens + layout.batch + 1, begin) - cu_seqlens - 1;
-  for (int64_t row = begin; row < end; ++sequence) {
-    const int64_t stop = std::min<int64_t>(end, cu_seqlens[sequence + 1]);
+// Writes packed rows [begin, end).
+void pack_rows(const PaddedLayout& layout, const char* padded, const Indices& cu_seqlens, char* packed, int64_t begin,
+               int64_t end, const RowWriter& writer) {
+  const int64_t bytes = layout.row_bytes, covered = std::min(end, cu_seqlens[layout.batch]);
+  int64_t row = begin;
+  int64_t sequence = sequence_of([&](int64_t b) { return cu_seqlens[b]; }, layout.batch, row);
+  for (; row < covered; ++sequence) {
+    const int64_t stop = std::min(covered, cu_seqlens[sequence + 1]);
     const char* source = padded + sequence * layout.batch_stride + (row - cu_seqlens[sequence]) * layout.row_stride;
-    if (layout.row_stride == layout.row_bytes) {
-      std::memcpy(packed + row * layout.row_bytes, source, (stop - row) * layout.row_bytes);
+    if (layout.row_stride == bytes) {
+      writer.copy(packed + row * bytes, source, (stop - row) * bytes);
       row = stop;
     } else {
-      for (; row < stop; ++row, source += layout.row_stride) {
-        std::memcpy(packed + row * layout.row_bytes, source, layout.row_bytes);
-      }
+      for (; row < stop; ++row, source += layout.row_stride) writer.copy(packed + row * bytes, source, bytes);
     }
   }
-}
-
-template <typename Offset>
-void pack(const PaddedLayout& layout, const Tensor& padded, const Tensor& cu_seqlens, Tensor& packed) {
-  const auto* offsets = static_cast<const Offset*>(cu_seqlens.const_data_ptr());
-  const int64_t total = packed.size(0);
-  check_offsets(layout, offsets, total);
-  if (total == 0 || layout.row_bytes == 0) return;
-  const auto* source = static_cast<const char*>(padded.const_data_ptr());
-  auto* target = static_cast<char*>(packed.mutable_data_ptr());
-  const int64_t rows_per_task = std::max<int64_t>(1, kBytesPerTask / layout.row_bytes);
-  torch::stable::parallel_for(0, total, rows_per_task, [&](int64_t begin, int64_t end) {
-    pack_rows(layout, source, offsets, target, begin, end);
-  });
+  if (row < end) std::memset(packed + row * bytes, 0, (end - row) * bytes);
 }
 
 void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor packed) {
-  check_padded_and_offsets(kOp, padded, cu_seqlens);
-  check_packed(kOp, padded, packed);
-  ZTOK_CHECK(padded.is_cpu(), kOp, "padded: expected a CPU tensor");
-  ZTOK_CHECK(cu_seqlens.is_cpu(), kOp, "cu_seqlens: expected a CPU tensor, the device of padded");
-  ZTOK_CHECK(packed.is_cpu(), kOp, "packed: expected a CPU tensor, the device of padded");
-  const Tensor rows = with_contiguous_rows(padded);
+  check_padded(kPack, padded);
+  check_offsets_of_batch(kPack, cu_seqlens, padded.size(0));
+  check_output(kPack, "packed", packed, 1, padded, 2, "padded");
+  ZTOK_CHECK(padded.is_cpu() && cu_seqlens.is_cpu() && packed.is_cpu(), kPack, "expected CPU tensors");
+  const Tensor rows = with_contiguous_rows(padded, 2);
   const Tensor offsets = torch::stable::contiguous(cu_seqlens);
   const PaddedLayout layout = padded_layout(rows);
-  has_int64_offsets(offsets) ? pack<int64_t>(layout, rows, offsets, packed)
-                             : pack<int32_t>(layout, rows, offsets, packed);
+  const Indices starts = indices_of(offsets);
+  const int64_t total = packed.size(0);
+  check_offset_values(kPack, starts, layout.batch, total, layout.max_length);
+  const auto* source = static_cast<const char*>(rows.const_data_ptr());
+  auto* target = static_cast<char*>(packed.mutable_data_ptr());
+  if (layout.row_bytes == 0) return;
+  for_rows(total, layout.row_bytes, [&](int64_t begin, int64_t end) {
+    const RowWriter writer(total * layout.row_bytes);
+    pack_rows(layout, source, starts, target, begin, end, writer);
+  });
 }
 
 Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total) {
-  Tensor packed = new_packed(kOp, padded, total);
+  ZTOK_CHECK(total >= 0, kPack, "total: expected the number of packed rows, at least 0, got ", total);
+  check_padded(kPack, padded);
+  Tensor packed = new_rows(padded, {total}, 2);
   ragged_pack_out(padded, cu_seqlens, packed);
   return packed;
+}
+
+void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fill, Tensor padded) {
+  check_packed(kUnpack, packed);
+  check_padded(kUnpack, padded);
+  check_offsets_of_batch(kUnpack, cu_seqlens, padded.size(0));
+  check_output(kUnpack, "padded", padded, 2, packed, 1, "packed");
+  ZTOK_CHECK(packed.is_cpu() && cu_seqlens.is_cpu() && padded.is_cpu(), kUnpack, "expected CPU tensors");
+  const FillPattern pattern = fill_pattern(kUnpack, packed.scalar_type(), fill);
+  const Tensor rows = with_contiguous_rows(packed, 1);
+  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
+  const Indices starts = indices_of(offsets);
+  const int64_t max_length = padded.size(1), num_rows = padded.size(0) * max_length;
+  check_offset_values(kUnpack, starts, padded.size(0), rows.size(0), max_length);
+  const int64_t bytes = row_bytes_of(rows, 1), stride = rows.stride(0) * static_cast<int64_t>(rows.element_size());
+  const auto* source = static_cast<const char*>(rows.const_data_ptr());
+  auto* target = static_cast<char*>(padded.mutable_data_ptr());
+  if (bytes == 0) return;
+  for_rows(num_rows, bytes, [&](int64_t begin, int64_t end) {
+    const RowWriter writer(num_rows * bytes);
+    for (int64_t row = begin; row < end;) {
+      const int64_t sequence = row / max_length, first = sequence * max_length;
+      const int64_t filled = std::clamp(first + starts[sequence + 1] - starts[sequence], row, end);
+      const int64_t stop = std::min(end, first + max_length);
+      const char* from = source + (starts[sequence] + row - first) * stride;
+      if (stride == bytes) {
+        writer.copy(target + row * bytes, from, (filled - row) * bytes);
+      } else {
+        for (int64_t r = row; r < filled; ++r, from += stride) writer.copy(target + r * bytes, from, bytes);
+      }
+      writer.fill(target + filled * bytes, pattern, (stop - filled) * bytes);
+      row = stop;
+    }
+  });
+}
+
+Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max_length, double fill) {
+  ZTOK_CHECK(max_length >= 0, kUnpack, "max_length: expected at least 0, got ", max_length);
+  check_packed(kUnpack, packed);
+  check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
+  ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
+  Tensor padded = new_rows(packed, {cu_seqlens.size(0) - 1, max_length}, 1);
+  ragged_unpack_out(packed, cu_seqlens, fill, padded);
+  return padded;
 }
 
 }  // namespace
@@ -86,9 +108,23 @@ Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total
 STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
   m.def("ragged_pack_native(Tensor padded, Tensor cu_seqlens, int total) -> Tensor");
   m.def("ragged_pack_native_out(Tensor padded, Tensor cu_seqlens, Tensor(a!) packed) -> ()");
+  m.def("ragged_unpack_native(Tensor packed, Tensor cu_seqlens, int max_length, float fill) -> Tensor");
+  m.def("ragged_unpack_native_out(Tensor packed, Tensor cu_seqlens, float fill, Tensor(a!) padded) -> ()");
+  m.def("ragged_layout_native(Tensor[] cu_seqlens, int[] totals) -> (Tensor, Tensor, Tensor)");
+  m.def("ragged_gather_native(Tensor[] tables, Tensor?[] indices, Tensor[] cu_seqlens) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ragged_gather_native_out(Tensor[] tables, Tensor?[] indices, Tensor[] cu_seqlens, Tensor(a!) values) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "ragged_gather_backward_native(Tensor grad, Tensor?[] indices, Tensor[] cu_seqlens, int[] table_rows, "
+      "bool[] needed) -> Tensor[]");
+  m.def("ragged_scatter_add_native(Tensor rows, Tensor index, int num_rows) -> Tensor");
+  m.def("ragged_scatter_add_native_out(Tensor rows, Tensor index, Tensor(a!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
   m.impl("ragged_pack_native", TORCH_BOX(&ztok::ragged_pack));
   m.impl("ragged_pack_native_out", TORCH_BOX(&ztok::ragged_pack_out));
+  m.impl("ragged_unpack_native", TORCH_BOX(&ztok::ragged_unpack));
+  m.impl("ragged_unpack_native_out", TORCH_BOX(&ztok::ragged_unpack_out));
 }

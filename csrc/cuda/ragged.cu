@@ -1,71 +1,89 @@
-// ragged_pack on CUDA: padded [B, S, *] to packed [T, *]. No host synchronisation: safe inside a CUDA graph.
-#include <algorithm>
-
+// ragged_pack and ragged_unpack on CUDA. No host synchronisation: safe inside a CUDA graph.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "ragged.h"
-#include "ragged_kernel.cuh"
-#include "stream.h"
+#include "ragged_copy.h"
 
 namespace ztok {
 namespace {
 
-constexpr const char* kOp = "ragged_pack";
-constexpr int kThreadsPerBlock = 256;
-constexpr int64_t kMaxBlocks = 1 << 20;  // more rows than these cover are reached by the kernel's loop
+constexpr const char* kPack = "ragged_pack";
+constexpr const char* kUnpack = "ragged_unpack";
 
-template <typename Unit, typename Offset>
-void launch(const PaddedLayout& layout, const Tensor& padded, const Tensor& cu_seqlens, Tensor& packed) {
-  constexpr int64_t unit = sizeof(Unit);
-  const int64_t total = packed.size(0);
-  const int64_t row_units = layout.row_bytes / unit;
-  int threads_per_row = 1;
-  while (threads_per_row < row_units && threads_per_row < kThreadsPerBlock) threads_per_row *= 2;
-  const dim3 block(threads_per_row, kThreadsPerBlock / threads_per_row);
-  const int64_t blocks = std::min<int64_t>((total + block.y - 1) / block.y, kMaxBlocks);
-  const cudaStream_t stream = current_stream(padded.get_device_index());
-  ragged_pack_kernel<Unit, Offset><<<static_cast<unsigned>(blocks), block, 0, stream>>>(
-      static_cast<const Unit*>(padded.const_data_ptr()), static_cast<const Offset*>(cu_seqlens.const_data_ptr()),
-      static_cast<Unit*>(packed.mutable_data_ptr()), layout.batch, layout.max_length, row_units,
-      layout.batch_stride / unit, layout.row_stride / unit, total);
-  check_launch(kOp);
-}
-
-template <typename Offset>
-void pack(const PaddedLayout& layout, const Tensor& padded, const Tensor& cu_seqlens, Tensor& packed) {
-  // The widest unit that divides every address and stride the kernel will form.
-  const auto bits = reinterpret_cast<uintptr_t>(padded.const_data_ptr()) |
-                    reinterpret_cast<uintptr_t>(packed.const_data_ptr()) |
-                    static_cast<uintptr_t>(layout.row_bytes | layout.batch_stride | layout.row_stride);
-  if (bits % 16 == 0) return launch<uint4, Offset>(layout, padded, cu_seqlens, packed);
-  if (bits % 4 == 0) return launch<uint32_t, Offset>(layout, padded, cu_seqlens, packed);
-  if (bits % 2 == 0) return launch<uint16_t, Offset>(layout, padded, cu_seqlens, packed);
-  launch<uint8_t, Offset>(layout, padded, cu_seqlens, packed);
+void check_on_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& main) {
+  ZTOK_CHECK(tensor.is_cuda() && tensor.get_device_index() == main.get_device_index(), op, argument,
+             ": expected a tensor on CUDA device ", main.get_device_index());
 }
 
 void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor packed) {
-  check_padded_and_offsets(kOp, padded, cu_seqlens);
-  check_packed(kOp, padded, packed);
-  const auto device = padded.get_device_index();
-  ZTOK_CHECK(padded.is_cuda(), kOp, "padded: expected a CUDA tensor");
-  ZTOK_CHECK(cu_seqlens.is_cuda() && cu_seqlens.get_device_index() == device, kOp,
-             "cu_seqlens: expected a tensor on CUDA device ", device, ", the device of padded");
-  ZTOK_CHECK(packed.is_cuda() && packed.get_device_index() == device, kOp,
-             "packed: expected a tensor on CUDA device ", device, ", the device of padded");
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor rows = with_contiguous_rows(padded);
+  check_padded(kPack, padded);
+  check_offsets_of_batch(kPack, cu_seqlens, padded.size(0));
+  check_output(kPack, "packed", packed, 1, padded, 2, "padded");
+  check_on_device(kPack, "padded", padded, padded);
+  check_on_device(kPack, "packed", packed, padded);
+  check_on_device(kPack, "cu_seqlens", cu_seqlens, padded);
+  const torch::stable::accelerator::DeviceGuard guard(padded.get_device_index());
+  const Tensor rows = with_contiguous_rows(padded, 2);
   const Tensor offsets = torch::stable::contiguous(cu_seqlens);
   const PaddedLayout layout = padded_layout(rows);
-  if (packed.size(0) == 0 || layout.row_bytes == 0) return;
-  has_int64_offsets(offsets) ? pack<int64_t>(layout, rows, offsets, packed)
-                             : pack<int32_t>(layout, rows, offsets, packed);
+  const void* source = rows.const_data_ptr();
+  void* target = packed.mutable_data_ptr();
+  Alignment alignment;
+  alignment.address(source).address(target).bytes(layout.row_bytes).bytes(layout.batch_stride).bytes(layout.row_stride);
+  alignment.with_unit([&](auto unit) {
+    using Unit = decltype(unit);
+    constexpr int64_t size = sizeof(Unit);
+    const PackRows<Unit> locator{static_cast<const Unit*>(source), indices_of(offsets), layout.batch,
+                                 layout.max_length, layout.batch_stride / size, layout.row_stride / size};
+    copy_rows<Unit>(kPack, locator, target, packed.size(0), layout.row_bytes, nullptr,
+                    current_stream(padded.get_device_index()));
+  });
 }
 
 Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total) {
-  Tensor packed = new_packed(kOp, padded, total);
+  ZTOK_CHECK(total >= 0, kPack, "total: expected at least 0, got ", total);
+  check_padded(kPack, padded);
+  Tensor packed = new_rows(padded, {total}, 2);
   ragged_pack_out(padded, cu_seqlens, packed);
   return packed;
+}
+
+void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fill, Tensor padded) {
+  check_packed(kUnpack, packed);
+  check_padded(kUnpack, padded);
+  check_offsets_of_batch(kUnpack, cu_seqlens, padded.size(0));
+  check_output(kUnpack, "padded", padded, 2, packed, 1, "packed");
+  check_on_device(kUnpack, "packed", packed, packed);
+  check_on_device(kUnpack, "padded", padded, packed);
+  check_on_device(kUnpack, "cu_seqlens", cu_seqlens, packed);
+  const FillPattern pattern = fill_pattern(kUnpack, packed.scalar_type(), fill);
+  const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
+  const Tensor rows = with_contiguous_rows(packed, 1);
+  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
+  const int64_t row_bytes = row_bytes_of(rows, 1);
+  const int64_t row_stride = rows.stride(0) * static_cast<int64_t>(rows.element_size());
+  const void* source = rows.const_data_ptr();
+  void* target = padded.mutable_data_ptr();
+  Alignment alignment;
+  alignment.address(source).address(target).bytes(row_bytes).bytes(row_stride);
+  alignment.with_unit([&](auto unit) {
+    using Unit = decltype(unit);
+    const UnpackRows<Unit> locator{static_cast<const Unit*>(source), indices_of(offsets), rows.size(0),
+                                   padded.size(1), row_stride / static_cast<int64_t>(sizeof(Unit))};
+    copy_rows<Unit>(kUnpack, locator, target, padded.size(0) * padded.size(1), row_bytes, pattern.bytes,
+                    current_stream(packed.get_device_index()));
+  });
+}
+
+Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max_length, double fill) {
+  ZTOK_CHECK(max_length >= 0, kUnpack, "max_length: expected at least 0, got ", max_length);
+  check_packed(kUnpack, packed);
+  check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
+  ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
+  Tensor padded = new_rows(packed, {cu_seqlens.size(0) - 1, max_length}, 1);
+  ragged_unpack_out(packed, cu_seqlens, fill, padded);
+  return padded;
 }
 
 }  // namespace
@@ -75,4 +93,6 @@ Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total
 STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) {
   m.impl("ragged_pack_native", TORCH_BOX(&ztok::ragged_pack));
   m.impl("ragged_pack_native_out", TORCH_BOX(&ztok::ragged_pack_out));
+  m.impl("ragged_unpack_native", TORCH_BOX(&ztok::ragged_unpack));
+  m.impl("ragged_unpack_native_out", TORCH_BOX(&ztok::ragged_unpack_out));
 }

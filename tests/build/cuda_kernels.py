@@ -39,9 +39,40 @@ class Kernel:
 
 
 WIDE = (LOAD_128, STORE_128)
+# widest unit that the alignment allows -> what moves it
+UNITS = {"uint4": WIDE, "uint2": (), "unsigned int": (), "unsigned short": (), "unsigned char": ()}
+# element of a sum -> columns in 16 bytes
+ELEMENTS = {"c10::Half": 8, "c10::BFloat16": 8, "float": 4, "double": 2}
 
-KERNELS = (
-    *(Kernel("ragged_kernel.cuh", f"ztok::ragged_pack_kernel<uint4, {offset}>", WIDE) for offset in ("int", "long")),
-    Kernel("ragged_kernel.cuh", "ztok::ragged_pack_kernel<unsigned int, int>"),
-    Kernel("ragged_kernel.cuh", "ztok::ragged_pack_kernel<unsigned char, long>"),
+RAGGED = (
+    *(
+        Kernel("ragged_kernel.cuh", f"ztok::copy_rows_kernel<{unit}, ztok::{locator}<{unit}>>", wide)
+        for locator in ("PackRows", "UnpackRows")
+        for unit, wide in UNITS.items()
+    ),
+    *(
+        Kernel("ragged_gather_kernel.cuh", f"ztok::copy_rows_kernel<{unit}, ztok::{locator}<{unit}>>", wide)
+        for locator in ("GatherRows", "ReturnRows")
+        for unit, wide in UNITS.items()
+    ),
+    Kernel("ragged_gather_kernel.cuh", "ztok::layout_kernel"),
+    Kernel("ragged_gather_kernel.cuh", "ztok::add_offsets_kernel"),
+    *(
+        Kernel("ragged_sum_kernel.cuh", f"ztok::sum_chunks_kernel<{element}, {columns}, {number}>", wide)
+        for element, wide_columns in ELEMENTS.items()
+        for columns, wide in ((wide_columns, WIDE), (1, ()))
+        for number in ("unsigned int", "unsigned long")
+    ),
+    *(
+        Kernel("ragged_sum_kernel.cuh", f"ztok::join_chunks_kernel<{element}, {number}>")
+        for element in ELEMENTS
+        for number in ("unsigned int", "unsigned long")
+    ),
+    *(
+        Kernel("ragged_sum_kernel.cuh", f"ztok::make_pairs_kernel<{number}, {gathered}>")
+        for number in ("unsigned int", "unsigned long")
+        for gathered in ("true", "false")
+    ),
 )
+
+KERNELS = RAGGED

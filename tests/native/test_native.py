@@ -81,11 +81,17 @@ def test_cuda_library_needs_the_cpu_library(other_library_dir):
     assert "needs the schemas of the CPU library" in native.status("cuda").reason
 
 
+RAGGED = [
+    *(f"ragged_{op}_native" for op in ("pack", "unpack", "layout", "gather", "gather_backward", "scatter_add")),
+    *(f"ragged_{op}_native_out" for op in ("pack", "unpack", "gather", "scatter_add")),
+]
+
+
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_loaded_library_registers_its_kernels(name):
     if not native.status(name).available:
         pytest.skip(f"{name}: {native.status(name).reason}")
-    for op in ("ragged_pack_native", "ragged_pack_native_out"):
+    for op in RAGGED:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ztok::{op}", name.upper())
 
 

@@ -97,18 +97,44 @@ def value_checks(value: torch.Tensor) -> bool:
     return value.device.type == "cpu" or os.environ.get("ZTOK_DEBUG_CHECKS", "0") not in ("", "0")
 
 
-def check_cu_seqlens_values(op: str, argument: str, cu_seqlens: torch.Tensor, total: int) -> None:
-    """First 0, non-decreasing, last = number of packed rows."""
+def check_cu_seqlens_values(
+    op: str,
+    argument: str,
+    cu_seqlens: torch.Tensor,
+    total: int,
+    exact: bool = True,
+    max_length: int | None = None,
+    limit: str = "",
+) -> None:
+    """First 0, non-decreasing, last = number of packed rows, or with `exact` False at most that.
+
+    With `max_length` also no sequence longer than that; `limit` says where it comes from.
+    """
     if not value_checks(cu_seqlens):
         return
-    values = cu_seqlens.tolist()
-    if values[0] != 0:
-        fail(op, argument, "0 in its first element", values[0])
-    for i in range(1, len(values)):
-        if values[i] < values[i - 1]:
-            fail(op, argument, "non-decreasing", f"{values[i - 1]} followed by {values[i]} at index {i}")
-    if values[-1] != total:
-        fail(op, argument, f"{total} in its last element (the number of packed rows)", values[-1])
+    first, last, shortest, longest = _offset_summary(cu_seqlens)
+    if first != 0:
+        fail(op, argument, "0 in its first element", first)
+    if shortest < 0:
+        values = cu_seqlens.tolist()
+        i = next(i for i in range(1, len(values)) if values[i] < values[i - 1])
+        fail(op, argument, "non-decreasing", f"{values[i - 1]} followed by {values[i]} at index {i}")
+    if exact and last != total:
+        fail(op, argument, f"{total} in its last element (the number of packed rows)", last)
+    if last > total:
+        fail(op, argument, f"at most {total} in its last element (the capacity)", last)
+    if max_length is not None and longest > max_length:
+        fail(op, argument, f"of sequences of at most {max_length} rows ({limit})", f"one of {longest}")
+
+
+def _offset_summary(cu_seqlens: torch.Tensor) -> tuple[int, int, int, int]:
+    """First, last, length of the shortest and of the longest sequence (0 without any)."""
+    if cu_seqlens.shape[0] <= 64:  # a list of Python integers is cheaper than five tensor ops
+        values = cu_seqlens.tolist()
+        lengths = [end - begin for begin, end in zip(values, values[1:])] or [0]
+        return values[0], values[-1], min(lengths), max(lengths)
+    shortest, longest = cu_seqlens.long().diff().aminmax()
+    return int(cu_seqlens[0]), int(cu_seqlens[-1]), int(shortest), int(longest)
 
 
 def check_finite_values(op: str, argument: str, value: torch.Tensor) -> None:

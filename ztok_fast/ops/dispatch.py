@@ -156,12 +156,15 @@ def run(registered: torch._ops.OpOverload, kernel: Callable, *args):
     tensor subclasses. Where none of them is at work it ends in `kernel` all the same, after 15 µs of Python, which a
     decode step has not to spare.
     """
+    flat = args
+    if any(type(a) is list for a in args):
+        flat = [item for a in args for item in (a if type(a) is list else (a,))]
     if (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        or torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or not _PLAIN.issuperset(map(type, args))
+        or not _PLAIN.issuperset(map(type, flat))
     ):
         return registered(*args)
     return kernel(*args)

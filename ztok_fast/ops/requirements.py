@@ -86,10 +86,18 @@ def _cpu_library_missing() -> str | None:
     return None if part.available else f"the compiled CPU library is not available ({part.reason})"
 
 
+def _cuda_library_missing() -> str | None:
+    from ztok_fast import native
+
+    part = native.status("cuda")
+    return None if part.available else f"the compiled CUDA library is not available ({part.reason})"
+
+
 # name -> function that returns None when the library is present and otherwise why it is not
 LIBRARIES: dict[str, Callable[[], str | None]] = {
     "triton": _triton_missing,
     "cpu": _cpu_library_missing,
+    "cuda": _cuda_library_missing,
 }
 
 
@@ -104,6 +112,17 @@ def _cpp(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs
 def _triton(op: str, family: str, module: str = "triton", **needs) -> Requirement:
     needs = {"dtypes": UP_TO_FLOAT32, "argument_dtypes": UP_TO_FLOAT32, "min_compute_capability": (8, 0), **needs}
     return Requirement(op, "triton", f"ztok_fast.ops.{family}.{module}:{op}", ("cuda",), library="triton", **needs)
+
+
+def _cuda(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs) -> Requirement:
+    implementation = f"ztok_fast.ops.{family}.cuda:{op}"
+    return Requirement(
+        op, "cuda", implementation, ("cuda",), dtypes, min_compute_capability=(8, 0), library="cuda", **needs
+    )
+
+
+def _everywhere(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> tuple[Requirement, ...]:
+    return _cpp(op, family, dtypes), _cuda(op, family, dtypes), _reference(op, family, dtypes)
 
 
 REQUIREMENTS: tuple[Requirement, ...] = (
@@ -125,12 +144,12 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _reference("residual_quantize_backward", "quantize"),
     _reference("quantize_ragged", "quantize"),
     _reference("quantize_ragged_backward", "quantize"),
-    Requirement("ragged_pack", "cpp", "ztok_fast.ops.ragged.cpp:ragged_pack", ("cpu",), ANY_DTYPE, library="cpu"),
-    _reference("ragged_pack", "ragged", ANY_DTYPE),
-    _reference("ragged_unpack", "ragged", ANY_DTYPE),
-    _reference("ragged_layout", "ragged", INTEGERS),
-    _reference("ragged_gather", "ragged", ANY_DTYPE),
-    _reference("ragged_scatter_add", "ragged"),
+    *_everywhere("ragged_pack", "ragged", ANY_DTYPE),
+    *_everywhere("ragged_unpack", "ragged", ANY_DTYPE),
+    *_everywhere("ragged_layout", "ragged", (torch.int32, torch.int64)),
+    *_everywhere("ragged_gather", "ragged", ANY_DTYPE),
+    *_everywhere("ragged_gather_backward", "ragged"),
+    *_everywhere("ragged_scatter_add", "ragged"),
     _reference("lora_linear", "lora"),
     _reference("lora_linear_backward", "lora"),
     _cpp("z_select", "zhead", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),

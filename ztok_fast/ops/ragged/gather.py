@@ -49,30 +49,42 @@ def _length(value: object) -> object:
     return len(value) if hasattr(value, "__len__") else "unknown"
 
 
-def _check_index_values(op: str, argument: str, index: Tensor, num_rows: int) -> None:
-    if not checks.value_checks(index) or index.numel() == 0:
+def _check_index_values(
+    op: str, argument: str, index: Tensor, num_rows: int, cu_seqlens: Tensor | None = None
+) -> None:
+    """All in [0, num_rows), or of those that `cu_seqlens` cover."""
+    if not checks.value_checks(index):
         return
-    low, high = int(index.min()), int(index.max())
+    if cu_seqlens is not None:
+        index = index[: int(cu_seqlens[-1])]
+    if index.numel() == 0:
+        return
+    low, high = (int(value) for value in index.aminmax())
     if low < 0 or high >= num_rows:
         checks.fail(op, argument, f"in [0, {num_rows}) (rows of the table)", f"{low if low < 0 else high}")
 
 
-@torch.library.custom_op("ztok::ragged_layout", mutates_args=())
-def _ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _layout_kernel(cu_seqlens: list[Tensor], totals: list[int], exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     for i, (cu, total) in enumerate(zip(cu_seqlens, totals)):
-        checks.check_cu_seqlens_values("ragged_layout", f"cu_seqlens[{i}]", cu, total)
+        checks.check_cu_seqlens_values("ragged_layout", f"cu_seqlens[{i}]", cu, total, exact)
     row = dispatch.choose("ragged_layout", cu_seqlens[0].device, cu_seqlens[0].dtype)
-    return dispatch.load(row.implementation)(list(cu_seqlens), list(totals))
+    return dispatch.load(row.implementation)(cu_seqlens, totals)
+
+
+_ragged_layout = torch.library.custom_op("ztok::ragged_layout", _layout_kernel, mutates_args=())
 
 
 @_ragged_layout.register_fake
-def _(cu_seqlens, totals):
+def _(cu_seqlens, totals, exact):
     first, total = cu_seqlens[0], sum(totals)
     return (
         torch.empty_like(first),
         first.new_empty(total, dtype=torch.int64),
         first.new_empty(total, dtype=torch.int64),
     )
+
+
+_registered_layout = torch.ops.ztok.ragged_layout.default
 
 
 def _check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor | None) -> None:
@@ -84,7 +96,7 @@ def _check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor
         checks.check_size(op, argument, cu, 0, cu_seqlens[0].shape[0], "as cu_seqlens[0]")
 
 
-def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int]) -> RaggedLayout:
+def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int], exact: bool = True) -> RaggedLayout:
     """Lay out a batch whose sequence b is source 0's sequence b, then source 1's, and so on.
 
     Use it to place anything else the way `ragged_gather` places its rows, or to find a source's rows again.
@@ -92,13 +104,16 @@ def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int]) -> Ragged
     Args:
         cu_seqlens: one int32 or int64 [B + 1] per source.
         totals: number of rows T_i of each source, known to the caller.
+        exact: False when the totals are capacities that `cu_seqlens` need not fill.
 
     Returns:
-        A `RaggedLayout`; T = sum of T_i.
+        A `RaggedLayout`; T = sum of T_i. Rows past the last sequence have position 0; a source's rows that are in no
+        sequence go there, source by source, so that all destinations together are a permutation of [0, T).
 
     Raises:
         ValueError: no source, wrong rank, dtype, device or size; under the value checks also `cu_seqlens` that do
-            not add up to their total.
+            not add up to their total (with `exact` False: that exceed it). Where values are not checked destinations
+            stay in [0, T).
     """
     op = "ragged_layout"
     _check_sources(op, cu_seqlens, "cu_seqlens[0]", None)
@@ -106,22 +121,26 @@ def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int]) -> Ragged
         checks.fail(op, "totals", f"a list of {len(cu_seqlens)} integers (one per source)", checks.describe(totals))
     for i, total in enumerate(totals):
         checks.check_count(op, f"totals[{i}]", total)
-    merged, position_ids, destination = _ragged_layout(list(cu_seqlens), list(totals))
+    merged, position_ids, destination = dispatch.run(
+        _registered_layout, _layout_kernel, list(cu_seqlens), list(totals), exact
+    )
     return RaggedLayout(merged, position_ids, destination.split(list(totals)))
 
 
-@torch.library.custom_op("ztok::ragged_gather", mutates_args=())
-def _ragged_gather(
-    tables: Sequence[Tensor], indices: Sequence[Tensor | None], cu_seqlens: Sequence[Tensor]
+def _gather_kernel(
+    tables: list[Tensor], indices: list[Tensor | None], cu_seqlens: list[Tensor], exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     for i, (table, index, cu) in enumerate(zip(tables, indices, cu_seqlens)):
         rows = table if index is None else index
-        checks.check_cu_seqlens_values("ragged_gather", f"cu_seqlens[{i}]", cu, rows.shape[0])
+        checks.check_cu_seqlens_values("ragged_gather", f"cu_seqlens[{i}]", cu, rows.shape[0], exact)
         if index is not None:
-            _check_index_values("ragged_gather", f"indices[{i}]", index, table.shape[0])
+            _check_index_values("ragged_gather", f"indices[{i}]", index, table.shape[0], None if exact else cu)
     main = tables[0]
     row = dispatch.choose("ragged_gather", main.device, main.dtype, main.shape[-1])
-    return dispatch.load(row.implementation)(list(tables), list(indices), list(cu_seqlens))
+    return dispatch.load(row.implementation)(tables, indices, cu_seqlens)
+
+
+_ragged_gather = torch.library.custom_op("ztok::ragged_gather", _gather_kernel, mutates_args=())
 
 
 def _source_totals(tables: Sequence[Tensor], indices: Sequence[Tensor | None]) -> list[int]:
@@ -129,7 +148,7 @@ def _source_totals(tables: Sequence[Tensor], indices: Sequence[Tensor | None]) -
 
 
 @_ragged_gather.register_fake
-def _(tables, indices, cu_seqlens):
+def _(tables, indices, cu_seqlens, exact):
     main, total = tables[0], sum(_source_totals(tables, indices))
     return (
         main.new_empty(total, main.shape[1]),
@@ -138,38 +157,82 @@ def _(tables, indices, cu_seqlens):
     )
 
 
+def _like_indices(indices: Sequence[Tensor | None]) -> list[None] | None:
+    """The gradient of a list of indices: PyTorch wants a list only where every entry was a tensor."""
+    return [None] * len(indices) if all(index is not None for index in indices) else None
+
+
 def _gather_context(ctx, inputs, output):
-    tables, indices, cu_seqlens = inputs
+    tables, indices, cu_seqlens, exact = inputs
     ctx.table_rows = [table.shape[0] for table in tables]
     ctx.indexed = [index is not None for index in indices]
-    ctx.totals = _source_totals(tables, indices)
+    ctx.exact = exact
     ctx.save_for_backward(*cu_seqlens, *(index for index in indices if index is not None))
 
 
+def _saved_sources(ctx) -> tuple[list[Tensor], list[Tensor | None]]:
+    num_sources = len(ctx.indexed)
+    given = iter(ctx.saved_tensors[num_sources:])
+    return list(ctx.saved_tensors[:num_sources]), [next(given) if indexed else None for indexed in ctx.indexed]
+
+
 def _gather_backward(ctx, grad, _grad_cu_seqlens, _grad_position_ids):
-    num_sources = len(ctx.totals)
-    cu_seqlens, given = list(ctx.saved_tensors[:num_sources]), iter(ctx.saved_tensors[num_sources:])
-    indices = [next(given) if indexed else None for indexed in ctx.indexed]
-    _, _, destination = _ragged_layout(cu_seqlens, ctx.totals)
-    table_grads: list[Tensor | None] = []
-    for i, rows in enumerate(destination.split(ctx.totals)):
-        if not ctx.needs_input_grad[0][i]:
-            table_grads.append(None)
-            continue
-        source_grad = grad.index_select(0, rows)
-        if indices[i] is not None:
-            source_grad = _ragged_scatter_add(source_grad, indices[i], ctx.table_rows[i])
-        table_grads.append(source_grad)
-    # PyTorch wants the structure of the input back: a list of tensors only where every entry was one.
-    index_grads = [None] * num_sources if all(ctx.indexed) else None
-    return table_grads, index_grads, [None] * num_sources
+    cu_seqlens, indices = _saved_sources(ctx)
+    needed = list(ctx.needs_input_grad[0])
+    grads = _ragged_gather_backward(grad, indices, cu_seqlens, ctx.table_rows, needed, ctx.exact)
+    table_grads = [table_grad if need else None for table_grad, need in zip(grads, needed)]
+    return table_grads, _like_indices(indices), [None] * len(cu_seqlens), None
 
 
 _ragged_gather.register_autograd(_gather_backward, setup_context=_gather_context)
+_registered_gather = torch.ops.ztok.ragged_gather.default
+
+
+@torch.library.custom_op("ztok::ragged_gather_backward", mutates_args=())
+def _ragged_gather_backward(
+    grad: Tensor,
+    indices: Sequence[Tensor | None],
+    cu_seqlens: Sequence[Tensor],
+    table_rows: Sequence[int],
+    needed: Sequence[bool],
+    exact: bool,
+) -> list[Tensor]:
+    """The gradient of every table, [0, D] for those not needed. `exact` is for the gather that is its own backward."""
+    return dispatch.call(
+        "ragged_gather_backward", grad, list(indices), list(cu_seqlens), list(table_rows), list(needed)
+    )
+
+
+@_ragged_gather_backward.register_fake
+def _(grad, indices, cu_seqlens, table_rows, needed, exact):
+    return [grad.new_empty(rows if need else 0, grad.shape[1]) for rows, need in zip(table_rows, needed)]
+
+
+def _gather_double_context(ctx, inputs, output):
+    _, indices, cu_seqlens, ctx.table_rows, ctx.needed, ctx.exact = inputs
+    ctx.indexed = [index is not None for index in indices]
+    ctx.save_for_backward(*cu_seqlens, *(index for index in indices if index is not None))
+
+
+def _gather_double_backward(ctx, grads):
+    # Linear: its transpose is the gather itself, in which tables without a gradient count as zero.
+    cu_seqlens, indices = _saved_sources(ctx)
+    tables = [
+        grad if need else grad.new_zeros(rows, grad.shape[1])
+        for grad, rows, need in zip(grads, ctx.table_rows, ctx.needed)
+    ]
+    values, _, _ = _ragged_gather(tables, indices, cu_seqlens, ctx.exact)
+    return values, _like_indices(indices), [None] * len(cu_seqlens), None, None, None
+
+
+_ragged_gather_backward.register_autograd(_gather_double_backward, setup_context=_gather_double_context)
 
 
 def ragged_gather(
-    tables: Sequence[Tensor], indices: Sequence[Tensor | None], cu_seqlens: Sequence[Tensor]
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    cu_seqlens: Sequence[Tensor],
+    exact: bool = True,
 ) -> RaggedBatch:
     """Assemble a packed batch from rows of several tables, several sources per sequence.
 
@@ -183,14 +246,18 @@ def ragged_gather(
         indices: for each source int32 or int64 [T_i] with values in [0, R_i), or None for the table's own rows in
             order (T_i = R_i).
         cu_seqlens: for each source int32 or int64 [B + 1] that ends at T_i. A source may have no rows at all.
+        exact: False when the T_i are capacities that `cu_seqlens` need not fill; a source's rows (and indices) past
+            its last offset are ignored.
 
     Returns:
-        A `RaggedBatch`; T = sum of T_i. Differentiable in every table: gradients of rows used several times are
-        added in a fixed order, in fp32 at least, so they have the same bits every time.
+        A `RaggedBatch`; T = sum of T_i; rows past the last sequence are zero, at position 0. Differentiable in every
+        table: gradients of rows used several times are added in a fixed order, in fp32 at least, so they have the
+        same bits every time. O(T (D + log B)), the backward pass O(T (D + log T) + R D).
 
     Raises:
         ValueError: no source, lists of different lengths, wrong rank, dtype, device or size; under the value checks
-            (`ztok_fast.ops.checks`) also `cu_seqlens` that do not add up and indices out of range.
+            (`ztok_fast.ops.checks`) also `cu_seqlens` that do not add up (with `exact` False: that exceed T_i) and
+            indices out of range. Where values are not checked, no such input reads or writes outside of the tensors.
     """
     op = "ragged_gather"
     if not isinstance(tables, (list, tuple)) or not tables:
@@ -210,13 +277,17 @@ def ragged_gather(
             checks.check_tensor(op, f"indices[{i}]", index, "[T]", checks.INDICES)
             checks.check_same_device(op, f"indices[{i}]", index, "tables[0]", main)
     _check_sources(op, cu_seqlens, "tables[0]", main)
-    return RaggedBatch(*_ragged_gather(list(tables), list(indices), list(cu_seqlens)))
+    return RaggedBatch(
+        *dispatch.run(_registered_gather, _gather_kernel, list(tables), list(indices), list(cu_seqlens), exact)
+    )
 
 
-@torch.library.custom_op("ztok::ragged_scatter_add", mutates_args=())
-def _ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+def _scatter_kernel(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     _check_index_values("ragged_scatter_add", "index", index, num_rows)
     return dispatch.call("ragged_scatter_add", rows, index, num_rows)
+
+
+_ragged_scatter_add = torch.library.custom_op("ztok::ragged_scatter_add", _scatter_kernel, mutates_args=())
 
 
 @_ragged_scatter_add.register_fake
@@ -234,6 +305,7 @@ def _scatter_backward(ctx, grad):
 
 
 _ragged_scatter_add.register_autograd(_scatter_backward, setup_context=_scatter_context)
+_registered_scatter_add = torch.ops.ztok.ragged_scatter_add.default
 
 
 def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -246,10 +318,11 @@ def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 
     Returns:
         [R, D], dtype of `rows`, summed in fp32 (float64 for float64); the same bits every time. Differentiable in
-        `rows`.
+        `rows`. O(T (D + log T) + R D).
 
     Raises:
-        ValueError: wrong rank, dtype, device or size; under the value checks also an index out of range.
+        ValueError: wrong rank, dtype, device or size; under the value checks also an index out of range. Where values
+            are not checked such rows are left out.
     """
     op = "ragged_scatter_add"
     checks.check_tensor(op, "rows", rows, "[T, D]", FLOATS)
@@ -257,4 +330,4 @@ def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     checks.check_same_device(op, "index", index, "rows", rows)
     checks.check_size(op, "index", index, 0, rows.shape[0], "rows of rows")
     checks.check_count(op, "num_rows", num_rows)
-    return _ragged_scatter_add(rows, index, num_rows)
+    return dispatch.run(_registered_scatter_add, _scatter_kernel, rows, index, num_rows)
