@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose key contains one of these texts")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--seconds", type=float, default=2.0, help="timing per case, all contenders (default 2)")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further case after this time")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further case after this time; ops in turn")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
     parser.add_argument("--plots", metavar="DIR", help="draw plots of the results file into a folder")
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
     import torch
 
     from bench.micro import results
-    from bench.micro.registry import select
+    from bench.micro.registry import interleave, select
     from bench.micro.session import Session, SessionError
 
     threads = pin_threads(options.threads)
@@ -70,6 +70,8 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.limit is not None:
+        cases = interleave(cases)
     if options.list:
         print("\n".join(case.key for case in cases))
         return 0

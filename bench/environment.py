@@ -24,10 +24,14 @@ def environment(module: str, arguments: list[str]) -> dict:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` where tracked files differ from it; ``None`` outside a checkout."""
+    """The checkout's commit, with ``-dirty`` where tracked files differ from it.
+
+    Outside a checkout that of the variable ``BENCH_COMMIT``, for a tree that was copied without its history; else
+    ``None``.
+    """
     # Without this, a source tree unpacked inside another project's checkout would report that project's commit.
     if not (ROOT / ".git").exists():
-        return None
+        return os.environ.get("BENCH_COMMIT")
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -92,6 +92,7 @@ class Peer:
         kind: "peer"; "mark": it gives no answer that could replace the op's; "variant": the same from ops of ours.
         note: how it was used, for the documentation.
         devices: device types.
+        max_sets: prepare at most so many input sets: what it reads itself exceeds the caches many times.
         refuses: (case) -> why it cannot or should not run on a case, or None.
     """
 
@@ -103,6 +104,7 @@ class Peer:
     kind: str = "peer"
     note: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
+    max_sets: int | None = None
     refuses: Callable[[Case], str | None] = always
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 from bench.micro import halting, lora, nearest, quantize, ragged, zhead
 from bench.micro.case import SETS, Case, Op
 
@@ -26,6 +28,15 @@ def in_set(case: Case, chosen: str) -> bool:
     if "tiny" in (chosen, case.set):
         return case.set == chosen
     return SETS.index(case.set) <= SETS.index(chosen)
+
+
+def interleave(cases: list[Case]) -> list[Case]:
+    """The first case of every op, then the second of every op, and so on: for runs that may be cut short."""
+    of_op: dict[str, list[Case]] = {}
+    for case in cases:
+        of_op.setdefault(case.op, []).append(case)
+    rounds = zip_longest(*of_op.values())
+    return [case for own in rounds for case in own if case is not None]
 
 
 def select(ops: list[str] | None, chosen: str, device_type: str, contains: list[str] | None = None) -> list[Case]:

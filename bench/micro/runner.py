@@ -140,7 +140,7 @@ def peer_entrants(op: Op, case: Case, sets: Sequence[dict], device, chosen: Sequ
             entrant.drop("missing", f"{peer.distribution} is not installed")
         else:
             try:
-                entrant.calls = [peer.prepare(case, inputs) for inputs in sets]
+                entrant.calls = [peer.prepare(case, inputs) for inputs in sets[: peer.max_sets]]
             except Exception as error:  # another project's code: whatever it raises is its result
                 entrant.drop("failed", _said(error))
     return entrants

@@ -9,7 +9,7 @@ import torch
 
 from bench.micro import results, runner
 from bench.micro.case import BACKWARD, FORWARD, SETS, Mismatch
-from bench.micro.registry import OPS, select
+from bench.micro.registry import OPS, interleave, select
 from ztok_fast.ops import requirements
 
 CPU = torch.device("cpu")
@@ -52,6 +52,14 @@ def test_the_nearest_code_grid_is_complete_in_the_full_set():
     sizes = {tuple(case.shape.values()) for case in select(["codebook_assign"], "full", "cpu")}
     grid = {(M, V, d) for M in (1, 256, 4096, 65536) for V in (1024, 4096, 65536) for d in (16, 64, 128, 576, 1024)}
     assert grid <= sizes
+
+
+def test_a_run_that_may_be_cut_short_takes_the_ops_in_turn():
+    cases = select(None, "default", "cpu")
+    mixed = interleave(cases)
+    assert sorted(case.key for case in mixed) == sorted(case.key for case in cases)
+    assert [case.op for case in mixed[: len(OPS)]] == list(OPS)
+    assert [case for case in mixed if case.op == "lora_linear"] == [case for case in cases if case.op == "lora_linear"]
 
 
 @pytest.mark.parametrize(("ops", "name", "message"), [(["none"], "quick", "ops: "), (None, "huge", "set: ")])

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run of at most nine minutes on a CUDA machine without a network:
+#
+#   OUT=results bench/gpu_run.sh           build, contract tests, compute-sanitizer, benchmarks, profile, Triton tuning
+#   OUT=results bench/gpu_run.sh --dry     the same steps on the CPU with tiny shapes and nothing built
+#
+# Needs torch with CUDA, Triton, nvcc, g++, CMake >= 3.24, pytest, hypothesis; ninja, compute-sanitizer, matplotlib and the
+# benchmark peers are used where they are there. Every step has a time budget and none stops the others. A table comes
+# last; the exit status is 0 only when no step failed. In $OUT: summary.txt, log.txt, bench-cuda.json with its plots,
+# profile.txt, trace.json.gz, tuning.txt.
+#
+# --steps a,b   only these steps (build tests memcheck bench profile racecheck tune)
+# --seconds N   time of the whole run (default 540)
+# PYTHON=... picks the interpreter. In a tree without .git, BENCH_COMMIT=... is recorded as its commit.
+set -uo pipefail
+
+started=$(date +%s)
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root" || exit 2
+python=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+    python=$root/.venv/bin/python
+fi
+
+dry=0 total= only=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --dry) dry=1; shift ;;
+        --steps) only=,${2:?--steps: expected names},; shift 2 ;;
+        --seconds) total=${2:?--seconds: expected a number}; shift 2 ;;
+        --help|-h) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
+        *) echo "error: unknown option $1 (see --help)" >&2; exit 2 ;;
+    esac
+done
+: "${total:=$([ $dry = 1 ] && echo 2000 || echo 540)}"
+: "${OUT:?error: OUT must name a folder for the results}"
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+log=$OUT/log.txt
+: > "$log"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+rows=() failures=0
+
+note() { # NAME RESULT SECONDS BUDGET
+    rows+=("$(printf '%-10s %-52.52s %6s %6s' "$1" "$2" "$3" "$4")")
+    echo "== $1: $2 (${3} s)"
+}
+
+# step NAME BUDGET COMMAND...: runs within its budget and what is left of the whole; all output goes to the log
+step() {
+    local name=$1 budget=$2 left begin took status result
+    shift 2
+    [ -z "$only" ] || [[ $only == *,$name,* ]] || return 0
+    left=$((started + total - $(date +%s) - 5))
+    [ $dry = 0 ] || budget=$((4 * budget)) # a dry run is not to fail because the machine is busy
+    [ "$budget" -le "$left" ] || budget=$left
+    if [ "$budget" -le 3 ]; then
+        failures=$((failures + 1))
+        note "$name" "FAILED: no time left" 0 "$budget"
+        return 0
+    fi
+    begin=$(date +%s)
+    printf '\n== %s: %s\n' "$name" "$*" >> "$log"
+    timeout -k 5 "$budget" "$@" < /dev/null >> "$log" 2>&1
+    status=$?
+    took=$(($(date +%s) - begin))
+    case $status in
+        0) result=ok ;;
+        77) result="skipped: $(tail -n 1 "$log")" ;;
+        124|137) result="FAILED: over its time"; failures=$((failures + 1)) ;;
+        *) result="FAILED: exit status $status: $(grep -v '^$' "$log" | tail -n 1)"; failures=$((failures + 1)) ;;
+    esac
+    note "$name" "$result" "$took" "$budget"
+}
+
+build() {
+    if [ $dry = 1 ]; then
+        "$python" -m ztok_fast.native
+        return
+    fi
+    command -v nvcc > /dev/null || [ -x /usr/local/cuda/bin/nvcc ] || { echo "nvcc was not found"; return 1; }
+    command -v cmake > /dev/null || "$python" -c 'import cmake' 2> /dev/null || {
+        echo "cmake was not found: it comes as a wheel too (cmake, ninja)"; return 1; }
+    ZTOK_CUDA=1 "$python" setup.py build_ext --inplace && "$python" -m ztok_fast.doctor
+}
+
+tests() {
+    if [ $dry = 1 ]; then
+        "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ragged.py -k "reference-cpu and pack" -x
+        return
+    fi
+    local workers=()
+    "$python" -c 'import xdist' 2> /dev/null && workers=(-n 4)
+    # the rows of every op on the CUDA device, and what is marked as needing one
+    "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${workers[@]}" tests/ops tests/native -k "cuda or gpu"
+}
+
+sanitize() {
+    local tool=$1
+    if [ $dry = 1 ]; then
+        "$python" -m bench.micro.once --set tiny
+        return
+    fi
+    local program
+    program=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null) || {
+        echo "compute-sanitizer is not installed"; return 77; }
+    # without torch's caching every tensor is an allocation of its own, so that a byte past its end is seen
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$python" -m bench.micro.once --device cuda
+}
+
+bench() {
+    if [ $dry = 1 ]; then
+        "$python" -m bench --set tiny --seconds 0.01 --json "$OUT/bench-cpu.json" --ops ragged_pack z_select
+        return
+    fi
+    local plots=()
+    "$python" -c 'import matplotlib' 2> /dev/null && plots=(--plots "$OUT")
+    "$python" -m bench --device cuda --seconds 0.3 --limit 140 --json "$OUT/bench-cuda.json" "${plots[@]}"
+}
+
+profile() {
+    if [ $dry = 1 ]; then
+        "$python" -m bench.profile_codec --documents 1 --out "$OUT" --text requirements/test.txt
+        return
+    fi
+    "$python" -m bench.profile_codec --device cuda --out "$OUT"
+}
+
+tune() {
+    [ -f bench/tune_triton.py ] || { echo "bench/tune_triton.py is not in this tree"; return 77; }
+    if [ $dry = 1 ]; then
+        "$python" -m bench.tune_triton --help
+        return
+    fi
+    set -o pipefail
+    "$python" -m bench.tune_triton | tee "$OUT/tuning.txt"
+}
+
+export -f build tests sanitize bench profile tune
+export python dry OUT
+
+run=(bash -c '"$@"' gpu_run)
+step build     120 "${run[@]}" build
+step tests     110 "${run[@]}" tests
+step memcheck   60 "${run[@]}" sanitize memcheck
+step bench     170 "${run[@]}" bench
+step profile    40 "${run[@]}" profile
+step racecheck  50 "${run[@]}" sanitize racecheck
+step tune       60 "${run[@]}" tune
+
+{
+    if [ -f "$OUT/bench-cuda.json" ]; then
+        "$python" -m bench.performance --targets --cpu /dev/null --cuda "$OUT/bench-cuda.json" 2>&1
+        echo
+    fi
+    printf '%-10s %-52s %6s %6s\n' step result took budget
+    printf '%s\n' "${rows[@]}"
+    echo "$failures failed, $(($(date +%s) - started)) s in all, results in $OUT"
+} | tee "$OUT/summary.txt"
+exit $((failures > 0))

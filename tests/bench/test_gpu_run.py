@@ -1,0 +1,134 @@
+"""bench/gpu_run.sh: its steps, run on the CPU; and what it does with steps that fail, hang or cannot run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.micro import once, results
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    shutil.which("bash") is None or shutil.which("timeout") is None, reason="the script is for bash and GNU timeout"
+)
+STEPS = ["build", "tests", "memcheck", "bench", "profile", "racecheck", "tune"]
+
+# An interpreter that does nothing, but fails in the tests and hangs in the profile.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+    "-m pytest"*) echo "2 failed in 1 s"; exit 1 ;;
+    *bench.profile_codec*) sleep 60 ;;
+    *bench.micro.once*) exit 9 ;;
+esac
+"""
+
+
+def run_script(out, *arguments, python=sys.executable):
+    environment = {**os.environ, "PYTHON": str(python)}
+    environment.pop("OUT", None)
+    if out is not None:
+        environment["OUT"] = str(out)
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu_run.sh"), *arguments],
+        capture_output=True, text=True, env=environment, check=False,
+    )
+
+
+def result_of(printed):
+    """{step: what the last table says of it}."""
+    lines = printed.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("step ") and line.endswith("budget"))
+    table = [line.rsplit(maxsplit=2)[0].split(maxsplit=1) for line in lines[start + 1 : -1]]
+    return {name: result.strip() for name, result in table}
+
+
+def test_a_failed_or_hanging_step_is_reported_and_stops_no_other(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    run = run_script(tmp_path / "out", "--dry", "--seconds", "14", python=stub)
+    found = result_of(run.stdout)
+    assert run.returncode == 1
+    assert list(found) == STEPS[: len(found)] and found["build"] == "ok" and found["bench"] == "ok"
+    assert found["tests"] == "FAILED: exit status 1: 2 failed in 1 s"
+    assert found["memcheck"].startswith("FAILED: exit status 9")
+    assert found["profile"] == "FAILED: over its time"
+    assert found["racecheck"] == "FAILED: no time left"
+    assert "failed, " in run.stdout.splitlines()[-1]
+    assert (tmp_path / "out" / "summary.txt").read_text().splitlines()[-1] == run.stdout.splitlines()[-1]
+
+
+def test_a_step_that_cannot_run_is_skipped_with_its_reason(tmp_path):
+    """As on a machine without compute-sanitizer: not dry, but with an interpreter and a PATH that have nothing."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "date", "timeout", "tail", "grep", "mkdir", "tee", "dirname", "ls", "sleep"):
+        (tools / name).symlink_to(shutil.which(name))
+    stub = tmp_path / "python"
+    stub.write_text("#!/usr/bin/env bash\nexit 0\n")
+    stub.chmod(0o755)
+    environment = {"PATH": str(tools), "PYTHON": str(stub), "OUT": str(tmp_path / "out")}
+    if Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        pytest.skip("it is installed at its usual place")
+    run = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu_run.sh"), "--steps", "memcheck,racecheck"],
+        capture_output=True, text=True, env=environment, check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    skipped = "skipped: compute-sanitizer is not installed"
+    assert result_of(run.stdout) == {"memcheck": skipped, "racecheck": skipped}
+
+
+@pytest.mark.parametrize(
+    ("out", "arguments", "message"),
+    [(None, ["--dry"], "OUT must name a folder"), ("out", ["--wet"], "unknown option --wet")],
+)
+def test_what_it_refuses(tmp_path, out, arguments, message):
+    run = run_script(out and tmp_path / out, *arguments)
+    assert run.returncode != 0 and message in run.stderr
+
+
+def test_its_help_is_its_head(tmp_path):
+    run = run_script(tmp_path, "--help")
+    assert run.returncode == 0 and run.stdout.startswith("Everything that needs a GPU") and "set -u" not in run.stdout
+
+
+def test_one_step_of_the_dry_run(tmp_path):
+    run = run_script(tmp_path, "--dry", "--steps", "memcheck")
+    assert run.returncode == 0, (tmp_path / "log.txt").read_text()
+    assert result_of(run.stdout) == {"memcheck": "ok"}
+    assert ", 0 red" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_dry_run(tmp_path):
+    run = run_script(tmp_path, "--dry")
+    log = (tmp_path / "log.txt").read_text()
+    assert run.returncode == 0, log
+    found = result_of(run.stdout)
+    assert list(found) == STEPS
+    assert all(result == "ok" or result.startswith("skipped") for result in found.values())
+    assert {case["op"] for case in results.load(tmp_path / "bench-cpu.json")["cases"]} == {"ragged_pack", "z_select"}
+    assert "text tokens/s" in (tmp_path / "profile.txt").read_text()
+    assert (tmp_path / "trace.json.gz").stat().st_size > 1000
+
+
+def broken(mass, cu_seqlens, threshold, mode):
+    from ztok_fast.ops.halting import reference
+
+    weights, ends, *rest = reference.halting_units(mass, cu_seqlens, threshold, mode)
+    return weights, ~ends, *rest
+
+
+def test_once_fails_for_a_backend_that_is_wrong(monkeypatch, capsys):
+    from ztok_fast.ops import requirements
+
+    assert once.main(["--ops", "halting_units", "--set", "tiny", "--backends", "reference"]) == 0
+    assert "2 runs of backends, 0 red" in capsys.readouterr().out
+    row = requirements.Requirement("halting_units", "broken", f"{__name__}:broken", ("cpu",))
+    monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))
+    assert once.main(["--ops", "halting_units", "--set", "tiny", "--backends", "broken"]) == 1
+    assert "halting_units[B=3,S=20]/float32/forward: broken: wrong" in capsys.readouterr().err
