@@ -1,6 +1,7 @@
 // integrate_units on the CPU: each thread takes the units that begin in its range of rows, so no sum is shared and a row
 // is read once (twice where it carries a remainder into the next unit).
 #include <cstring>
+#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -193,9 +194,17 @@ Tensor integrate_units(const Tensor& rows, const Tensor& weights, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> integrate_units_backward(const Tensor& rows, const Tensor& weights, const Tensor& unit,
-                                                    const Tensor& cu_units, const Tensor& means, const Tensor& grad) {
-  IntegrationGradient out =
-      integration_gradient("integrate_units_backward", rows, weights, unit, cu_units, means, grad, nullptr);
+                                                    const Tensor& cu_units, const Tensor& means, const Tensor& grad,
+                                                    const std::optional<Tensor>& grad_end_rows) {
+  const char* op = "integrate_units_backward";
+  if (grad_end_rows.has_value()) {
+    ZTOK_CHECK(grad_end_rows->dim() == 2 && grad_end_rows->size(0) == means.size(0) &&
+                   grad_end_rows->size(1) == rows.size(1) && grad_end_rows->scalar_type() == ScalarType::Float &&
+                   grad_end_rows->is_contiguous() && grad_end_rows->is_cpu(),
+               op, "grad_end_rows: expected a contiguous float32 CPU tensor [K, D]");
+  }
+  const auto* added = grad_end_rows.has_value() ? static_cast<const float*>(grad_end_rows->const_data_ptr()) : nullptr;
+  IntegrationGradient out = integration_gradient(op, rows, weights, unit, cu_units, means, grad, added);
   return {out.rows, out.weights};
 }
 
@@ -207,7 +216,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
       "integrate_units_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, int total_units) -> Tensor");
   m.def(
       "integrate_units_backward_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, Tensor means, "
-      "Tensor grad) -> (Tensor, Tensor)");
+      "Tensor grad, Tensor? grad_end_rows) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {

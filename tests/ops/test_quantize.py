@@ -215,7 +215,7 @@ def on(device, arguments):
     }
 
 
-def ragged_inputs(device, dtype=torch.float64, lengths=(5, 0, 1, 7), width=6, code_width=3):
+def ragged_inputs(device, dtype=torch.float32, lengths=(5, 0, 1, 7), width=6, code_width=3):
     rows = sum(lengths)
     # sixteenths with an offset at the start of each sequence keep prefix sums off the multiples of the threshold
     mass = torch.randint(1, 16, (rows,)) / 16
@@ -261,29 +261,39 @@ class TestQuantizeRagged:
         mode=st.sampled_from(["fire", "stop"]),
         with_levels=st.booleans(),
         spare=st.integers(0, 3),
+        dtype=st.sampled_from([torch.float64, torch.float32]),
         seed=st.integers(0, 2**31),
     )
     @HYPOTHESIS
-    def test_is_the_ops_it_fuses(self, backend, device, lengths, mode, with_levels, spare, seed):
+    def test_is_the_ops_it_fuses(self, backend, device, lengths, mode, with_levels, spare, dtype, seed):
+        assume(dtype in dtypes_of("quantize_ragged", backend))
         torch.manual_seed(seed)
-        arguments = ragged_inputs(device, lengths=lengths)
-        leaves = [arguments[name].requires_grad_() for name in FLOATS]
+        arguments = ragged_inputs(device, dtype, lengths)
+        # expected of the same numbers in float64
+        wide = {name: arguments[name].double().requires_grad_() for name in FLOATS}
+        for name in FLOATS:
+            arguments[name].requires_grad_()
         levels = torch.randint(0, 3, (len(lengths),), device=device) if with_levels else None
         count = int(ops.halting_units(arguments["mass"], arguments["cu_seqlens"], 1.0, mode).cu_units[-1])
         fused = ops.quantize_ragged(**arguments, levels=levels, mode=mode, total_units=count + spare)
-        expected = composed(**arguments, levels=levels, mode=mode, total_units=count + spare)
+        expected = composed(**arguments | wide, levels=levels, mode=mode, total_units=count + spare)
         for got, wanted in zip((*fused[:-1], *fused.units), (*expected[:-1], *expected[-1]), strict=True):
-            assert got.dtype == wanted.dtype
-            torch.testing.assert_close(got, wanted)
+            if wanted.dtype == torch.float64:
+                assert got.dtype == dtype
+                assert_close(got, wanted, scale=10)
+            else:
+                assert got.dtype == wanted.dtype and torch.equal(got, wanted)
 
         direction = torch.randn_like(expected[1])
         gradients = []
-        for _, quantized, latents, commitment, codebook_loss, _, units in (fused, expected):
+        for result, leaves in ((fused, arguments), (expected, wide)):
+            _, quantized, latents, commitment, codebook_loss, _, units = result
             loss = (quantized * direction).sum() + latents.exp().sum() + units.weights.square().sum()
             loss = loss + 2 * commitment + 3 * codebook_loss
-            gradients.append(torch.autograd.grad(loss, leaves))
+            gradients.append(torch.autograd.grad(loss, [leaves[name] for name in FLOATS]))
         for got, wanted in zip(*gradients, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+            # sums over rows of products with 1 / |latent before it is normalised|
+            assert_close(got, wanted, scale=100)
 
     def test_a_case_by_hand(self, backend, device):
         hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [4.0, 0.0]], device=device)
@@ -335,8 +345,9 @@ class TestQuantizeRagged:
             codes.append(alone.codes)
         assert torch.equal(packed.codes, torch.cat(codes))
 
+    @pytest.mark.dtype(torch.float64)
     def test_gradcheck(self, backend, device):
-        arguments = ragged_inputs(device)
+        arguments = ragged_inputs(device, torch.float64)
         leaves = tuple(arguments[name].requires_grad_() for name in FLOATS)
 
         def smooth(*floats):
@@ -347,8 +358,9 @@ class TestQuantizeRagged:
         assert torch.autograd.gradcheck(smooth, leaves, eps=2**-18)
 
     @pytest.mark.parametrize("mode", ["fire", "stop"])
-    def test_opcheck(self, backend, device, mode):
-        arguments = ragged_inputs(device)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_opcheck(self, backend, device, mode, dtype):
+        arguments = ragged_inputs(device, dtype)
         for name in FLOATS:
             arguments[name].requires_grad_()
         levels = torch.tensor([1, 2, 0, 2], device=device)

@@ -32,6 +32,6 @@ def integrate_units(rows, weights, unit, ends, cu_units, total_units):
 def integrate_units_backward(rows, weights, unit, ends, cu_units, means, grad):
     rows_, weights_ = _same_precision(rows, weights)
     grad_rows, grad_weights = torch.ops.ztok.integrate_units_backward_native(
-        rows_, weights_, unit.int(), cu_units.int(), means.to(rows_.dtype), grad.to(rows_.dtype)
+        rows_, weights_, unit.int(), cu_units.int(), means.to(rows_.dtype), grad.to(rows_.dtype), None
     )
     return grad_rows.to(rows.dtype), grad_weights.to(weights.dtype)
