@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.ops.conftest import dtypes_of
 from tests.ops.tolerances import DTYPES, assert_close
 from ztok_fast import ops
 from ztok_fast.ops import dispatch
@@ -14,7 +15,13 @@ from ztok_fast.ops import dispatch
 NAMES = ("x", "weight", "bias", "A", "B")
 
 
-def layer(num_rows=6, width=4, out=5, num_adapters=3, rank=2, dtype=torch.float64, adapter_dtype=None, device="cpu"):
+@pytest.fixture
+def widest(backend):
+    """The widest dtype that the backend takes."""
+    return dtypes_of("lora_linear", backend)[-1]
+
+
+def layer(num_rows=6, width=4, out=5, num_adapters=3, rank=2, dtype=torch.float32, adapter_dtype=None, device="cpu"):
     """Random arguments; the tensors of `NAMES` require gradients."""
     adapter_dtype = adapter_dtype or dtype
 
@@ -113,18 +120,18 @@ def test_float32_adapters_on_a_half_precision_base(backend, device, dtype):
     num_adapters=st.integers(1, 3),
     offset_dtype=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_ragged_sequences(backend, device, lengths, width, out, rank, num_adapters, offset_dtype):
-    arguments = layer(sum(lengths), width, out, num_adapters, rank, device=device)
+def test_ragged_sequences(backend, widest, device, lengths, width, out, rank, num_adapters, offset_dtype):
+    arguments = layer(sum(lengths), width, out, num_adapters, rank, widest, device=device)
     arguments["adapters"] = torch.randint(-1, num_adapters, (len(lengths),), dtype=torch.int32, device=device)
     arguments["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(device, offset_dtype)
     check_against_loop(arguments)
 
 
 @pytest.mark.op("lora_linear")
-def test_views_as_input(backend, device):
-    arguments = layer(num_rows=4, width=6, out=6, device=device)
-    arguments["x"] = torch.randn(6, 4, dtype=torch.float64, device=device).T.requires_grad_()
-    arguments["A"] = torch.randn(6, 2, 3, dtype=torch.float64, device=device).permute(2, 1, 0).requires_grad_()
+def test_views_as_input(backend, widest, device):
+    arguments = layer(num_rows=4, width=6, out=6, dtype=widest, device=device)
+    arguments["x"] = torch.randn(6, 4, dtype=widest, device=device).T.requires_grad_()
+    arguments["A"] = torch.randn(6, 2, 3, dtype=widest, device=device).permute(2, 1, 0).requires_grad_()
     check_against_loop(arguments)
 
 
@@ -153,8 +160,9 @@ def test_rows_do_not_see_other_adapters(backend, device):
 
 
 @pytest.mark.op("lora_linear")
+@pytest.mark.dtype(torch.float64)
 def test_gradcheck(backend, device):
-    arguments = layer(num_rows=3, width=2, out=3, num_adapters=2, device=device)
+    arguments = layer(num_rows=3, width=2, out=3, num_adapters=2, dtype=torch.float64, device=device)
     arguments["adapters"] = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
     inputs = [arguments.pop(name) for name in NAMES]
     assert torch.autograd.gradcheck(lambda *tensors: ops.lora_linear(*tensors, **arguments), inputs)

@@ -132,7 +132,9 @@ def load(implementation: str) -> Callable:
 
 def call(op: str, main: torch.Tensor, *args):
     """Run an op's chosen backend on `main` (which decides the choice) and the other arguments."""
-    others = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
+    others = ()
+    if any(row.argument_dtypes is not None for row in requirements.rows_of(op)):
+        others = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
     row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None, others)
     return load(row.implementation)(main, *args)
 

@@ -79,6 +79,7 @@ def runs_on(row: Requirement, device_type: str) -> bool:
     return row.device_types is None or device_type in row.device_types or _interpreted(row)
 
 
+@functools.cache  # the library is loaded, or not, once
 def _cpu_library_missing() -> str | None:
     from ztok_fast import native  # imported here because it loads compiled code
 
@@ -152,7 +153,9 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     *_everywhere("ragged_gather", "ragged", ANY_DTYPE),
     *_everywhere("ragged_gather_backward", "ragged"),
     *_everywhere("ragged_scatter_add", "ragged"),
+    _cpp("lora_linear", "lora", UP_TO_FLOAT32),
     _reference("lora_linear", "lora"),
+    _cpp("lora_linear_backward", "lora", UP_TO_FLOAT32),
     _reference("lora_linear_backward", "lora"),
     _cpp("z_select", "zhead", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _reference("z_select", "zhead"),

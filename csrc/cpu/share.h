@@ -1,0 +1,59 @@
+// Work among the threads of torch's pool, and memory for each.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace ztok {
+
+// Memory of one thread, kept for its next call.
+class Scratch {
+ public:
+  float* get(int64_t floats) {
+    if (floats > size_) {
+      size_ = floats;
+      memory_.reset(new float[floats + kAlignment]);
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (kAlignment * 4 - address % (kAlignment * 4)) / 4 % kAlignment;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 16;  // floats
+  int64_t size_ = 0;
+  std::unique_ptr<float[]> memory_;
+};
+
+constexpr double kNanosecondsPerThread = 50e3;  // to wake a sleeping thread takes up to 40 µs
+
+// What one core does in a nanosecond, to say how many threads are worth waking; nothing else depends on it.
+constexpr double kProductsPerNanosecond = 40, kBytesPerNanosecond = 50;
+
+// Calls body(begin, end) for all of [0, count), on as many threads as `nanoseconds` of work are worth. Threads take
+// at most `step` of them at a time from a shared counter, fewer towards the end: one that was asleep or shares its
+// core holds nobody up. Which thread does what is left to chance; no result depends on it.
+template <typename Body>
+void share(int64_t count, int64_t step, double nanoseconds, const Body& body) {
+  const auto worth = static_cast<int64_t>(std::min(nanoseconds / kNanosecondsPerThread, 1e6));
+  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), worth, count});
+  if (threads <= 1) {
+    body(0, count);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.load(); begin < count;) {
+      const int64_t end = begin + std::clamp<int64_t>((count - begin) / (2 * threads), 1, step);
+      if (next.compare_exchange_weak(begin, end)) {
+        body(begin, end);
+        begin = next.load();
+      }
+    }
+  });
+}
+
+}  // namespace ztok
