@@ -11,6 +11,7 @@ _EXPORTS = {
     "ZTokCodec": "ztok_fast.codec.codec",
     "ZTokConfig": "ztok_fast.codec.config",
     "backend": "ztok_fast.ops.dispatch",
+    "patch": "ztok_fast.patching",
 }
 
 __all__ = sorted(_EXPORTS)

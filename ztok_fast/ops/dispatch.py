@@ -133,7 +133,7 @@ def load(implementation: str) -> Callable:
 def call(op: str, main: torch.Tensor, *args):
     """Run an op's chosen backend on `main` (which decides the choice) and the other arguments."""
     others = ()
-    if any(row.argument_dtypes is not None for row in requirements.rows_of(op)):
+    if requirements.looks_at_arguments(op):
         others = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
     row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None, others)
     return load(row.implementation)(main, *args)
@@ -159,7 +159,7 @@ def run(registered: torch._ops.OpOverload, kernel: Callable, *args):
     decode step has not to spare.
     """
     flat = args
-    if any(type(a) is list for a in args):
+    if list in map(type, args):
         flat = [item for a in args for item in (a if type(a) is list else (a,))]
     if (
         torch.compiler.is_compiling()

@@ -172,8 +172,18 @@ def backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.backend for row in REQUIREMENTS))
 
 
-# the table that the rows were last gathered from, and op -> its rows: asked for at every call of an op
-_gathered: tuple[tuple[Requirement, ...], dict[str, tuple[Requirement, ...]]] = ((), {})
+# The rows of each op, and the ops of which some row has a need of the other arguments, gathered from the table that is
+# named first: asked for at every call of an op.
+_gathered: tuple[tuple[Requirement, ...], dict[str, tuple[Requirement, ...]], frozenset[str]] = ((), {}, frozenset())
+
+
+def _gather() -> tuple[tuple[Requirement, ...], dict[str, tuple[Requirement, ...]], frozenset[str]]:
+    global _gathered
+    if _gathered[0] is not REQUIREMENTS:
+        by_op = {name: tuple(row for row in REQUIREMENTS if row.op == name) for name in ops()}
+        looking = frozenset(row.op for row in REQUIREMENTS if row.argument_dtypes is not None)
+        _gathered = (REQUIREMENTS, by_op, looking)
+    return _gathered
 
 
 def rows_of(op: str) -> tuple[Requirement, ...]:
@@ -182,14 +192,15 @@ def rows_of(op: str) -> tuple[Requirement, ...]:
     Raises:
         KeyError: the table has no such op.
     """
-    global _gathered
-    table, by_op = _gathered
-    if table is not REQUIREMENTS:
-        by_op = {name: tuple(row for row in REQUIREMENTS if row.op == name) for name in ops()}
-        _gathered = (REQUIREMENTS, by_op)
+    by_op = _gather()[1]
     if op not in by_op:
         raise KeyError(f"no op named {op!r}; the table has {', '.join(ops())}")
     return by_op[op]
+
+
+def looks_at_arguments(op: str) -> bool:
+    """Whether some row of an op has a need of the dtypes of the arguments beside the main tensor."""
+    return op in _gather()[2]
 
 
 def _needs_not_met(
