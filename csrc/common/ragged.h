@@ -32,6 +32,11 @@ inline void check_indices(const char* op, const char* argument, const Tensor& in
              ": expected dtype int32 or int64, got ", name_of(indices.scalar_type()));
 }
 
+// A call of torch only where there is something to copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // Of a contiguous tensor.
 inline Indices indices_of(const Tensor& indices) { return {indices.const_data_ptr(), is_wide(indices)}; }
 
@@ -110,6 +115,8 @@ inline Tensor new_rows(const Tensor& like, std::vector<int64_t> leading, int64_t
 // 16 bytes that repeat `value` as an element of the dtype.
 struct FillPattern {
   unsigned char bytes[16];
+
+  bool is_uniform() const { return std::memcmp(bytes, bytes + 1, 15) == 0; }
 
   template <typename T>
   static FillPattern repeat(T value) {

@@ -26,7 +26,7 @@ inline Tensors checked_offsets(const char* op, const Tensors& cu_seqlens, size_t
   for (const Tensor& cu : cu_seqlens) {
     check_offsets_of_batch(op, cu, cu_seqlens[0].size(0) - 1);
     check_device(op, "cu_seqlens", cu, main);
-    offsets.push_back(torch::stable::contiguous(cu));
+    offsets.push_back(as_contiguous(cu));
   }
   ZTOK_CHECK(offsets[0].size(0) >= 1, op, "cu_seqlens: expected at least one offset, got none");
   return offsets;
@@ -44,7 +44,7 @@ inline OptionalTensors checked_row_indices(const char* op, const OptionalTensors
     }
     check_indices(op, "indices", *index, "[T]");
     check_device(op, "indices", *index, main);
-    contiguous.push_back(torch::stable::contiguous(*index));
+    contiguous.push_back(as_contiguous(*index));
   }
   return contiguous;
 }

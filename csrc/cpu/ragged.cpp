@@ -36,7 +36,7 @@ void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor pack
   check_output(kPack, "packed", packed, 1, padded, 2, "padded");
   ZTOK_CHECK(padded.is_cpu() && cu_seqlens.is_cpu() && packed.is_cpu(), kPack, "expected CPU tensors");
   const Tensor rows = with_contiguous_rows(padded, 2);
-  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
+  const Tensor offsets = as_contiguous(cu_seqlens);
   const PaddedLayout layout = padded_layout(rows);
   const Indices starts = indices_of(offsets);
   const int64_t total = packed.size(0);
@@ -53,7 +53,7 @@ void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor pack
 Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total) {
   ZTOK_CHECK(total >= 0, kPack, "total: expected the number of packed rows, at least 0, got ", total);
   check_padded(kPack, padded);
-  Tensor packed = new_rows(padded, {total}, 2);
+  Tensor packed = with_huge_pages(new_rows(padded, {total}, 2));
   ragged_pack_out(padded, cu_seqlens, packed);
   return packed;
 }
@@ -66,7 +66,7 @@ void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fi
   ZTOK_CHECK(packed.is_cpu() && cu_seqlens.is_cpu() && padded.is_cpu(), kUnpack, "expected CPU tensors");
   const FillPattern pattern = fill_pattern(kUnpack, packed.scalar_type(), fill);
   const Tensor rows = with_contiguous_rows(packed, 1);
-  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
+  const Tensor offsets = as_contiguous(cu_seqlens);
   const Indices starts = indices_of(offsets);
   const int64_t max_length = padded.size(1), num_rows = padded.size(0) * max_length;
   check_offset_values(kUnpack, starts, padded.size(0), rows.size(0), max_length);
@@ -97,7 +97,7 @@ Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max
   check_packed(kUnpack, packed);
   check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
   ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
-  Tensor padded = new_rows(packed, {cu_seqlens.size(0) - 1, max_length}, 1);
+  Tensor padded = with_huge_pages(new_rows(packed, {cu_seqlens.size(0) - 1, max_length}, 1));
   ragged_unpack_out(packed, cu_seqlens, fill, padded);
   return padded;
 }

@@ -9,13 +9,16 @@
 
 #include "ragged.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
 namespace ztok {
 
-constexpr int64_t kBytesPerTask = 64 * 1024;  // below this a second thread costs more than the copy
+constexpr int64_t kBytesPerTask = 512 * 1024;  // below this waking a second thread costs more than the copy
 // Results above this do not stay in the cache anyway: stores that go around it save reading every line before writing.
 constexpr int64_t kStreamedBytes = 8 * 1024 * 1024;
 
@@ -26,6 +29,21 @@ void for_rows(int64_t rows, int64_t row_bytes, const F& f) {
   if (rows == 0) return;
   const int64_t rows_per_task = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(row_bytes, 1));
   torch::stable::parallel_for(0, rows, rows_per_task, f);
+}
+
+// A large result is fresh memory of the system: asking for huge pages saves most of its page faults, which take longer
+// than the copy. Where the system does not grant them nothing changes.
+inline Tensor with_huge_pages(Tensor result) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const int64_t bytes = row_bytes_of(result, 0);
+  if (bytes >= kStreamedBytes) {
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(result.const_data_ptr()) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(result.const_data_ptr()) + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return result;
 }
 
 // Writes that a whole range of rows makes. Streamed stores become visible to other threads at the latest when the
@@ -48,8 +66,21 @@ class RowWriter {
     std::memcpy(to, from, bytes);
   }
 
+  // Asks for a row that is copied a few calls later: rows picked from a table lie where no prefetcher of the processor
+  // expects them.
+  static void prefetch(const char* from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+  }
+
   // `to` is the start of a row.
   void fill(char* to, const FillPattern& pattern, int64_t bytes) const {
+#if defined(__SSE2__)
+    if (streamed_ && bytes >= 256) return stream_fill(to, pattern, bytes);
+#endif
+    if (pattern.is_uniform()) {
+      std::memset(to, pattern.bytes[0], bytes);
+      return;
+    }
     int64_t done = 0;
     for (; done + 16 <= bytes; done += 16) std::memcpy(to + done, pattern.bytes, 16);
     std::memcpy(to + done, pattern.bytes, bytes - done);
@@ -72,6 +103,17 @@ class RowWriter {
       _mm_stream_si128(target + 3, d);
     }
     std::memcpy(to + done, from + done, bytes - done);
+  }
+
+  static void stream_fill(char* to, const FillPattern& pattern, int64_t bytes) {
+    const int64_t head = -reinterpret_cast<intptr_t>(to) & 15;
+    FillPattern turned;  // as it continues after `head` bytes
+    for (int64_t i = 0; i < 16; ++i) turned.bytes[i] = pattern.bytes[(head + i) % 16];
+    std::memcpy(to, pattern.bytes, head);
+    const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(turned.bytes));
+    int64_t done = head;
+    for (; done + 16 <= bytes; done += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + done), value);
+    std::memcpy(to + done, turned.bytes, bytes - done);
   }
 #endif
 

@@ -14,6 +14,7 @@ namespace {
 constexpr const char* kLayout = "ragged_layout";
 constexpr const char* kGather = "ragged_gather";
 constexpr const char* kBackward = "ragged_gather_backward";
+constexpr int64_t kAhead = 2;  // rows of a table that are prefetched before they are copied
 
 // How the rows of all sources interleave: sequence b of the result is source 0's sequence b, then source 1's and so on.
 class Sources {
@@ -161,6 +162,10 @@ std::tuple<Tensor, Tensor> ragged_gather_out(const Tensors tables, const Optiona
         return;
       }
       for (int64_t k = 0; k < count; ++k) {
+        if (k + kAhead < count) {
+          const int64_t later = (*table.indices)[row + k + kAhead];
+          if (later >= 0 && later < table.rows) RowWriter::prefetch(table.data + later * table.stride, bytes);
+        }
         const int64_t pick = (*table.indices)[row + k];
         if (pick < 0 || pick >= table.rows) {
           bad_source = static_cast<int64_t>(source);
@@ -187,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_gather(const Tensors tables, const Opt
   const Tensors rows = checked_tables(kGather, tables);
   ZTOK_CHECK(indices.size() == rows.size(), kGather, "indices: expected ", rows.size(), " entries, got ",
              indices.size());
-  Tensor values = new_rows(rows[0], {sum_of(source_totals(rows_of(rows), indices))}, 1);
+  Tensor values = with_huge_pages(new_rows(rows[0], {sum_of(source_totals(rows_of(rows), indices))}, 1));
   auto [merged, position_ids] = ragged_gather_out(tables, indices, cu_seqlens, values);
   return {values, merged, position_ids};
 }
@@ -211,7 +216,7 @@ Tensors ragged_gather_backward(const Tensor& grad, const OptionalTensors indices
   std::vector<char*> copied(indices.size(), nullptr);  // targets of the sources that take their table's own rows
   bool any_copied = false, any_summed = false;
   for (size_t i = 0; i < indices.size(); ++i) {
-    results.push_back(torch::stable::new_empty(rows, {needed[i] ? table_rows[i] : 0, rows.size(1)}));
+    results.push_back(with_huge_pages(new_rows(rows, {needed[i] ? table_rows[i] : 0}, 1)));
     if (!needed[i] || bytes == 0) continue;
     (picks[i] ? any_summed : any_copied) = true;
     if (picks[i]) continue;

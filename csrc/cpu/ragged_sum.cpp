@@ -14,6 +14,7 @@ namespace ztok {
 namespace {
 
 constexpr const char* kOp = "ragged_scatter_add";
+constexpr int64_t kBytesPerPart = 128 * 1024;
 
 SumType sum_type(const char* op, ScalarType type) {
   switch (type) {
@@ -71,7 +72,7 @@ void sum_rows_by_index(const char* op, const Tensor& rows, const RowPairs& pairs
   // result are few, one of them may be most of the work, so that columns are shared as well.
   const int64_t column_parts = pairs.count >= num_rows ? std::clamp<int64_t>(row_bytes / 512, 1, 4) : 1;
   const int64_t weight = pairs.count + num_rows;
-  const int64_t row_parts = std::clamp<int64_t>(weight * row_bytes / kBytesPerTask, 1, 64);
+  const int64_t row_parts = std::clamp<int64_t>(weight * row_bytes / kBytesPerPart, 1, 64);
   const auto first_row = [&](int64_t part) {
     const int64_t wanted = weight * part / row_parts;
     int64_t low = 0, high = num_rows;
@@ -117,13 +118,13 @@ void ragged_scatter_add_out(const Tensor& rows, const Tensor& index, Tensor sums
   ZTOK_CHECK(index.size(0) == rows.size(0), kOp, "index: expected ", rows.size(0), " values, got ", index.size(0));
   ZTOK_CHECK(rows.is_cpu() && index.is_cpu() && sums.is_cpu(), kOp, "expected CPU tensors");
   check_output(kOp, "sums", sums, 1, rows, 1, "rows");
-  const Tensor contiguous = torch::stable::contiguous(index);
+  const Tensor contiguous = as_contiguous(index);
   sum_rows_by_index(kOp, with_contiguous_rows(rows, 1), {indices_of(contiguous), nullptr, index.size(0)}, sums);
 }
 
 Tensor ragged_scatter_add(const Tensor& rows, const Tensor& index, int64_t num_rows) {
   ZTOK_CHECK(rows.dim() == 2 && num_rows >= 0, kOp, "expected rows [T, D] and num_rows of at least 0");
-  Tensor sums = new_rows(rows, {num_rows}, 1);
+  Tensor sums = with_huge_pages(new_rows(rows, {num_rows}, 1));
   ragged_scatter_add_out(rows, index, sums);
   return sums;
 }

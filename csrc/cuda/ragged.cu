@@ -25,7 +25,7 @@ void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor pack
   check_on_device(kPack, "cu_seqlens", cu_seqlens, padded);
   const torch::stable::accelerator::DeviceGuard guard(padded.get_device_index());
   const Tensor rows = with_contiguous_rows(padded, 2);
-  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
+  const Tensor offsets = as_contiguous(cu_seqlens);
   const PaddedLayout layout = padded_layout(rows);
   const void* source = rows.const_data_ptr();
   void* target = packed.mutable_data_ptr();
@@ -60,7 +60,7 @@ void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fi
   const FillPattern pattern = fill_pattern(kUnpack, packed.scalar_type(), fill);
   const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
   const Tensor rows = with_contiguous_rows(packed, 1);
-  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
+  const Tensor offsets = as_contiguous(cu_seqlens);
   const int64_t row_bytes = row_bytes_of(rows, 1);
   const int64_t row_stride = rows.stride(0) * static_cast<int64_t>(rows.element_size());
   const void* source = rows.const_data_ptr();

@@ -148,7 +148,7 @@ void ragged_scatter_add_out(const Tensor& rows, const Tensor& index, Tensor sums
              kOp, "expected tensors on one CUDA device");
   check_output(kOp, "sums", sums, 1, rows, 1, "rows");
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
-  const Tensor contiguous = torch::stable::contiguous(index);
+  const Tensor contiguous = as_contiguous(index);
   const RowPairs pairs{indices_of(contiguous), index.size(0), nullptr, 0};
   sum_rows_by_index(kOp, with_contiguous_rows(rows, 1), pairs, sums, current_stream(rows.get_device_index()));
 }

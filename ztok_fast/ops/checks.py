@@ -10,6 +10,7 @@ Every failure is a `ValueError` of the form "<op>: <argument> must be <expected>
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 
@@ -32,6 +33,11 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+@functools.cache
+def _ranks(layout: str) -> tuple[int, ...]:
+    return tuple(part.count(",") + 1 for part in layout.split(" or "))
+
+
 def check_tensor(
     op: str,
     argument: str,
@@ -40,8 +46,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
     """A tensor of one of `dtypes` whose rank is one that `layout` names, such as "[M, d]" or "[V, d] or [L, V, d]"."""
-    ranks = [part.count(",") + 1 for part in layout.split(" or ")]
-    if not isinstance(value, torch.Tensor) or value.ndim not in ranks:
+    if not isinstance(value, torch.Tensor) or value.ndim not in _ranks(layout):
         fail(op, argument, f"a tensor {layout}", describe(value))
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
