@@ -151,6 +151,19 @@ def test_bad_offsets_stay_inside_the_tensors(kernels, values):
     assert canaries_intact(storage, first, values.nbytes)
 
 
+def test_no_row_outside_the_tensors_is_ever_addressed(kernels):
+    """Reads leave no trace, so what bad offsets would read is asked of the locators: "filled", which is no address."""
+    filled = -(1 << 40)
+    for values in ([0, 9, 12], [0, -4, 2], [5, 9, 12], [0, 4, 1 << 40]):
+        cu_seqlens = torch.tensor(values)
+        for row in range(2 * 4):  # padded [2, 4] from packed [6]
+            address = call(kernels.address_in_packed, cu_seqlens, 6, 4, 16, row)
+            assert address == filled or 0 <= address < 6 * 16
+        for row in range(12):
+            address = call(kernels.address_in_padded, cu_seqlens, 2, 4, 64, 16, row)
+            assert address == filled or 0 <= address < 2 * 4 * 16
+
+
 class Sources:
     def __init__(self, tables, indices, cu_seqlens):
         self.kept = (tables, indices, cu_seqlens)
