@@ -72,8 +72,11 @@ def devices() -> list[torch.device]:
 
 def op_report(op: str, device: torch.device) -> dict:
     """The backend chosen for an op on a device, None if there is none, and why each other one is not."""
+    where = ""
     try:
-        chosen, error = dispatch.choose(op, device).backend, None
+        row = dispatch.choose(op, device)
+        chosen, error = row.backend, None
+        where = f" where {row.arguments.text}" if row.arguments else ""
     except ValueError as refusal:
         chosen, error = None, str(refusal)
     forced = os.environ.get("ZTOK_BACKEND") or None
@@ -83,7 +86,7 @@ def op_report(op: str, device: torch.device) -> dict:
             continue
         reasons = requirements.unmet(row, device)
         if not reasons:
-            reasons = [f"ZTOK_BACKEND forces {forced}" if forced else f"{chosen} is preferred"]
+            reasons = [f"ZTOK_BACKEND forces {forced}" if forced else f"{chosen} is preferred{where}"]
         others[row.backend] = reasons
     return {"op": op, "device": str(device), "backend": chosen, "error": error, "others": others}
 

@@ -130,7 +130,66 @@ def _nearest_cases():
     )
 
 
-CASES += _nearest_cases()
+def _gradient_cases():
+    """The backward passes of the residual search."""
+    from ztok_fast.ops.nearest import triton_gradients as gradients
+
+    module = "ztok_fast.ops.nearest.triton_gradients"
+    sizes = {"M": "i32", "V": "i32", "L": "i32"}
+    tile = {"D": 64, "BM": gradients.ROWS, "BK": gradients.WIDTH}
+    yield Case(
+        "cosine-parts", f"{module}:cosine_parts_kernel",
+        {"x": "*bf16", "book": "*fp32", "codes": "*i32", "parts": "*fp32", **sizes}, tile, slow=True,
+    )  # fmt: skip
+    for metric, quantize in (("l2", True), ("cosine", False)):
+        yield Case(
+            f"row-gradients-{metric}", f"{module}:row_gradients_kernel",
+            {
+                "x": "*bf16", "book": "*fp32", "codes": "*i32", "weights": "*fp32", "parts": "*fp32", "add": "*bf16",
+                "factor": "*fp32", "grad_x": "*bf16", "to_codes": "*fp32", **sizes,
+            },
+            {**tile, "METRIC": metric, "QUANTIZE": quantize}, slow=not quantize,
+        )  # fmt: skip
+    pieces = {"starts": "*i64", "first_piece": "*i64", "sums": "*fp32"}
+    yield Case(
+        "sum-piece", f"{module}:sum_piece_kernel",
+        {"values": "*fp32", "order": "*i64", "run_of_piece": "*i64", "runs": "i32", **pieces},
+        {**tile, "PIECE": gradients.PIECE}, slow=True,
+    )  # fmt: skip
+    yield Case(
+        "sum-run", f"{module}:sum_run_kernel",
+        {"sums": "*fp32", "first_piece": "*i64", "factor": "*fp32", "grad": "*bf16"},
+        {"D": 64, "FACTOR": True, "BK": gradients.WIDTH}, slow=True,
+    )  # fmt: skip
+
+
+def _zhead_cases():
+    """The kernels of the Z head, sampling, in the type that is read most and in float32."""
+    from ztok_fast.ops.zhead import triton as zhead
+
+    module = "ztok_fast.ops.zhead.triton_kernels"
+    key = {name: "i32" for name in ("temperature_low", "temperature_high", "seed_low", "seed_high", "step")}
+    for kind, size in (("bf16", 2), ("fp32", 4)):
+        batch, codes, width, warps, stages = zhead.TILES[size]
+        shared = {"D": 576, "SAMPLE": True, "ROW_IDS": True}
+        tensors = {
+            "hidden": f"*{kind}", "rows": f"*{kind}", "row_ids": "*i64", "scores": "*fp32", "indices": "*i32",
+            "sums": "*fp32", "V": "i32", "parts": "i32",
+        }  # fmt: skip
+        yield Case(
+            f"zhead-scan-{kind}", f"{module}:scan_kernel", {**tensors, "B": "i32", "tiles": "i32", **key},
+            {**shared, "UPCAST": False, "BB": batch, "BV": codes, "BK": width},
+            warps, stages, sm90_needs=("wgmma",) if size == 2 else (), slow=kind == "fp32",
+        )  # fmt: skip
+        yield Case(
+            f"zhead-select-{kind}", f"{module}:select_kernel",
+            {**tensors, "codes": "*i32", "log_probs": "*fp32", **key},
+            {**shared, "REL": 1e-5, "P": zhead.MOST_PARTS, "BC": zhead.EXACT_CODES, "BK": zhead.EXACT_WIDTH},
+            slow=kind == "fp32",
+        )  # fmt: skip
+
+
+CASES += (*_nearest_cases(), *_gradient_cases(), *_zhead_cases())
 
 # compiled by the test of the test alone
 SPILLS = Case("spills", "tests.ops.aot_spills:spill_kernel", {"x": "*fp32", "y": "*fp32"}, {"B": 64}, num_warps=1)

@@ -94,6 +94,7 @@ def choose(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     argument_dtypes: Iterable[torch.dtype] = (),
+    arguments: tuple | None = None,
 ) -> requirements.Requirement:
     """The row of the backend that runs an op on such input.
 
@@ -101,13 +102,14 @@ def choose(
         op: name of the op.
         device, dtype, width: those of the op's main tensor (its first argument, width = size of the last dimension).
         argument_dtypes: those of its other floating-point tensors.
+        arguments: all that it is called with; None leaves out the rows' conditions on them.
 
     Raises:
         BackendUnavailable: no backend can, or the forced one cannot.
     """
     forced = forced_backend(op)
     rows = requirements.rows_of(op)
-    needs = (device, dtype, width, argument_dtypes, forced is not None)
+    needs = (device, dtype, width, argument_dtypes, forced is not None, arguments)
     for row in rows:
         if forced is None or row.backend == forced:
             if requirements.meets(row, *needs):
@@ -135,7 +137,7 @@ def call(op: str, main: torch.Tensor, *args):
     others = ()
     if requirements.looks_at_arguments(op):
         others = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
-    row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None, others)
+    row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None, others, (main, *args))
     return load(row.implementation)(main, *args)
 
 

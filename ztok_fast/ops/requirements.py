@@ -23,6 +23,19 @@ ANY_DTYPE = (*FLOATS, *INTEGERS, torch.bool)
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """What a backend asks of an op's arguments beyond dtypes and widths.
+
+    Attributes:
+        text: the condition, to be read after "where".
+        holds: takes the op's arguments; whether they meet it. It must not look at the values of tensors.
+    """
+
+    text: str
+    holds: Callable[..., bool]
+
+
+@dataclass(frozen=True)
 class Requirement:
     """One backend of one op and what it needs. `None` means no limit.
 
@@ -36,6 +49,7 @@ class Requirement:
         max_width: largest width (size of the last dimension) of the main tensor.
         min_compute_capability: lowest CUDA compute capability (major, minor).
         library: name in `LIBRARIES` of what must be present.
+        arguments: what else it asks of the op's arguments.
     """
 
     op: str
@@ -47,6 +61,7 @@ class Requirement:
     max_width: int | None = None
     min_compute_capability: tuple[int, int] | None = None
     library: str | None = None
+    arguments: Arguments | None = None
 
 
 OLDEST_TRITON = (3, 6)
@@ -126,10 +141,16 @@ def _everywhere(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS) 
     return _cpp(op, family, dtypes), _cuda(op, family, dtypes), _reference(op, family, dtypes)
 
 
+_NO_NUCLEUS = Arguments(
+    "top_p is 1 or the temperature 0",
+    lambda hidden, rows, temperature, top_p, *rest: top_p == 1 or temperature == 0,
+)
+
 REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("codebook_assign", "nearest"),
     _reference("codebook_assign", "nearest"),
+    _triton("codebook_assign_backward", "nearest", "triton_gradients"),
     _reference("codebook_assign_backward", "nearest"),
     _cpp("halting_units", "halting"),
     _reference("halting_units", "halting"),
@@ -142,6 +163,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("residual_quantize", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("residual_quantize", "quantize", "triton_residual"),
     _reference("residual_quantize", "quantize"),
+    _triton("residual_quantize_backward", "quantize", "triton_residual"),
     _reference("residual_quantize_backward", "quantize"),
     _cpp("quantize_ragged", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _reference("quantize_ragged", "quantize"),
@@ -158,6 +180,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("lora_linear_backward", "lora", UP_TO_FLOAT32),
     _reference("lora_linear_backward", "lora"),
     _cpp("z_select", "zhead", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
+    _triton("z_select", "zhead", arguments=_NO_NUCLEUS),
     _reference("z_select", "zhead"),
 )
 
@@ -210,6 +233,7 @@ def _needs_not_met(
     width: int | None,
     argument_dtypes: Iterable[torch.dtype],
     forced: bool,
+    arguments: tuple | None,
 ) -> Iterator[str]:
     """Cheapest needs first, so that a row is refused for its device before a library is looked for."""
     if not runs_on(row, device.type):
@@ -226,6 +250,8 @@ def _needs_not_met(
             yield f"takes {allowed} beside the main tensor, not {', '.join(others)}"
     if width is not None and row.max_width is not None and width > row.max_width:
         yield f"takes a width of at most {row.max_width}, not {width}"
+    if row.arguments is not None and arguments is not None and not row.arguments.holds(*arguments):
+        yield f"runs only where {row.arguments.text}"
     if row.min_compute_capability is not None and device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
         if capability < row.min_compute_capability:
@@ -246,14 +272,15 @@ def unmet(
     width: int | None = None,
     argument_dtypes: Iterable[torch.dtype] = (),
     forced: bool = False,
+    arguments: tuple | None = None,
 ) -> list[str]:
     """Why a backend cannot run here, one plain phrase per need that is not met; empty when it can.
 
-    `dtype` and `width` describe the main tensor; None leaves that need out (what the doctor and the tests do).
+    `dtype` and `width` describe the main tensor; None leaves a need out (what the doctor and the tests do).
     `argument_dtypes` are those of the other floating-point tensors. `forced` says that the backend was asked for by
-    name; interpreted kernels run only then.
+    name; interpreted kernels run only then. `arguments` are all that the op was called with.
     """
-    return list(_needs_not_met(row, device, dtype, width, argument_dtypes, forced))
+    return list(_needs_not_met(row, device, dtype, width, argument_dtypes, forced, arguments))
 
 
 def meets(
@@ -263,6 +290,7 @@ def meets(
     width: int | None = None,
     argument_dtypes: Iterable[torch.dtype] = (),
     forced: bool = False,
+    arguments: tuple | None = None,
 ) -> bool:
     """Whether a backend can run here; stops at the first need that is not met."""
-    return next(_needs_not_met(row, device, dtype, width, argument_dtypes, forced), None) is None
+    return next(_needs_not_met(row, device, dtype, width, argument_dtypes, forced, arguments), None) is None

@@ -154,7 +154,9 @@ def search_in_float64(x, row, book, V, D: tl.constexpr, METRIC: tl.constexpr, BV
 
 
 @triton.jit
-def candidate_scores(x, rows, i, j, book, M, V, D: tl.constexpr, METRIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+def candidate_scores(
+    x, rows, i, j, book, M, V, D: tl.constexpr, METRIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
     """float64 scores of the codes i and j of each row, |x| in float32, and how many values are not finite; all [BM]."""
     zero = tl.zeros([BM], tl.float64)
     dot_i, dot_j, i_norm, j_norm, x_norm, unused = zero, zero, zero, zero, zero, zero
