@@ -13,15 +13,33 @@ constexpr int kRows = kLoraRows;
 
 // ---- one register tile -------------------------------------------------------------------------------------------
 
+constexpr int64_t kChain = 256;  // products that are added up one after another, for the rounding error of long sums
+
+// total += a panel, over `depth`.
 template <int R>
-ZTOK_INLINE void accumulate(Vec (&sum)[R][2], const float* const (&a)[R], const float* panel, int64_t depth) {
-  for (int64_t k = 0; k < depth; ++k, panel += kColumns) {
-    const Vec b0 = load(panel), b1 = load(panel + kWidth);
+ZTOK_INLINE void accumulate(Vec (&total)[R][2], const float* const (&a)[R], const float* panel, int64_t depth) {
+  for (int64_t k0 = 0; k0 < depth; k0 += kChain) {
+    const int64_t length = smaller(kChain, depth - k0);
+    const float* row[R];
+    Vec sum[R][2];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const Vec x = broadcast(a[i][k]);
-      sum[i][0] = fma(x, b0, sum[i][0]);
-      sum[i][1] = fma(x, b1, sum[i][1]);
+      row[i] = a[i] + k0;
+      sum[i][0] = sum[i][1] = zeros();
+    }
+    for (int64_t k = 0; k < length; ++k, panel += kColumns) {
+      const Vec b0 = load(panel), b1 = load(panel + kWidth);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const Vec x = broadcast(row[i][k]);
+        sum[i][0] = fma(x, b0, sum[i][0]);
+        sum[i][1] = fma(x, b1, sum[i][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      total[i][0] += sum[i][0];
+      total[i][1] += sum[i][1];
     }
   }
 }

@@ -29,7 +29,7 @@ struct LoraStrip {
 // y[i, j] = s (sum over k of a[i, k] b[k, j]) + bias[j] + sum over k of low[i, k] up[k, j], in float32, rounded once.
 //
 // b and up are read by rows: of one column each (`by_columns`: b[k, j] is at row j, element k) or of one k each. The
-// sum over k runs upwards in one accumulator per element, whatever the split into tasks.
+// sum over k is taken in one order, whatever the split into tasks.
 struct LoraProduct {
   const float* a;
   int64_t a_stride;

@@ -28,10 +28,10 @@ class Scratch {
   std::unique_ptr<float[]> memory_;
 };
 
-constexpr double kNanosecondsPerThread = 50e3;  // to wake a sleeping thread takes up to 40 µs
+constexpr double kNanosecondsPerThread = 35e3;  // what waking a sleeping one costs
 
 // What one core does in a nanosecond, to say how many threads are worth waking; nothing else depends on it.
-constexpr double kProductsPerNanosecond = 40, kBytesPerNanosecond = 50;
+constexpr double kProductsPerNanosecond = 40, kBytesPerNanosecond = 25;
 
 // Calls body(begin, end) for all of [0, count), on as many threads as `nanoseconds` of work are worth. Threads take
 // at most `step` of them at a time from a shared counter, fewer towards the end: one that was asleep or shares its

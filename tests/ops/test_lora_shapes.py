@@ -70,6 +70,12 @@ def test_odd_sizes(backend, device, dtype, width, out, num_rows):
     check(layer(num_rows, width, out, 5, dtype=dtype, device=device))
 
 
+@pytest.mark.parametrize("num_rows", [2, 36])
+def test_long_sums(backend, device, num_rows):
+    """One chain of float32 additions over 8192 products is too far from the exact sum."""
+    check(layer(num_rows, 8192, 400, 16, device=device))
+
+
 @pytest.mark.parametrize("num_rows", [1, 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_adapters(backend, device, dtype, num_rows):
