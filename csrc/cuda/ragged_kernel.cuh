@@ -114,7 +114,8 @@ ZTOK_HD void copy_units(const Tile& tile, int thread, const Unit* const* sources
 
 // ---- locators: output row -> address of its source. Strides in units.
 
-// packed[cu_seqlens[b] + s] = padded[b, s]; rows past the last sequence, and those that bad offsets leave out, are filled.
+// packed[cu_seqlens[b] + s] = padded[b, s]; rows past the last sequence, and those that bad offsets leave out, are
+// filled.
 template <typename Unit>
 struct PackRows {
   const Unit* padded;

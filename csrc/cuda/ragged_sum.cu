@@ -83,11 +83,12 @@ void launch_sums(const char* op, const Tensor& rows, const RowPairs& pairs, Tens
   auto* tails = static_cast<Sum*>(tail_memory.mutable_data_ptr());
   auto* out = static_cast<T*>(sums.mutable_data_ptr());
 
-  // As many threads along the columns as there are groups of them, in whole powers of two; the rest of a block takes
-  // further chunks.
+  // As many threads along the columns as there are groups of them, in whole warps or an even part of one; the rest of
+  // a block takes further chunks.
   const auto block_for = [&](int64_t groups) {
     unsigned x = 1;
-    while (x < groups && x < kSumThreads) x *= 2;
+    while (x < groups && x < 32) x *= 2;
+    if (groups > 32) x = static_cast<unsigned>(std::min<int64_t>((groups + 31) / 32 * 32, kSumThreads));
     return dim3(x, kSumThreads / x);
   };
   Alignment alignment;

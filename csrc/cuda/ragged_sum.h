@@ -17,8 +17,8 @@ struct RowPairs {
 };
 
 // sums [R, D], contiguous: row r becomes the sum, in order of k, of the rows with index[k] == r; zero without any.
-// `rows` [T, D] has contiguous rows of a floating-point dtype. Accumulates in fp32, for float64 in float64. Rows with an
-// index outside of [0, R) and rows in no sequence are left out. Scratch memory of O(T + T D / 16) values.
+// `rows` [T, D] has contiguous rows of a floating-point dtype. Accumulates in fp32, for float64 in float64. Rows with
+// an index outside of [0, R) and rows in no sequence are left out. Scratch memory of O(T + T D / 16) values.
 void sum_rows_by_index(const char* op, const Tensor& rows, const RowPairs& pairs, Tensor& sums, cudaStream_t stream);
 
 }  // namespace ztok

@@ -1,4 +1,4 @@
-"""Every CUDA kernel that the library launches, and what its machine code must look like: one entry per instantiation."""
+"""Every CUDA kernel that the library launches and what its machine code must hold: one entry per instantiation."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ struct Group {
   std::vector<int64_t> before, after;
   Interleave layout{};
 
-  Group(const SourceArguments* sources, int64_t count, int64_t batch, int64_t first) : before(batch + 1), after(batch + 1) {
+  Group(const SourceArguments* sources, int64_t count, int64_t batch, int64_t first)
+      : before(batch + 1), after(batch + 1) {
     const int64_t end = std::min<int64_t>(count, first + kMaxSources);
     layout.batch = batch;
     for (int64_t i = 0; i < count; ++i) {

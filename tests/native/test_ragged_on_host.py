@@ -143,7 +143,8 @@ def test_bad_offsets_stay_inside_the_tensors(kernels, values):
     unpacked, storage, first = at((2, 4, 8), torch.float32, 0)
     call(kernels.host_unpack, packed, cu_seqlens, True, 6, 32, unpacked, 2, 4, 32, torch.zeros(4), 16)
     assert canaries_intact(storage, first, unpacked.nbytes)
-    sources = build(kernels, [packed, packed], [None, torch.tensor([0, 99, -1, 5, 5, 0])], [cu_seqlens, offsets([3, 3])])
+    indices = [None, torch.tensor([0, 99, -1, 5, 5, 0])]
+    sources = Sources([packed, packed], indices, [cu_seqlens, offsets([3, 3])])
     merged, position_ids, destinations = layout(kernels, sources)
     assert ((destinations >= 0) & (destinations < 12)).all() and (position_ids >= 0).all()
     values, storage, first = at((12, 8), torch.float32, 0)
@@ -184,10 +185,6 @@ class Sources:
         self.kept += (keep,)
 
 
-def build(kernels, tables, indices, cu_seqlens):
-    return Sources(tables, indices, cu_seqlens)
-
-
 def layout(kernels, sources):
     merged = torch.full((sources.batch + 1,), -1)
     position_ids, destinations = torch.full((2, sources.total), -1)
@@ -222,7 +219,7 @@ def test_gather_layout_and_backward(kernels, spec, width, dtype, index_dtype, na
         index[sum(lengths) :] = 12345  # of slack: must not be used
         indices.append(index.to(index_dtype) if indexed else None)
         cu_seqlens.append(offsets(lengths, index_dtype))
-    sources = build(kernels, tables, indices, cu_seqlens)
+    sources = Sources(tables, indices, cu_seqlens)
     row = width * tables[0].element_size()
     expected, merged, positions = reference.ragged_gather(tables, indices, cu_seqlens)
     for found, wanted in zip(layout(kernels, sources), reference.ragged_layout(cu_seqlens, sources.totals)):
@@ -233,7 +230,8 @@ def test_gather_layout_and_backward(kernels, spec, width, dtype, index_dtype, na
         values.zero_()  # as the library does before several launches
     position_ids = torch.full((sources.total,), -1)
     unit = widest_unit(values.data_ptr(), row)
-    call(kernels.host_gather, sources.array, sources.count, sources.batch, sources.total, row, unit, values, position_ids)
+    shape = (sources.count, sources.batch, sources.total)
+    call(kernels.host_gather, sources.array, *shape, row, unit, values, position_ids)
     assert torch.equal(values, expected) and torch.equal(position_ids, positions)
     assert canaries_intact(storage, first, sources.total * row)
 
@@ -277,7 +275,8 @@ def test_sums_of_runs_over_any_number_of_chunks(kernels, narrow, dtype, width, n
         exact.index_add_(0, index, rows.double())
         # summed in fp32 and rounded once: half an ulp of the dtype, and what fp32 sums of this length lose
         error = (out.double() - exact).abs()
-        unit = torch.finfo(dtype).eps / 2 + 700 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        accumulated_in = torch.float64 if dtype == torch.float64 else torch.float32
+        unit = torch.finfo(dtype).eps / 2 + 700 * torch.finfo(accumulated_in).eps
         size = torch.zeros_like(exact).index_add_(0, index, rows.double().abs())
         assert (error <= unit * size).all()
         assert canaries_intact(storage, first, out.nbytes)
@@ -316,7 +315,7 @@ def test_addresses_beyond_32_bits(kernels):
 def test_interleaving_beyond_32_bits(kernels):
     first, second = torch.tensor([0, 2_500_000_000, 5_000_000_000]), torch.tensor([0, 4_000_000_000, 4_000_000_001])
     table = torch.zeros(1, 4)
-    sources = build(kernels, [table, table], [None, None], [first, second])
+    sources = Sources([table, table], [None, None], [first, second])
     for source, total in enumerate((5_000_000_000, 4_000_000_001)):
         sources.array[source].total = total
     cases = {

@@ -109,3 +109,9 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def value_checks(monkeypatch):
+    """Values are checked on a GPU too; on the CPU they always are."""
+    monkeypatch.setenv("ZTOK_DEBUG_CHECKS", "1")

@@ -160,7 +160,7 @@ GATHER = {"tables": [WIDE, NARROW], "indices": [torch.tensor([4, 0, 1]), None], 
         ({"cu_seqlens": [CU, torch.tensor([0, 4, 3])]}, r"cu_seqlens\[1\] must be non-decreasing"),
     ],
 )
-def test_gather_bad_input(backend, device, change, message):
+def test_gather_bad_input(backend, device, value_checks, change, message):
     arguments = {name: move(value, device) for name, value in {**GATHER, **change}.items()}
     with pytest.raises(ValueError, match=f"ragged_gather: {message}"):
         ops.ragged_gather(**arguments)

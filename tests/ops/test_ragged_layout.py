@@ -44,7 +44,7 @@ def test_layout_opcheck_and_gradient_of_place(backend, device):
         ([CU, CU[:2]], [3, 1], r"cu_seqlens\[1\] must be of size 3"),
     ],
 )
-def test_layout_bad_input(backend, device, cu_seqlens, totals, message):
+def test_layout_bad_input(backend, device, value_checks, cu_seqlens, totals, message):
     with pytest.raises(ValueError, match=f"ragged_layout: {message}"):
         ops.ragged_layout([cu.to(device) for cu in cu_seqlens], totals)
 
@@ -98,7 +98,7 @@ def test_scatter_add_gradient_and_opcheck(backend, device):
         (torch.zeros(3, 2), CU, -1, "num_rows must be an integer of at least 0"),
     ],
 )
-def test_scatter_add_bad_input(backend, device, rows, index, num_rows, message):
+def test_scatter_add_bad_input(backend, device, value_checks, rows, index, num_rows, message):
     with pytest.raises(ValueError, match=f"ragged_scatter_add: {message}"):
         ops.ragged_scatter_add(rows.to(device), index.to(device), num_rows)
 

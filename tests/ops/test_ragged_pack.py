@@ -72,7 +72,8 @@ def test_pack_gradient(backend, device):
 @pytest.mark.parametrize("lengths", [[2, 0, 3], [0], []], ids=str)
 def test_pack_opcheck(backend, device, lengths):
     padded = torch.randn(len(lengths), 3, 2, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.ztok.ragged_pack.default, (padded, offsets(lengths, device=device), sum(lengths), True))
+    arguments = (padded, offsets(lengths, device=device), sum(lengths), True)
+    torch.library.opcheck(torch.ops.ztok.ragged_pack.default, arguments)
 
 
 @pytest.mark.op("ragged_pack")
@@ -125,7 +126,7 @@ PACK = {"padded": torch.zeros(2, 3, 4), "cu_seqlens": torch.tensor([0, 1, 4]), "
         ({"total": 4.0}, "total must be an integer of at least 0"),
     ],
 )
-def test_pack_bad_input(backend, device, change, message):
+def test_pack_bad_input(backend, device, value_checks, change, message):
     arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in {**PACK, **change}.items()}
     with pytest.raises(ValueError, match=f"ragged_pack: {message}"):
         ops.ragged_pack(**arguments)
@@ -234,7 +235,7 @@ UNPACK = {"packed": torch.zeros(4, 2), "cu_seqlens": torch.tensor([0, 1, 4]), "m
         ({"packed": torch.zeros(4, dtype=torch.int64), "fill": float("nan")}, "fill must be a value of int64"),
     ],
 )
-def test_unpack_bad_input(backend, device, change, message):
+def test_unpack_bad_input(backend, device, value_checks, change, message):
     arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in {**UNPACK, **change}.items()}
     with pytest.raises(ValueError, match=f"ragged_unpack: {message}"):
         ops.ragged_unpack(**arguments)
