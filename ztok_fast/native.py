@@ -3,7 +3,7 @@
 Three parts, each optional; without them every op and every codec feature works on the reference path:
 
 - ``cpu``: ``lib/libztok_cpu.so``, tensor ops for the CPU, and the schemas of all native ops;
-- ``cuda``: ``lib/libztok_cuda.so``, the same ops for CUDA; it loads on a CPU-only torch too, so whether there is a
+- ``cuda``: ``lib/libztok_cuda.so``, the same ops for CUDA and those that only CUDA has; it loads on a CPU-only torch too, so whether there is a
   device is for the caller to ask;
 - ``host``: the pybind11 module ``ztok_fast._host``, which needs no torch.
 
@@ -102,10 +102,16 @@ def _load_ops(name: str, path: Path) -> None:
     if name == "cpu":
         torch.library.register_fake("ztok::ragged_pack_native")(_ragged_pack_fake)
         torch.library.register_fake("ztok::ragged_pack_native_out")(lambda padded, cu_seqlens, packed: None)
+    if name == "cuda":
+        torch.library.register_fake("ztok::lora_decode_native")(_lora_decode_fake)
 
 
 def _ragged_pack_fake(padded: Any, cu_seqlens: Any, total: int) -> Any:
     return padded.new_empty((total, *padded.shape[2:]))
+
+
+def _lora_decode_fake(x: Any, weight: Any, bias: Any, A: Any, B: Any, scaling: Any, adapters: Any, offsets: Any) -> Any:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _host_path() -> Path:

@@ -38,6 +38,7 @@ class Kernel:
     architectures: tuple[str, ...] = ("80", "90a")
 
 
+MMA = Instruction(r"\bHMMA\.16816\.F32\b", r"\bmma\.sync\.aligned\.m16n8k16\b")
 WIDE = (LOAD_128, STORE_128)
 # widest unit that the alignment allows -> what moves it
 UNITS = {"uint4": WIDE, "uint2": (), "unsigned int": (), "unsigned short": (), "unsigned char": ()}
@@ -75,4 +76,36 @@ RAGGED = (
     ),
 )
 
-KERNELS = RAGGED
+
+def _lora_decode_kernels():
+    """Those of bfloat16 and float32, and one of float16, whose code differs by the name of an instruction."""
+    for dtype, row_tiles, aligned in (
+        *(("__nv_bfloat16", tiles, "true") for tiles in (1, 2, 4, 8)),
+        *(("float", tiles, "true") for tiles in (1, 8)),
+        *((dtype, 8, "false") for dtype in ("__nv_bfloat16", "float")),
+        ("__half", 4, "true"),
+    ):
+        one_block = row_tiles == 8
+        yield Kernel(
+            "lora_decode_kernel.cuh",
+            f"ztok::lora_decode_kernel<{dtype}, {row_tiles}, {aligned}>",
+            ((LOAD_128,) if aligned == "true" else ()) + ((MMA,) if dtype != "float" else ()),
+            # blocks of 256 threads that are to share a multiprocessor: one or two
+            registers=255 if one_block else 128,
+        )
+    for dtype, adapter, aligned in (
+        ("__nv_bfloat16", "__nv_bfloat16", "true"),
+        ("__nv_bfloat16", "float", "true"),
+        ("float", "float", "true"),
+        ("__half", "__half", "true"),
+        ("__nv_bfloat16", "__nv_bfloat16", "false"),
+    ):
+        yield Kernel(
+            "lora_decode_shrink.cuh",
+            f"ztok::lora_shrink_kernel<{dtype}, {adapter}, {aligned}>",
+            (LOAD_128,) if aligned == "true" else (),
+            registers=128,
+        )
+
+
+KERNELS = (*RAGGED, *_lora_decode_kernels())
