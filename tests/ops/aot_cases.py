@@ -189,7 +189,87 @@ def _zhead_cases():
         )  # fmt: skip
 
 
-CASES += (*_nearest_cases(), *_gradient_cases(), *_zhead_cases())
+def _lora_cases():
+    """The LoRA kernels over dtypes, one adapter or several, and the tiles that these are given."""
+    from ztok_fast.ops.lora import triton_configs as configs
+
+    module = "ztok_fast.ops.lora.triton_kernels"
+    numbers = dict.fromkeys(("M", "N", "K", "R", "n"), "i32")
+    for capability in (80, 90):
+        capabilities = (80,) if capability == 80 else (90, 100)
+        for dtype, adapter_type in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
+            single = {"SINGLE": True, "adapters": None}
+            several = {"SINGLE": False}
+            exact = dtype == "fp32"
+            for many, rows in ((False, 64), (False, 4096), (True, 64), (True, 4096)):
+                tile = configs.linear_tile(rows, exact, many, (capability // 10, 0))
+                for transposed in (False, True):
+                    if transposed and (rows == 64 or adapter_type != dtype):
+                        continue
+                    # the stride of a contiguous dimension is specialised away as the constant 1
+                    strides = {"stride_k": 1, "stride_up_r": 1} if not transposed else {"stride_c": 1, "stride_up_c": 1}
+                    names = ("stride_x", "stride_k", "stride_c", "stride_up_n", "stride_up_r", "stride_up_c")
+                    free = tuple(name for name in names if name not in strides)
+                    pointers = {n: f"*{dtype}" for n in ("x", "weight", "bias", "y")}
+                    signature = pointers | {"up": f"*{adapter_type}", "low_rank": "*fp32"} | numbers
+                    signature |= dict.fromkeys(free, "i32") | ({"adapters": "*i32"} if many else {})
+                    yield Case(
+                        f"lora-{'dx' if transposed else 'linear'}-{dtype}-{adapter_type}-{rows}-"
+                        f"{'several' if many else 'single'}-{capability}",
+                        f"{module}:lora_linear_kernel",
+                        signature,
+                        {
+                            **(several if many else single), **strides, "EVEN_K": True, "EXACT": exact,
+                            "UPCAST": False, "BM": tile.rows, "BN": tile.columns, "BK": tile.inner,
+                            "BR": configs.low_rank_step(tile, adapter_type != "bf16"), "GROUP": configs.GROUP,
+                        },
+                        tile.warps, tile.stages, ("N", "K", "R", *free), capabilities,
+                        sm90_needs=("wgmma",) if capability == 90 else (),
+                        slow=(dtype, adapter_type, many, rows) != ("bf16", "bf16", True, 4096),
+                    )  # fmt: skip
+    for dtype, adapter_type in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        exact = adapter_type == "fp32"
+        for rows in (64, 16384):
+            tile = configs.shrink_tile(rows, exact)
+            yield Case(
+                f"lora-shrink-{dtype}-{adapter_type}-{rows}",
+                f"{module}:shrink_kernel",
+                {
+                    "x": f"*{dtype}", "down": f"*{adapter_type}", "scaling": "*fp32", "adapters": "*i32",
+                    "low_rank": "*fp32", "M": "i32", "K": "i32", "R": "i32", "n": "i32", "stride_x": "i32",
+                    "stride_n": "i32", "stride_r": "i32",
+                },
+                {
+                    "stride_k": 1, "SINGLE": False, "EXACT": exact, "UPCAST": False, "BM": tile.rows,
+                    "BR": configs.SHRINK_RANKS, "BK": tile.inner,
+                },
+                tile.warps, tile.stages, ("K", "R", "stride_x", "stride_n", "stride_r"),
+                slow=(dtype, adapter_type, rows) != ("bf16", "bf16", 16384),
+            )  # fmt: skip
+        yield Case(
+            f"lora-outer-{dtype}-{adapter_type}",
+            f"{module}:outer_kernel",
+            {
+                "low_rank": "*fp32", "right": f"*{dtype}", "adapters": "*i32", "out": "*fp32", "M": "i32", "N": "i32",
+                "R": "i32", "n": "i32", "chunks_per_part": "i32", "stride_right": "i32", "stride_part": "i32",
+                "stride_n": "i32", "stride_r": "i32",
+            },
+            {
+                "stride_c": 1, "SINGLE": False, "EXACT": dtype == "fp32", "UPCAST": False, "CHUNK": configs.OUTER_CHUNK,
+                "BM": configs.OUTER_ROWS, "BN": configs.OUTER_COLUMNS, "BR": configs.OUTER_RANKS,
+            },
+            configs.OUTER_WARPS, configs.OUTER_STAGES, ("N", "R", "stride_right", "stride_n", "stride_r"),
+            slow=exact,
+        )  # fmt: skip
+    yield Case(
+        "lora-row-adapters",
+        f"{module}:row_adapters_kernel",
+        {"adapters": "*i32", "cu_seqlens": "*i64", "out": "*i32", "M": "i32", "sequences": "i32", "n": "i32"},
+        {"BM": 256},
+    )
+
+
+CASES += (*_nearest_cases(), *_gradient_cases(), *_zhead_cases(), *_lora_cases())
 
 # compiled by the test of the test alone
 SPILLS = Case("spills", "tests.ops.aot_spills:spill_kernel", {"x": "*fp32", "y": "*fp32"}, {"B": 64}, num_warps=1)

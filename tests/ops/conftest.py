@@ -87,6 +87,13 @@ def dtypes_of(op, backend):
     return next(row.dtypes for row in requirements.rows_of(op) if row.backend == backend)
 
 
+def skip_beyond_rows(op, backend, rows):
+    """Skip a test of more rows than the backend takes; another has them."""
+    limit = next(row.max_rows for row in requirements.rows_of(op) if row.backend == backend)
+    if limit is not None and rows > limit:
+        pytest.skip(f"{backend} takes at most {limit} rows")
+
+
 @pytest.fixture
 def backend(request):
     """The backend under test, forced for its op while the test runs.

@@ -50,6 +50,8 @@ class Requirement:
         min_compute_capability: lowest CUDA compute capability (major, minor).
         library: name in `LIBRARIES` of what must be present.
         arguments: what else it asks of the op's arguments.
+        max_rows: most rows (size of the first dimension) of the main tensor, for kernels made for few; with more of
+            them the next backend that can is chosen, which is how an op is dispatched by shape.
     """
 
     op: str
@@ -62,6 +64,7 @@ class Requirement:
     min_compute_capability: tuple[int, int] | None = None
     library: str | None = None
     arguments: Arguments | None = None
+    max_rows: int | None = None
 
 
 OLDEST_TRITON = (3, 6)
@@ -175,9 +178,14 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     *_everywhere("ragged_gather", "ragged", ANY_DTYPE),
     *_everywhere("ragged_gather_backward", "ragged"),
     *_everywhere("ragged_scatter_add", "ragged"),
+    # Dispatch by shape: few rows are bound by reading the weight, more by arithmetic. The other dtypes follow from that
+    # of x, so that there is nothing to compare at a call.
     _cpp("lora_linear", "lora", UP_TO_FLOAT32),
+    _cuda("lora_linear", "lora", UP_TO_FLOAT32, max_rows=64),
+    _triton("lora_linear", "lora", argument_dtypes=None),
     _reference("lora_linear", "lora"),
     _cpp("lora_linear_backward", "lora", UP_TO_FLOAT32),
+    _triton("lora_linear_backward", "lora", argument_dtypes=None),
     _reference("lora_linear_backward", "lora"),
     _cpp("z_select", "zhead", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("z_select", "zhead", arguments=_NO_NUCLEUS),
@@ -252,6 +260,8 @@ def _needs_not_met(
         yield f"takes a width of at most {row.max_width}, not {width}"
     if row.arguments is not None and arguments is not None and not row.arguments.holds(*arguments):
         yield f"runs only where {row.arguments.text}"
+    if row.max_rows is not None and arguments is not None and arguments[0].shape[0] > row.max_rows:
+        yield f"takes at most {row.max_rows} rows, not {arguments[0].shape[0]}"
     if row.min_compute_capability is not None and device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
         if capability < row.min_compute_capability:

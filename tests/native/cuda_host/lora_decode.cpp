@@ -100,7 +100,9 @@ int lora_decode_on_host(const Arguments* a, int dtype, bool float_adapters, bool
   if (dtype == 0) {
     return dispatch<__nv_bfloat16>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
   }
-  if (dtype == 1) return dispatch<__half>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
+  if (dtype == 1) {
+    return dispatch<__half>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
+  }
   return dispatch<float>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
 }
 }

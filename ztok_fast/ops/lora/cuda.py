@@ -22,7 +22,7 @@ def lora_linear(
 ) -> Tensor:
     """As `ztok_fast.ops.lora_linear`. Rows of `x` and `weight` are read in place whatever their stride.
 
-    Reads `weight` once and the A and B of adapters that rows use once or, for A, once per 8 rows. Scratch: M r floats and,
-    for layers too narrow to occupy the device, up to 16 partial sums of the result in float32.
+    Reads `weight` once, B once per group of rows that share an adapter, A once per 8 rows. Scratch: M r floats and, for
+    layers too narrow to occupy the device, up to 16 partial sums of the result in float32.
     """
     return torch.ops.ztok.lora_decode_native(x, weight, bias, A, B, scaling, adapters, cu_seqlens)

@@ -1,0 +1,166 @@
+"""Triton backend of the LoRA linear layer, forward and backward: the host side. The kernels are in `triton_kernels.py`.
+
+Extra memory: M r floats for the low-rank factor (twice in the backward pass), 4 M bytes where adapters are given per
+sequence, and in the backward pass partial sums of dA and dB, together at most half the size of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ztok_fast.ops.lora import triton_configs as configs
+from ztok_fast.ops.lora import triton_kernels as kernels
+from ztok_fast.ops.requirements import triton_is_interpreted
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _ranks(rank: int, most: int) -> int:
+    return max(16, min(most, triton.next_power_of_2(rank)))
+
+
+def row_adapters(x: Tensor, num_adapters: int, adapters: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """int32 [M], or None where every row uses adapter 0."""
+    if adapters is None or cu_seqlens is None:
+        return None if adapters is None else adapters.contiguous()
+    rows, block = x.shape[0], 256
+    out = torch.empty(rows, dtype=torch.int32, device=x.device)
+    kernels.row_adapters_kernel[(triton.cdiv(rows, block),)](
+        adapters.contiguous(), cu_seqlens.contiguous(), out, rows, adapters.shape[0], num_adapters, block
+    )
+    return out
+
+
+def _shrink(x: Tensor, down: Tensor, scaling: Tensor, adapters: Tensor | None) -> Tensor:
+    """s x[m] down[a]ᵀ for the adapter of each row; `down` [n, r, K], any strides. float32 [M, r]."""
+    rows, width = x.shape
+    num_adapters, rank, _ = down.shape
+    exact = torch.float32 in (x.dtype, down.dtype)
+    tile = configs.shrink_tile(rows, exact)
+    ranks = _ranks(rank, configs.SHRINK_RANKS)
+    low_rank = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
+    kernels.shrink_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(rank, ranks))](
+        x, down, scaling, adapters, low_rank, rows, width, rank, num_adapters, x.stride(0), *down.stride(),
+        SINGLE=adapters is None, EXACT=exact, UPCAST=triton_is_interpreted(),
+        BM=tile.rows, BR=ranks, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return low_rank
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Tensor, up: Tensor, adapters: Tensor | None):
+    """x weight + bias + low_rank up[a]; `weight` [K, N] and `up` [n, r, N] with any strides."""
+    rows, inner = x.shape
+    columns, rank = weight.shape[1], low_rank.shape[1]
+    float32 = x.dtype == torch.float32
+    tile = configs.linear_tile(rows, float32, adapters is not None, _capability(x))
+    y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    kernels.lora_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        x, weight, bias, low_rank, up, adapters, y, rows, columns, inner, rank, up.shape[0],
+        x.stride(0), *weight.stride(), *up.stride(),
+        SINGLE=adapters is None, EVEN_K=inner % tile.inner == 0, EXACT=float32,
+        UPCAST=triton_is_interpreted(), BM=tile.rows, BN=tile.columns, BK=tile.inner,
+        BR=_ranks(rank, configs.low_rank_step(tile, up.dtype != torch.bfloat16)), GROUP=configs.GROUP,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def _outer(low_rank: Tensor, right: Tensor, adapters: Tensor | None, out: Tensor, most_floats: int) -> None:
+    """out[a] = sum over the rows of adapter a of low_rank[m] right[m]ᵀ; `out` [n, r, N] with any strides.
+
+    The rows are divided into parts whose sums are added in a fixed order: the result is the same from run to run.
+    """
+    rows, rank = low_rank.shape
+    num_adapters, _, columns = out.shape
+    ranks = _ranks(rank, configs.OUTER_RANKS)
+    grid = triton.cdiv(columns, configs.OUTER_COLUMNS), triton.cdiv(rank, ranks)
+    chunks = triton.cdiv(rows, configs.OUTER_CHUNK)
+    parts = configs.outer_parts(
+        grid[0] * grid[1] * num_adapters, chunks, _multiprocessors(right), most_floats // out.numel()
+    )
+    sums = out[None] if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=right.device)
+    kernels.outer_kernel[(*grid, num_adapters * parts)](
+        low_rank, right, adapters, sums, rows, columns, rank, num_adapters, triton.cdiv(chunks, parts),
+        right.stride(0), *sums.stride(),
+        SINGLE=adapters is None, EXACT=right.dtype == torch.float32, UPCAST=triton_is_interpreted(),
+        CHUNK=configs.OUTER_CHUNK, BM=configs.OUTER_ROWS, BN=configs.OUTER_COLUMNS, BR=ranks,
+        num_warps=configs.OUTER_WARPS, num_stages=configs.OUTER_STAGES,
+    )  # fmt: skip
+    if parts > 1:
+        out.copy_(sums.sum(0))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: Tensor,
+    adapters: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """As `ztok_fast.ops.lora_linear`: two launches (three with `cu_seqlens`), y written once."""
+    if x.shape[0] == 0 or weight.shape[0] == 0:
+        return x.new_empty(x.shape[0], weight.shape[0])
+    with torch.cuda.device_of(x):
+        x = _dense_rows(x)
+        chosen = row_adapters(x, A.shape[0], adapters, cu_seqlens)
+        low_rank = _shrink(x, A, scaling, chosen)
+        return _linear(x, weight.T, None if bias is None else bias.contiguous(), low_rank, B.mT, chosen)
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: Tensor,
+    adapters: Tensor | None,
+    cu_seqlens: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, A and B; one that `needs` does not ask for is an empty tensor.
+
+    dx = g W + s (g B) A has the form of the forward pass and its kernels. Nothing of the size of the weight is made
+    unless its gradient is asked for, which is the library's matrix product.
+    """
+    need_x, need_weight, need_bias, need_A, need_B = needs
+    d_x, d_weight, d_bias, d_A, d_B = (grad.new_empty(0) for _ in needs)
+    if need_weight:
+        d_weight = grad.T @ x
+    if need_bias:
+        d_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype)
+    if x.shape[0] == 0 or weight.shape[0] == 0:
+        d_x = torch.zeros_like(x) if need_x else d_x
+        d_A = torch.zeros_like(A) if need_A else d_A
+        d_B = torch.zeros_like(B) if need_B else d_B
+        return d_x, d_weight, d_bias, d_A, d_B
+    with torch.cuda.device_of(x):
+        grad, x = _dense_rows(grad), _dense_rows(x)
+        chosen = row_adapters(x, A.shape[0], adapters, cu_seqlens)
+        room = weight.numel() // 4  # floats of partial sums, for dA and for dB
+        if need_x or need_A:
+            d_low_rank = _shrink(grad, B.mT, scaling, chosen)
+            if need_x:
+                d_x = _linear(grad, weight, None, d_low_rank, A, chosen)
+            if need_A:
+                d_A = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+                _outer(d_low_rank, x, chosen, d_A, room)
+        if need_B:
+            d_B = torch.empty(B.shape, dtype=B.dtype, device=B.device)
+            _outer(_shrink(x, A, scaling, chosen), grad, chosen, d_B.mT, room)
+    return d_x, d_weight, d_bias, d_A, d_B
