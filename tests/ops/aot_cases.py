@@ -60,49 +60,62 @@ class Case:
 CASES: list[Case] = []
 
 
+_NEAREST = "ztok_fast.ops.nearest.triton_kernels"
+# (row terms, code terms) -> types of rows and codebook
+_NEAREST_TYPES = {(1, 1): ("*bf16", "*bf16"), (2, 1): ("*fp32", "*bf16"), (2, 2): ("*fp32", "*fp32")}
+_NEAREST_OUTPUTS = {"residual": "*fp32", "codes": "*i32", "distances": "*fp32", "usage": "*i64"}
+
+
+def nearest_case(table, arch, key, tile, width=1024):
+    """A tile of one of the tables of the nearest-code search, `WHOLE` or `STEPS`, with the key of its entry."""
+    from ztok_fast.ops.nearest import triton_configs as configs
+
+    terms = key[-2:]
+    rows, codes = _NEAREST_TYPES[terms]
+    capability = next(c for c in ARCHITECTURES if configs.architecture((c // 10, 0)) == arch)
+    options = {
+        "num_warps": tile.warps, "num_stages": tile.stages, "capabilities": (capability,), "sm90_needs": ("wgmma",),
+    }  # fmt: skip
+    constants = {
+        "METRIC": "l2", "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False, "BM": tile.rows,
+        "BN": tile.codes,
+    }  # fmt: skip
+    name = f"{terms[0]}x{terms[1]}-{arch}"
+    if table == "STEPS":
+        return Case(
+            f"scan-{width}-{name}", f"{_NEAREST}:scan_kernel",
+            {
+                "x": rows, "terms": "*bf16", "low_terms": "*bf16", "offsets": "*fp32", "scores": "*fp32",
+                "indices": "*i32", "M": "i32", "V": "i32", "tiles": "i32",
+            },
+            {"D": width, **constants, "BK": tile.width}, slow=(width, *terms) != (1024, 1, 1), **options,
+        )  # fmt: skip
+    return Case(
+        f"residual-search-{key[0]}-{name}", f"{_NEAREST}:residual_search_kernel",
+        {
+            "x": rows, "book": codes, "terms": "*bf16", "offsets": "*fp32", "longest": "*i32", "row_levels": "*i32",
+            **_NEAREST_OUTPUTS, "quantized": rows, "M": "i32", "V": "i32", "L": "i32",
+        },
+        {
+            "D": key[0], **constants, "LEVELS": True, "QUANTIZE": True, "REL": 1e-5, "BD": tile.width,
+            "BV": configs.EXACT_CODES, "BK": configs.SETTLE_WIDTH_INSIDE,
+        },
+        slow=key != (64, 2, 2), **options,
+    )  # fmt: skip
+
+
 def _nearest_cases():
     """The kernels of the nearest-code search with the tiles of their tables."""
     from ztok_fast.ops.nearest import triton_configs as configs
 
-    module = "ztok_fast.ops.nearest.triton_kernels"
-    types = {(1, 1): ("*bf16", "*bf16"), (2, 1): ("*fp32", "*bf16"), (2, 2): ("*fp32", "*fp32")}
-    capability_of = {configs.architecture((c // 10, 0)): c for c in ARCHITECTURES}
+    module, types, outputs = _NEAREST, _NEAREST_TYPES, _NEAREST_OUTPUTS
     settle = {"REL": 1e-5, "BV": configs.EXACT_CODES, "BK": configs.SETTLE_WIDTH}
-    outputs = {"residual": "*fp32", "codes": "*i32", "distances": "*fp32", "usage": "*i64"}
-    for arch, capability in capability_of.items():
-        for (width, *terms), tile in configs.WHOLE[arch].items():
-            rows, codes = types[*terms]
-            yield Case(
-                f"residual-search-{width}-{terms[0]}x{terms[1]}-{arch}",
-                f"{module}:residual_search_kernel",
-                {
-                    "x": rows, "book": codes, "terms": "*bf16", "offsets": "*fp32", "longest": "*i32",
-                    "row_levels": "*i32", **outputs, "quantized": rows, "M": "i32", "V": "i32", "L": "i32",
-                },
-                {
-                    "D": width, "METRIC": "l2", "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False,
-                    "LEVELS": True, "QUANTIZE": True, "BM": tile.rows, "BN": tile.codes, "BD": tile.width, **settle,
-                    "BK": configs.SETTLE_WIDTH_INSIDE,
-                },
-                tile.warps, tile.stages, capabilities=(capability,), sm90_needs=("wgmma",),
-                slow=(width, *terms) != (64, 2, 2),
-            )  # fmt: skip
-        for terms, tile in configs.STEPS[arch].items():
+    for arch in configs.WHOLE:
+        for key, tile in configs.WHOLE[arch].items():
+            yield nearest_case("WHOLE", arch, key, tile)
+        for key, tile in configs.STEPS[arch].items():
             for width in (64, 1024):
-                yield Case(
-                    f"scan-{width}-{terms[0]}x{terms[1]}-{arch}",
-                    f"{module}:scan_kernel",
-                    {
-                        "x": types[terms][0], "terms": "*bf16", "low_terms": "*bf16", "offsets": "*fp32",
-                        "scores": "*fp32", "indices": "*i32", "M": "i32", "V": "i32", "tiles": "i32",
-                    },
-                    {
-                        "D": width, "METRIC": "l2", "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False,
-                        "BM": tile.rows, "BN": tile.codes, "BK": tile.width,
-                    },
-                    tile.warps, tile.stages, capabilities=(capability,), sm90_needs=("wgmma",),
-                    slow=(width, *terms) != (1024, 1, 1),
-                )  # fmt: skip
+                yield nearest_case("STEPS", arch, key, tile, width)
     for terms, (rows, codes) in types.items():
         yield Case(
             f"settle-{terms[0]}x{terms[1]}",

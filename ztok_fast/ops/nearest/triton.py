@@ -52,7 +52,7 @@ def prepare_codes(x: Tensor, codebook: Tensor, metric: str, levels: int) -> Code
         terms = torch.empty((2, *codebook.shape), dtype=term_dtype, device=x.device)
     block, step = 32, min(64, triton.next_power_of_2(width))
     kernels.prepare_codes_kernel[(triton.cdiv(size, block), num_levels)](
-        codebook, terms, offsets, longest, size, width, metric, code_terms, block, step, num_warps=4
+        codebook, terms, offsets, longest, size, width, metric, code_terms, block, step, num_warps=4, **configs.FUSION
     )
     return Codes(terms, offsets, longest, row_terms, code_terms)
 
@@ -100,7 +100,7 @@ def _whole(source, codebook, prepared, metric, row_levels, found, rel, tile):
         REL=rel, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
         UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=found.usage is not None,
         BM=tile.rows, BN=tile.codes, BD=tile.width, **_settle_sizes(width, configs.SETTLE_WIDTH_INSIDE),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **configs.FUSION,
     )  # fmt: skip
 
 
@@ -125,18 +125,18 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
             prepared.offsets[level], scores, indices, rows, size, tiles_per_part,
             D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
             UPCAST=triton_is_interpreted(), BM=tile.rows, BN=tile.codes, BK=tile.width,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **configs.FUSION,
         )  # fmt: skip
         kernels.settle_kernel[settle_grid](
             source, codebook, prepared.longest, scores, indices, row_levels, source, found.codes, found.distances,
             found.usage, rows, size, levels, level, parts,
             REL=rel, D=width, METRIC=metric, LEVELS=row_levels is not None, QUANTIZE=quantize,
-            BM=configs.SETTLE_ROWS, **sizes, num_warps=configs.SETTLE_WARPS,
+            BM=configs.SETTLE_ROWS, **sizes, num_warps=configs.SETTLE_WARPS, **configs.FUSION,
         )  # fmt: skip
     if quantize:
         kernels.sum_codes_kernel[settle_grid](
             codebook, found.codes, found.quantized, rows, size, levels,
-            D=width, BM=configs.SETTLE_ROWS, BK=sizes["BK"], num_warps=configs.SETTLE_WARPS,
+            D=width, BM=configs.SETTLE_ROWS, BK=sizes["BK"], num_warps=configs.SETTLE_WARPS, **configs.FUSION,
         )  # fmt: skip
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+# said at every launch: the default differs between releases of Triton
+FUSION = {"enable_fp_fusion": True}
+
+
 class Tile(NamedTuple):
     """Rows x codes x width of a tile, and launch options."""
 
@@ -49,12 +53,21 @@ WHOLE: dict[str, dict[tuple[int, int, int], Tile]] = {
 }
 # (row terms, code terms) -> tile of `scan_kernel`
 STEPS: dict[str, dict[tuple[int, int], Tile]] = {
-    arch: {
-        (1, 1): Tile(64, 64, 32, 4, 2),
-        (2, 1): Tile(64, 64, 32, 4, 2),
-        (2, 2): Tile(64, 64, 32, 4, 2),
-    }
-    for arch in WHOLE
+    "sm_80": {
+        (1, 1): Tile(128, 128, 32, 8, 3),
+        (2, 1): Tile(128, 128, 32, 8, 3),
+        (2, 2): Tile(128, 128, 32, 8, 3),
+    },
+    "sm_90": {
+        (1, 1): Tile(128, 256, 32, 8, 3),
+        (2, 1): Tile(128, 128, 64, 8, 3),
+        (2, 2): Tile(128, 128, 64, 8, 3),
+    },
+    "sm_100": {
+        (1, 1): Tile(128, 128, 64, 8, 3),
+        (2, 1): Tile(128, 128, 64, 8, 3),
+        (2, 2): Tile(128, 128, 32, 8, 3),
+    },
 }
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ztok_fast.ops.nearest.triton_configs import FUSION
 from ztok_fast.ops.nearest.triton_scan import finish_score, load_codes, load_rows, term_of
 
 PIECE = 64
@@ -157,7 +158,7 @@ def sum_run_kernel(sums, first_piece, factor, grad, D: tl.constexpr, FACTOR: tl.
 
 
 def sum_by_code(values: Tensor, codes: Tensor, codebook: Tensor, factor: Tensor | None) -> Tensor:
-    """Sums of rows float32 [L, M, d] by their codes [M, L] (-1: none), in the shape and dtype of the codebook [L, V, d].
+    """Sums of rows float32 [L, M, d] by their codes [M, L] (-1: none), shaped and typed as the codebook [L, V, d].
 
     The work is that of the sort and of reading the values once; extra memory (L V + L M / PIECE) d numbers.
     """
@@ -176,10 +177,11 @@ def sum_by_code(values: Tensor, codes: Tensor, codebook: Tensor, factor: Tensor 
     sums = torch.empty((most, width), dtype=torch.float32, device=values.device)
     if most > 0:
         sum_piece_kernel[(most, triton.cdiv(width, step))](
-            values, order, starts, first_piece, run_of_piece, sums, runs, D=width, PIECE=PIECE, BM=ROWS, BK=step
-        )
+            values, order, starts, first_piece, run_of_piece, sums, runs,
+            D=width, PIECE=PIECE, BM=ROWS, BK=step, **FUSION,
+        )  # fmt: skip
     sum_run_kernel[(runs, triton.cdiv(width, step))](
-        sums, first_piece, factor, grad, D=width, FACTOR=factor is not None, BK=step
+        sums, first_piece, factor, grad, D=width, FACTOR=factor is not None, BK=step, **FUSION
     )
     return grad
 
@@ -197,11 +199,11 @@ def row_gradients(x, codebook, codes, weights, metric, add=None, factor=None) ->
     if metric == "cosine":
         parts = torch.empty((3, levels, rows), dtype=torch.float32, device=x.device)
         cosine_parts_kernel[(blocks, levels)](
-            x, codebook, codes, parts, rows, size, levels, D=width, BM=ROWS, BK=step
+            x, codebook, codes, parts, rows, size, levels, D=width, BM=ROWS, BK=step, **FUSION
         )
     row_gradients_kernel[(blocks, triton.cdiv(width, step))](
         x, codebook, codes, weights, parts, add, factor, grad_x, to_codes, rows, size, levels,
-        D=width, METRIC=metric, QUANTIZE=weights is None, BM=ROWS, BK=step,
+        D=width, METRIC=metric, QUANTIZE=weights is None, BM=ROWS, BK=step, **FUSION,
     )  # fmt: skip
     return grad_x, to_codes
 

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ztok_fast.ops.nearest.triton_configs import FUSION
 from ztok_fast.ops.nearest.triton_error import relative_error
 from ztok_fast.ops.requirements import triton_is_interpreted
 from ztok_fast.ops.zhead import triton_kernels as kernels
@@ -54,7 +55,7 @@ def z_select(
     scores = torch.empty((3, batch, parts), dtype=torch.float32, device=hidden.device)
     indices = torch.empty((2, batch, parts), dtype=torch.int32, device=hidden.device)
     sums = torch.empty((3, batch, parts), dtype=torch.float32, device=hidden.device)
-    constants = {"D": width, "SAMPLE": sample, "ROW_IDS": row_ids is not None}
+    constants = {"D": width, "SAMPLE": sample, "ROW_IDS": row_ids is not None, **FUSION}
     kernels.scan_kernel[(blocks, parts)](
         hidden, rows, row_ids, scores, indices, sums, batch, num_codes, tiles_per_part, parts, **key, **constants,
         UPCAST=triton_is_interpreted(), BB=tile_batch, BV=tile_codes, BK=tile_width, num_warps=warps, num_stages=stages,
