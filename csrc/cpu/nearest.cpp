@@ -8,12 +8,14 @@
 
 #include "buffer.h"
 #include "nearest_kernel.h"
+#include "pack_kernel.h"
 
 namespace ztok {
 namespace {
 
 // Packed rows of a block, or those of one part of the width: half of a 512 KB L2 cache.
 constexpr int64_t kRowBytes = 256 * 1024;
+constexpr int64_t kUnpackedRows = 3;
 constexpr int64_t kMaxBlockRows = 192;  // beyond this a code panel in L1 is used often enough
 
 int64_t blocks_of(int64_t codes) { return (codes + kBlockCodes - 1) / kBlockCodes; }
@@ -56,7 +58,7 @@ struct RowBlock {
     const int64_t levels = problem.codebooks.levels, offset = first * levels + level;
     const SearchResult& result = problem.result;
     return {result.codes + offset, result.distances ? result.distances + offset : nullptr, levels,
-            result.errors ? result.errors + first : nullptr};
+            result.errors ? result.errors + first : nullptr, level + 1 == levels && !result.errors};
   }
 
   Buffer<float> rows, tiles;
@@ -66,16 +68,21 @@ struct RowBlock {
 
 // The state of one search of a row block.
 struct SearchState {
-  SearchState(int64_t capacity, int64_t width)
+  explicit SearchState(int64_t capacity)
       : floats(4 * search_slots(capacity)),
         counts(search_slots(capacity)),
         candidates(capacity * kCandidates),
-        scratch(part_depth(width) < width ? kBlockCodes * search_slots(capacity) : 0),
+        scratch(kBlockCodes * search_slots(capacity)),
         slots(search_slots(capacity)) {}
 
   void begin(const RowBlock& block, int64_t active, int64_t width) {
-    search = {block.rows.get(),     block.index.get(),      block.tiles.get(),       active,       floats.get(),
-              floats.get() + slots, floats.get() + 2 * slots, floats.get() + 3 * slots, counts.get(), candidates.get()};
+    search = {block.rows.get(), block.index.get(), block.tiles.get(), active};
+    search.norm = floats.get();
+    search.lower = floats.get() + slots;
+    search.slack = floats.get() + 2 * slots;
+    search.reach = floats.get() + 3 * slots;
+    search.candidate_counts = counts.get();
+    search.candidates = candidates.get();
     ZTOK_SELECT(begin_search)(search, width);
   }
 
@@ -105,7 +112,8 @@ struct Packer {
   CodeBlock block{};
 };
 
-// Many rows: all codes are packed once, each thread takes row blocks and searches all levels of one while it is in cache.
+// Many rows: all codes are packed once, each thread takes row blocks and searches all levels of one while it is in
+// cache.
 void search_many(const Problem& problem, int64_t block_rows) {
   const int64_t width = problem.rows.width, levels = problem.codebooks.levels;
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
@@ -118,13 +126,16 @@ void search_many(const Problem& problem, int64_t block_rows) {
                               panels.get() + i * block_floats(width), bias.get() + i * kBlockCodes);
     }
   });
-  const int64_t row_blocks = (problem.rows.rows + block_rows - 1) / block_rows;
-  torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
+  // Threads share register tiles, which they cut into blocks of equal size.
+  const int64_t tiles = (problem.rows.rows + kTileRows - 1) / kTileRows, most = block_rows / kTileRows;
+  torch::stable::parallel_for(0, tiles, most / 2, [&](int64_t begin, int64_t end) {
     RowBlock block(problem, block_rows);
-    SearchState state(block_rows, width);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * block_rows;
-      block.load(problem, first, std::min(block_rows, problem.rows.rows - first));
+    SearchState state(block_rows);
+    const int64_t row_blocks = (end - begin + most - 1) / most;
+    for (int64_t i = 0; i < row_blocks; ++i) {
+      const int64_t first = (begin + (end - begin) * i / row_blocks) * kTileRows;
+      const int64_t last = (begin + (end - begin) * (i + 1) / row_blocks) * kTileRows;
+      block.load(problem, first, std::min(last, problem.rows.rows) - first);
       for (int64_t level = 0; level < levels; ++level) {
         const Matrix codes = problem.codebooks.level(level);
         state.begin(block, block.pack(problem, level), width);
@@ -139,7 +150,8 @@ void search_many(const Problem& problem, int64_t block_rows) {
   });
 }
 
-// Few rows: they are one block, and the threads share the codes, each packing a block of its own just before it is used.
+// Few rows: they are one block, and the threads share the codes, each packing a block of its own just before it is
+// used. For very few, packing would take longer than the search.
 void search_few(const Problem& problem) {
   const int64_t width = problem.rows.width, num_rows = problem.rows.rows;
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
@@ -147,17 +159,24 @@ void search_few(const Problem& problem) {
   RowBlock block(problem, num_rows);
   block.load(problem, 0, num_rows);
   std::vector<SearchState> states;
-  for (int64_t part = 0; part < parts; ++part) states.emplace_back(num_rows, width);
+  for (int64_t part = 0; part < parts; ++part) states.emplace_back(num_rows);
   std::vector<Search> searches(parts);
   for (int64_t level = 0; level < problem.codebooks.levels; ++level) {
     const Matrix codes = problem.codebooks.level(level);
     const int64_t active = block.pack(problem, level);
+    const bool unpacked = num_rows <= kUnpackedRows && active == num_rows && problem.metric != Metric::cosine;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       Packer packer(problem, true);
       for (int64_t part = begin; part < end; ++part) {
         SearchState& state = states[part];
         state.begin(block, active, width);
         for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
+          if (unpacked) {
+            CodeBlock block_of_codes{nullptr, nullptr, 0, b * kBlockCodes,
+                                     std::min<int64_t>(kBlockCodes, codes.rows - b * kBlockCodes)};
+            ZTOK_SELECT(search_unpacked)(state.search, block_of_codes, codes, problem.metric, state.scratch.get());
+            continue;
+          }
           CodeBlock& packed = packer.pack(problem, codes, b, packer.panels.get(), packer.bias.get());
           ZTOK_SELECT(search_block)(state.search, packed, codes, problem.metric, state.scratch.get());
         }
@@ -187,11 +206,7 @@ void search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric,
   const int64_t depth = part_depth(rows.width);
   const int64_t fitting = std::max<int64_t>(kTileRows, kRowBytes / (4 * depth) / kTileRows * kTileRows);
   if (rows.rows <= fitting) return search_few(problem);
-  // Blocks of equal size, as many for one thread as for another.
-  const int64_t most = std::min(kMaxBlockRows, fitting);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_blocks = round_up((rows.rows + most - 1) / most, threads);
-  search_many(problem, round_up((rows.rows + row_blocks - 1) / row_blocks, kTileRows));
+  search_many(problem, std::min(kMaxBlockRows, fitting));
 }
 
 }  // namespace ztok

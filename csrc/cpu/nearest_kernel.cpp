@@ -1,108 +1,32 @@
-// Nearest-code search in float32 with a rigorous bound on its error, and the choice among what the bound leaves open.
-//
-// A score is what the nearest code maximises: x.c - |c|^2 / 2 for l2, x.c for dot, x.c / |c| for cosine. Each float32
-// score of a code block is within `slack` of the true one, so a code can be the best only if its score reaches
-// lower - slack, with `lower` the largest score seen less its slack. That is rare: per register tile the search costs six
-// maxima, six comparisons and one branch. What passes is kept, and the winner is the least in float64 of what was kept:
-// exactly the float64 answer, whatever the order, the blocks, the threads and the instruction set.
+// Nearest-code search: packed codes against packed rows, few rows against codes as they lie, and the choice of the
+// winner. candidates.h says how a float32 search finds the float64 answer.
 #include "nearest_kernel.h"
 
 #include <cfloat>
 
-#include "exact_score.h"
-#include "score_tile.h"
+#include "candidates.h"
+#include "dot_tile.h"
 
 namespace ztok {
 namespace ZTOK_ISA {
 namespace {
 
-constexpr float kUnit = 0x1p-24f;       // float32's unit roundoff
-constexpr float kLeast = 0x1p-126f;     // what one operation may lose to underflow, flushed to zero or not
-constexpr float kLargest = 0x1p120f;    // scores below this cannot overflow on the way
+// Below this many floats the codes stay in a shared cache, where asking for them early only costs.
+constexpr int64_t kCached = 2 << 20;
 
-float not_a_number() { return __builtin_nanf(""); }
-
-// Drops candidates that cannot be the best any more. Where many are left they are settled in float64, so that a row with
-// thousands of equal codes needs no more memory than another.
-__attribute__((noinline)) void prune(Search& search, int64_t slot, const Matrix& codes, Metric metric) {
-  Candidate* candidates = search.candidates + slot * kCandidates;
-  int kept = 0;
-  for (int i = 0; i < search.candidate_counts[slot]; ++i) {
-    if (candidates[i].upper >= search.lower[slot]) candidates[kept++] = candidates[i];
-  }
-  if (kept > kCandidates / 2) {
-    const float* row = search.rows + search.index[slot] * codes.width;
-    double least = 0;
-    int best = -1;
-    for (int i = 0; i < kept; ++i) {
-      const double score = exact_score(row, codes, candidates[i].code, metric);
-      if (best < 0 || score < least) least = score, best = i;
-    }
-    candidates[0] = candidates[best];
-    kept = 1;
-  }
-  search.candidate_counts[slot] = kept;
-}
-
-// Some score of a tile reaches its row's bound: scores [kTileRows, kPanel] of rows from `slot`, codes from `code` on.
-__attribute__((noinline)) void keep(Search& search, int64_t slot, int64_t code, const float* scores,
-                                    const Matrix& codes, Metric metric) {
-  for (int r = 0; r < kTileRows; ++r, ++slot, scores += kPanel) {
-    const Vec left = load(scores), right = load(scores + kWidth), largest = max(left, right);
-    if (!any(largest >= broadcast(search.reach[slot]))) continue;
-    const float slack = search.slack[slot], lower = reduce_max(largest) - slack;
-    if (lower > search.lower[slot]) {
-      search.lower[slot] = lower;
-      search.reach[slot] = lower - slack;
-    }
-    const Vec reach = broadcast(search.reach[slot]);
-    uint64_t passed = bits(left >= reach) | static_cast<uint64_t>(bits(right >= reach)) << kWidth;
-    for (; passed != 0; passed &= passed - 1) {
-      const int lane = __builtin_ctzll(passed);
-      if (search.candidate_counts[slot] == kCandidates) prune(search, slot, codes, metric);
-      const int32_t n = search.candidate_counts[slot]++;
-      search.candidates[slot * kCandidates + n] = {static_cast<int32_t>(code + lane), scores[lane] + slack};
-    }
-  }
-}
-
-void search_exactly(Search& search, int64_t slot) {
-  search.candidate_counts[slot] = kExact;
-  search.norm[slot] = 0;
-  search.lower[slot] = search.reach[slot] = not_a_number();
-}
-
-// The bounds of all rows for the codes of one block.
-void begin_block(Search& search, const CodeBlock& block, int64_t width, Metric metric) {
-  // A score is a sum of `width` products and the bias, each of which takes part in at most width + 1 roundings; the bias
-  // is itself a sum of that many squares. 32 more and a per cent cover what is done with bounds here, in float32.
-  const Vec rounding = broadcast(1.01f * kUnit * static_cast<float>(2 * width + 32));
-  const Vec underflow = broadcast(kLeast * static_cast<float>(2 * width + 32)), one = broadcast(1.0f);
-  const Vec longest = broadcast(block.longest);
-  const Vec bias = broadcast(metric == Metric::l2 ? block.longest * block.longest / 2 : 0.0f);
-  for (int64_t i = 0; i < search_slots(search.count); i += kWidth) {
-    const Vec norm = load(search.norm + i);
-    const Vec size = fma(norm, longest, bias);
-    const Vec slack = fma(rounding, size, underflow * (one + norm + longest));
-    store(search.slack + i, slack);
-    store(search.reach + i, load(search.lower + i) - slack);
-    // Written so that a NaN, of an infinite length times 0, is too large as well.
-    uint32_t too_large = ~bits(broadcast(kLargest) > size) & ((1u << kWidth) - 1);
-    for (; too_large != 0; too_large &= too_large - 1) {
-      const int64_t slot = i + __builtin_ctz(too_large);
-      if (slot < search.count && search.candidate_counts[slot] >= 0) search_exactly(search, slot);
-    }
-  }
-}
-
-template <bool kFirst, bool kLast>
+// One part of the width of all codes of a block. The scores of the parts before come from `scratch`, unless it is the
+// first; with kCompare they are compared with the bounds, else they go to `scratch` [panels, tiles, kTileRows, kPanel].
+template <bool kFirst, bool kCompare>
 void sweep(Search& search, const CodeBlock& block, const Matrix& codes, Metric metric, int64_t part, float* scratch) {
   const int64_t num_tiles = (search.count + kTileRows - 1) / kTileRows, num_panels = panels_of(block.count);
   const int64_t depth = smaller(part_depth(codes.width), codes.width - part);
+  // floats of the next panel that a tile asks for
+  const int64_t ahead = codes.rows * codes.width > kCached ? round_up(depth * kPanel / num_tiles, 16) : 0;
   const float* panel = block.panels + part * num_panels * kPanel;
   const float* tiles = search.tiles + part * num_tiles * kTileRows;
   for (int64_t p = 0; p < num_panels; ++p, panel += depth * kPanel) {
     for (int64_t t = 0; t < num_tiles; ++t, scratch += kTileRows * kPanel) {
+      prefetch(panel + depth * kPanel + t * ahead, ahead);
       Tile tile;
       if (kFirst) {
         start(block.bias + p * kPanel, tile);
@@ -110,7 +34,7 @@ void sweep(Search& search, const CodeBlock& block, const Matrix& codes, Metric m
         load_tile(scratch, tile);
       }
       accumulate(tiles + t * depth * kTileRows, panel, depth, tile);
-      if (!kLast) {
+      if (!kCompare) {
         store_tile(scratch, tile);
         continue;
       }
@@ -121,48 +45,50 @@ void sweep(Search& search, const CodeBlock& block, const Matrix& codes, Metric m
       if (__builtin_expect(any(reached), false)) {
         alignas(64) float scores[kTileRows * kPanel];
         store_tile(scores, tile);
-        keep(search, t * kTileRows, block.first + p * kPanel, scores, codes, metric);
+        keep_tile(search, t * kTileRows, block.first + p * kPanel, scores, codes, metric);
       }
     }
   }
 }
 
-// Unit codes in float32; a code of zeros stays zero. The length is taken in float64, where no square of a float32 over-
-// or underflows.
-template <typename T>
-void unit_codes(const T* codes, int64_t stride, int64_t count, int64_t width, float* units) {
-  float buffer[kChunk];
-  for (int64_t i = 0; i < count; ++i, codes += stride, units += width) {
-    for (int64_t first = 0; first < width; first += kChunk) {
-      const int64_t depth = smaller(kChunk, width - first);
-      const float* c = floats_of(codes + first, depth, buffer);
-      for (int64_t k = 0; k < depth; ++k) units[first + k] = c[k];
+// The first block of codes that are searched in one part, tile by tile: while there is no bound, nearly every tile
+// would cost a mispredicted branch.
+void sweep_first(Search& search, const CodeBlock& block, const Matrix& codes, Metric metric) {
+  const int64_t num_panels = panels_of(block.count), depth = codes.width;
+  alignas(64) float scores[kTileRows * kBlockCodes];
+  for (int64_t slot = 0; slot < search.count; slot += kTileRows) {
+    for (int64_t p = 0; p < num_panels; ++p) {
+      Tile tile;
+      start(block.bias + p * kPanel, tile);
+      accumulate(search.tiles + slot * depth, block.panels + p * depth * kPanel, depth, tile);
+#pragma GCC unroll 6
+      for (int r = 0; r < kTileRows; ++r) {
+        store(scores + r * kBlockCodes + p * kPanel, tile[r][0]);
+        store(scores + r * kBlockCodes + p * kPanel + kWidth, tile[r][1]);
+      }
     }
-    const double square = squared_norm(units, width);
-    const double inverse = square > 0 ? 1 / __builtin_sqrt(square) : 0;
-    for (int64_t k = 0; k < width; ++k) units[k] = static_cast<float>(units[k] * inverse);
+    keep_block(search, slot, block.first, scores, num_panels, codes, metric);
   }
 }
 
 template <typename T>
-void pack_typed(const T* codes, const Matrix& matrix, Metric metric, float* staging, CodeBlock& block) {
+void search_dots(Search& search, const T* book, CodeBlock& block, const Matrix& codes, Metric metric, float* scratch) {
   alignas(64) float squares[kBlockCodes];
-  codes += block.first * matrix.stride;
-  if (metric == Metric::cosine) {
-    unit_codes(codes, matrix.stride, block.count, matrix.width, staging);
-    pack_panels(staging, matrix.width, block.count, matrix.width, block.panels, squares);
-  } else {
-    pack_panels(codes, matrix.stride, block.count, matrix.width, block.panels, squares);
-  }
+  dot_block(search.rows, search.count, book + block.first * codes.stride, codes.stride, block.count, codes.width,
+            scratch, squares);
   float largest = 0;
   for (int64_t i = 0; i < block.count; ++i) {
-    if (!(squares[i] <= largest)) largest = squares[i];  // NaN stays, and stands for too large
-    block.bias[i] = metric == Metric::l2 ? -squares[i] / 2 : 0.0f;
+    if (!(squares[i] <= largest)) largest = squares[i];
   }
-  for (int64_t i = block.count; i < panels_of(block.count) * kPanel; ++i) block.bias[i] = -FLT_MAX;
-  // up by what the sum may have lost to rounding and, element by element, to underflow
-  const float width = static_cast<float>(matrix.width);
-  block.longest = __builtin_sqrtf(largest) * (1 + (width + 16) * kUnit) + __builtin_sqrtf(width) * 0x1p-63f;
+  block.longest = length_bound(largest, codes.width);
+  begin_block(search, block, codes.width, metric);
+  for (int64_t slot = 0; slot < kTileRows; ++slot) {
+    float* scores = scratch + slot * kBlockCodes;
+    for (int64_t i = slot < search.count ? block.count : 0; i < kBlockCodes; ++i) scores[i] = -FLT_MAX;
+    if (metric != Metric::l2 || slot >= search.count) continue;
+    for (int64_t i = 0; i < block.count; ++i) scores[i] -= squares[i] / 2;
+  }
+  keep_block(search, 0, block.first, scratch, panels_of(block.count), codes, metric);
 }
 
 template <typename T>
@@ -207,63 +133,50 @@ Winner settle_slot(const Search* searches, int64_t parts, int64_t slot, const fl
 
 }  // namespace
 
-void pack_codes(const Matrix& codes, Metric metric, float* staging, CodeBlock& block) {
-  switch (codes.element) {
-    case Element::float16:
-      return pack_typed(static_cast<const Half*>(codes.data), codes, metric, staging, block);
-    case Element::bfloat16:
-      return pack_typed(static_cast<const BFloat16*>(codes.data), codes, metric, staging, block);
-    default:
-      return pack_typed(static_cast<const float*>(codes.data), codes, metric, staging, block);
-  }
-}
-
-void to_floats(const Matrix& matrix, int64_t first, int64_t count, float* rows) {
-  for (int64_t i = first; i < first + count; ++i, rows += matrix.width) {
-    const int64_t offset = i * matrix.stride;
-    switch (matrix.element) {
-      case Element::float16:
-        floats_of(static_cast<const Half*>(matrix.data) + offset, matrix.width, rows);
-        break;
-      case Element::bfloat16:
-        floats_of(static_cast<const BFloat16*>(matrix.data) + offset, matrix.width, rows);
-        break;
-      default:
-        __builtin_memcpy(rows, static_cast<const float*>(matrix.data) + offset, matrix.width * sizeof(float));
-    }
-  }
-}
-
-void pack_tiles(const float* rows, const int32_t* index, int64_t count, int64_t width, float* tiles) {
-  pack_rows(rows, index, count, width, tiles);
-}
-
 void begin_search(Search& search, int64_t width) {
+  search.begun = false;
   for (int64_t slot = 0; slot < search_slots(search.count); ++slot) {
     search.norm[slot] = 0;
-    search.lower[slot] = search.reach[slot] = not_a_number();
+    search.lower[slot] = search.reach[slot] = kNotANumber;
     if (slot >= search.count) continue;
-    const double square = squared_norm(search.rows + search.index[slot] * width, width);
-    if (!(square < __builtin_inf())) {
-      search.candidate_counts[slot] = kNotFinite;
-    } else if (square >= static_cast<double>(kLargest) * kLargest) {
-      search_exactly(search, slot);
-    } else {
-      search.candidate_counts[slot] = 0;
-      search.norm[slot] = static_cast<float>(__builtin_sqrt(square) * (1 + 4 * kUnit));
-      search.lower[slot] = -__builtin_inff();
+    const float* row = search.rows + search.index[slot] * width;
+    const float square = sum_of_squares(row, width);
+    float norm = length_bound(square, width);
+    if (!(square < __builtin_inff())) {  // of a large row, or of one that is not finite
+      norm = static_cast<float>(__builtin_sqrt(squared_norm(row, width)) * (1 + 4 * kUnit));
     }
+    search.candidate_counts[slot] = 0;
+    search.norm[slot] = norm;
+    search.lower[slot] = -__builtin_inff();
+    if (norm < kLargest) continue;
+    search_exactly(search, slot);
+    if (!(squared_norm(row, width) < __builtin_inf())) search.candidate_counts[slot] = kNotFinite;
   }
 }
 
 void search_block(Search& search, const CodeBlock& block, const Matrix& codes, Metric metric, float* scratch) {
   begin_block(search, block, codes.width, metric);
-  const int64_t depth = part_depth(codes.width);
-  if (depth == codes.width) return sweep<true, true>(search, block, codes, metric, 0, scratch);
-  sweep<true, false>(search, block, codes, metric, 0, scratch);
-  int64_t part = depth;
-  for (; part + depth < codes.width; part += depth) sweep<false, false>(search, block, codes, metric, part, scratch);
-  sweep<false, true>(search, block, codes, metric, part, scratch);
+  const int64_t depth = part_depth(codes.width), last = (codes.width - 1) / depth * depth;
+  const bool begun = search.begun;
+  search.begun = true;
+  if (!begun && last == 0) return sweep_first(search, block, codes, metric);
+  if (last > 0) sweep<true, false>(search, block, codes, metric, 0, scratch);
+  for (int64_t part = depth; part < last; part += depth) {
+    sweep<false, false>(search, block, codes, metric, part, scratch);
+  }
+  if (last > 0) return sweep<false, true>(search, block, codes, metric, last, scratch);
+  sweep<true, true>(search, block, codes, metric, 0, scratch);
+}
+
+void search_unpacked(Search& search, CodeBlock& block, const Matrix& codes, Metric metric, float* scratch) {
+  switch (codes.element) {
+    case Element::float16:
+      return search_dots(search, static_cast<const Half*>(codes.data), block, codes, metric, scratch);
+    case Element::bfloat16:
+      return search_dots(search, static_cast<const BFloat16*>(codes.data), block, codes, metric, scratch);
+    default:
+      return search_dots(search, static_cast<const float*>(codes.data), block, codes, metric, scratch);
+  }
 }
 
 void settle(const Search* searches, int64_t parts, int64_t begin, int64_t end, const Matrix& codes, Metric metric,
@@ -271,7 +184,7 @@ void settle(const Search* searches, int64_t parts, int64_t begin, int64_t end, c
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t number = searches[0].index[slot];
     float* row = rows + number * codes.width;
-    Winner winner{0, not_a_number()};
+    Winner winner{0, kNotANumber};
     if (searches[0].candidate_counts[slot] != kNotFinite) {
       winner = settle_slot(searches, parts, slot, row, codes, metric);
       if (metric == Metric::cosine) {
@@ -281,6 +194,7 @@ void settle(const Search* searches, int64_t parts, int64_t begin, int64_t end, c
     }
     settled.codes[number * settled.stride] = winner.code;
     if (settled.distances) settled.distances[number * settled.stride] = static_cast<float>(winner.score);
+    if (settled.last) continue;
     const int64_t offset = winner.code * codes.stride;
     switch (codes.element) {
       case Element::float16:

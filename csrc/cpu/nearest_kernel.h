@@ -18,16 +18,17 @@ struct Candidate {
 // Rows that are being searched (those of a block that use the level) and what is known of each. The arrays are as long
 // as the number of rows rounded up to whole register tiles and vectors (`search_slots`).
 struct Search {
-  const float* rows;     // [*, width], what the levels before left over
-  const int32_t* index;  // [count]: which of them
-  const float* tiles;    // the same, packed
-  int64_t count;
-  float* norm;    // length, 0 where the row is not searched in float32
-  float* lower;   // the best true score is at least this; NaN where the row is not searched in float32
-  float* slack;   // how far a float32 score of the current code block may be off
-  float* reach;   // lower - slack: a float32 score below it cannot be the best; NaN lets nothing pass
-  int32_t* candidate_counts;
-  Candidate* candidates;  // [count, kCandidates], by ascending code
+  const float* rows = nullptr;     // [*, width], what the levels before left over
+  const int32_t* index = nullptr;  // [count]: which of them
+  const float* tiles = nullptr;    // the same, packed
+  int64_t count = 0;
+  float* norm = nullptr;   // length, 0 where the row is not searched in float32
+  float* lower = nullptr;  // the best true score is at least this; NaN where the row is not searched in float32
+  float* slack = nullptr;  // how far a float32 score of the current code block may be off
+  float* reach = nullptr;  // lower - slack: a float32 score below it cannot be the best; NaN lets nothing pass
+  int32_t* candidate_counts = nullptr;
+  Candidate* candidates = nullptr;  // [count, kCandidates], by ascending code
+  bool begun = false;  // has seen a block
 };
 
 struct Settled {
@@ -35,19 +36,11 @@ struct Settled {
   float* distances;     // likewise, or null
   int64_t stride;
   double* errors;       // by row number, or null: the squared length of what is left is added
+  bool last;            // what is left of the rows is of no interest
 };
 
 constexpr int64_t kSlotUnit = 48;  // a multiple of kTileRows and of every vector width
 static inline int64_t search_slots(int64_t rows) { return round_up(rows, kSlotUnit); }
-
-// Packs codes [block.first, block.first + block.count). `staging` holds kBlockCodes rows of floats, for cosine alone.
-ZTOK_KERNEL(void, pack_codes, const Matrix& codes, Metric metric, float* staging, CodeBlock& block)
-
-// float32 rows [count, width] from whatever they are.
-ZTOK_KERNEL(void, to_floats, const Matrix& matrix, int64_t first, int64_t count, float* rows)
-
-// Rows rows[index[i]] in tiles; see score_tile.h.
-ZTOK_KERNEL(void, pack_tiles, const float* rows, const int32_t* index, int64_t count, int64_t width, float* tiles)
 
 // Before the first block.
 ZTOK_KERNEL(void, begin_search, Search& search, int64_t width)
@@ -55,6 +48,11 @@ ZTOK_KERNEL(void, begin_search, Search& search, int64_t width)
 // Compares with the codes of one block. `scratch` holds kBlockCodes * search_slots(count) floats, for widths that are
 // searched in parts.
 ZTOK_KERNEL(void, search_block, Search& search, const CodeBlock& block, const Matrix& codes, Metric metric,
+            float* scratch)
+
+// The same without packing, for at most kTileRows rows that are rows 0 to count - 1, and for l2 and dot. Of the block,
+// `first` and `count` are given. `scratch` holds kTileRows * kBlockCodes floats.
+ZTOK_KERNEL(void, search_unpacked, Search& search, CodeBlock& block, const Matrix& codes, Metric metric,
             float* scratch)
 
 // After the last block: the winner of rows [begin, end) among the candidates of `parts` searches of the same rows over

@@ -30,7 +30,8 @@ static inline void draw_words(const DrawKey& key, uint32_t first_block, uint32_t
   uint32_t k0 = key.seed_low, k1 = key.seed_high;
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < kBlocks; ++i) {
-      const uint64_t first = static_cast<uint64_t>(0xD2511F53u) * a[i], second = static_cast<uint64_t>(0xCD9E8D57u) * c[i];
+      const uint64_t first = static_cast<uint64_t>(0xD2511F53u) * a[i];
+      const uint64_t second = static_cast<uint64_t>(0xCD9E8D57u) * c[i];
       const uint32_t next_a = static_cast<uint32_t>(second >> 32) ^ b[i] ^ k0;
       const uint32_t next_c = static_cast<uint32_t>(first >> 32) ^ d[i] ^ k1;
       b[i] = static_cast<uint32_t>(second);

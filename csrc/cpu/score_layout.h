@@ -16,13 +16,13 @@ struct Matrix {
 };
 
 constexpr int kTileRows = 6;      // rows of a register tile
-constexpr int kBlockCodes = 128;  // codes that are packed, searched and bounded at a time: whole panels on every machine
+constexpr int kBlockCodes = 128;  // codes packed, searched and bounded at a time: whole panels on every machine
 constexpr int kMaxDepth = 256;    // elements of a code in one go
 
 // Up to kBlockCodes packed codes and what bounds their scores.
 struct CodeBlock {
   float* panels;  // blocks_floats(width) floats
-  float* bias;    // [kBlockCodes]: where scores start from, -|c|^2 / 2 for l2, else 0; for what is no code the least float
+  float* bias;    // [kBlockCodes]: where scores start, -|c|^2 / 2 for l2, else 0; for what is no code the least float
   float longest;  // no code of the block is longer
   int64_t first, count;
 };

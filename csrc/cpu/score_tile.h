@@ -2,8 +2,8 @@
 // kernel files only (see isa.h); their sources say what happens to the scores.
 //
 // Codes are packed in panels of kPanel, k-major, rows in tiles of kTileRows, k-major too, so that the innermost loop
-// reads both in order: 2 vectors of codes, kTileRows broadcast numbers of rows, 2 * kTileRows fused multiply-adds into as
-// many accumulators. Of the 16 registers of AVX2 that leaves 4 for operands. The width is cut into parts of at most
+// reads both in order: 2 vectors of codes, kTileRows broadcast numbers of rows, 2 * kTileRows fused multiply-adds into
+// as many accumulators. Of the 16 registers of AVX2 that leaves 4 for operands. The width is cut into parts of at most
 // kMaxDepth: a panel of that depth (16 KB) stays in L1 while all tiles of a row block pass by.
 #pragma once
 
@@ -34,6 +34,11 @@ inline __attribute__((always_inline)) void accumulate(const float* x, const floa
   }
 }
 
+// Asks for floats that are needed soon, for L2: the tile at work fills L1.
+inline void prefetch(const float* floats, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(floats + i, 0, 2);
+}
+
 // Every row of the tile starts from the same scores.
 inline void start(const float* scores, Tile& tile) {
   const Vec left = load(scores), right = load(scores + kWidth);
@@ -60,25 +65,33 @@ inline void store_tile(float* scores, const Tile& tile) {
 // Packs rows[index[i]], i < count, of `width` floats each; what is missing in the last tile is 0. `tiles` holds
 // tiles * kTileRows * width + kWidth floats: for each part of the width, for each tile, for each k, kTileRows numbers.
 inline void pack_rows(const float* rows, const int32_t* index, int64_t count, int64_t width, float* tiles) {
-  const int64_t num_tiles = (count + kTileRows - 1) / kTileRows, part = part_depth(width);
-  for (int64_t t = 0; t < num_tiles; ++t) {
-    for (int64_t first = 0; first < width; first += part) {
-      const int64_t depth = smaller(part, width - first);
-      float* target = tiles + first * num_tiles * kTileRows + t * depth * kTileRows;
+  const int64_t part = part_depth(width);
+  float* target = tiles;
+  for (int64_t first = 0; first < width; first += part) {
+    const int64_t depth = smaller(part, width - first);
+    for (int64_t t = 0; t < count; t += kTileRows) {
+      const int present = static_cast<int>(smaller(kTileRows, count - t));
       const float* source[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) {
-        const int64_t i = t * kTileRows + r;
-        source[r] = i < count ? rows + index[i] * width + first : nullptr;
+      for (int r = 0; r < kTileRows; ++r) source[r] = rows + index[t + (r < present ? r : 0)] * width + first;
+      int64_t k = 0;
+      if constexpr (kWidth >= kTileRows) {
+        for (; k + kWidth <= depth; k += kWidth) {
+          Vec square[kWidth];
+          for (int r = 0; r < kWidth; ++r) square[r] = r < present ? load(source[r < kTileRows ? r : 0] + k) : zeros();
+          transpose(square);
+          // Each store reaches past its kTileRows numbers; the next one, or that of the next tile, sets this right.
+          for (int i = 0; i < kWidth; ++i, target += kTileRows) store(target, square[i]);
+        }
       }
-      for (int64_t k = 0; k < depth; ++k, target += kTileRows) {
-        for (int r = 0; r < kTileRows; ++r) target[r] = source[r] ? source[r][k] : 0.0f;
+      for (; k < depth; ++k, target += kTileRows) {
+        for (int r = 0; r < kTileRows; ++r) target[r] = r < present ? source[r][k] : 0.0f;
       }
     }
   }
 }
 
-// Packs `count` codes, rows of `width` elements `stride` apart, into panels: for each part of the width, for each panel,
-// for each k, kPanel numbers; what is missing in the last panel is 0. `squares` [panels * kPanel] gets the sums of the
+// Packs `count` codes, rows of `width` elements `stride` apart, into panels: for each part of the width, for each
+// panel, for each k, kPanel numbers; what is missing in the last panel is 0. `squares` [panels * kPanel] gets the sums of the
 // squares of the elements, in float32.
 template <typename T>
 void pack_panels(const T* codes, int64_t stride, int64_t count, int64_t width, float* panels, float* squares) {

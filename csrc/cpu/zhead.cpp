@@ -10,7 +10,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "buffer.h"
-#include "nearest_kernel.h"
+#include "pack_kernel.h"
 #include "tensors.h"
 #include "zhead_kernel.h"
 
@@ -58,8 +58,8 @@ std::vector<bool> nucleus(const std::vector<double>& scores, double top_p) {
   return allowed;
 }
 
-// One row by the definition, all its logits in float64: for top_p, which needs them sorted, and for numbers that float32
-// cannot hold.
+// One row by the definition, all its logits in float64: for top_p, which needs them sorted, and for numbers that
+// float32 cannot hold.
 Choice choose_exactly(const float* hidden, const Matrix& codes, const DrawKey& key, const Sampling& sampling) {
   std::vector<double> logits(codes.rows), scores(codes.rows);
   for (int64_t code = 0; code < codes.rows; ++code) {
@@ -114,7 +114,9 @@ Choice merge(const ZRow* rows, int64_t parts, int64_t stride, const float* hidde
   for (int64_t b = 1; b < blocks; ++b) largest = std::max(largest, masses[b].largest);
   // The chosen code takes part with its exact logit: where it has most of the mass, its error would be the result's.
   double sum = std::exp(logit_of_best - largest) - std::exp(static_cast<double>(best.logit) - largest);
-  for (int64_t b = 0; b < blocks; ++b) sum += masses[b].sum * std::exp(static_cast<double>(masses[b].largest) - largest);
+  for (int64_t b = 0; b < blocks; ++b) {
+    sum += masses[b].sum * std::exp(static_cast<double>(masses[b].largest) - largest);
+  }
   return {best.code, static_cast<float>(logit_of_best - largest - std::log(sum))};
 }
 

@@ -45,8 +45,8 @@ constexpr int64_t kZRows = 48;
 ZTOK_KERNEL(void, z_begin, const ZQuery& query, int64_t seed, const int64_t* row_ids, int64_t first_id, int64_t step,
             ZRow* rows)
 
-// Looks at the codes of block `number`. masses[row * stride] gets the block's share of the row's normalisation; `scores`
-// holds kZRows * kBlockCodes floats.
+// Looks at the codes of block `number`. masses[row * stride] gets the block's share of the row's normalisation;
+// `scores` holds kZRows * kBlockCodes floats.
 ZTOK_KERNEL(void, z_block, const ZQuery& query, int64_t number, ZRow* rows, ZMass* masses, int64_t stride,
             float* scores)
 
