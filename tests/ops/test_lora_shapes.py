@@ -79,8 +79,11 @@ def test_odd_sizes(backend, device, dtype, width, out, num_rows):
 
 @pytest.mark.parametrize("num_rows", [2, 36])
 def test_long_sums(backend, device, num_rows):
-    """One chain of float32 additions over 8192 products is too far from the exact sum."""
-    check(layer(num_rows, 8192, 400, 16, device=device))
+    """Some results cancel to almost 0: one chain of float32 additions over 8192 products is too far off for them."""
+    arguments = layer(num_rows, 8192, 400, 16, device=device)
+    arguments["x"] = arguments["x"].detach() * 1.5
+    wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in arguments.items()}
+    assert_close(ops.lora_linear(**arguments), exact(**wide), scale=4.0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 30])
