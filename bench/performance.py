@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from statistics import median
 
 from bench.environment import ROOT, summary
 from bench.micro import results
@@ -109,7 +110,14 @@ def device_part(device: str, found: dict) -> list[str]:
             text, lost = op_part(op, cases)
             parts.append(text)
             losses += lost
-    parts.insert(1, f"{len(found['cases'])} cases; in {losses} of them a peer is faster than ours: they are marked **slower**.")
+    shares = [sum(case["disturbance"].values()) for case in found["cases"] if case["disturbance"]]
+    text = f"{len(found['cases'])} cases; in {losses} of them a peer is faster than ours: they are marked **slower**."
+    if shares:
+        text += (
+            f" While a case was timed, other processes and the machine's host had {percent(median(shares))} of the "
+            f"processors (median; {percent(max(shares))} at most)."
+        )
+    parts.insert(1, text)
     return parts
 
 

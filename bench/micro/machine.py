@@ -63,8 +63,45 @@ def last_cache_bytes(device) -> int:
     return max(sizes)
 
 
-def marks(device, seconds: float = 1.0, small: bool = False) -> dict:
-    """What the machine reaches in this run: GFLOP/s of a large `torch.mm` and GB/s (read + written) of a large copy.
+class Disturbance:
+    """What other processes, and the host of a virtual machine, took of the processors while a block ran.
+
+    After the `with` block `shares` holds `others` and `steal`, shares of all processors; None where /proc/stat does not
+    say.
+    """
+
+    def __enter__(self) -> Disturbance:
+        self.shares: dict[str, float] | None = None
+        self._own, self._stat = os.times(), _processor_ticks()
+        return self
+
+    def __exit__(self, *_) -> None:
+        before, after, own = self._stat, _processor_ticks(), os.times()
+        if before is None or after is None:
+            return
+        ticks = [b - a for a, b in zip(before, after)]
+        total = max(1, sum(ticks))
+        mine = (own.user + own.system - self._own.user - self._own.system) * os.sysconf("SC_CLK_TCK")
+        user, nice, system, idle, wait, irq, softirq, steal = ticks
+        busy = user + nice + system + irq + softirq
+        self.shares = {"others": round(max(0.0, busy - mine) / total, 4), "steal": round(steal / total, 4)}
+
+
+def _processor_ticks() -> list[int] | None:
+    """User, nice, system, idle, iowait, irq, softirq and steal ticks of all processors since boot."""
+    try:
+        line = Path("/proc/stat").read_text().splitlines()[0].split()
+    except OSError:
+        return None
+    return [int(ticks) for ticks in line[1:9]] if len(line) >= 9 else None
+
+
+def marks(device, seconds: float = 1.0, size: int | None = None, count: int | None = None) -> dict:
+    """What the machine reaches now: GFLOP/s of a large `torch.mm` and GB/s (read + written) of a large copy.
+
+    Args:
+        size: of the square matrices; count: bytes to copy. None for large ones: 2048 and 128 MB on a CPU, 8192 and
+            1 GB on a GPU.
 
     Returns:
         `mm_gflops` by dtype, `mm_size`, `copy_gbs`, `copy_bytes`. Medians; on random data.
@@ -74,8 +111,8 @@ def marks(device, seconds: float = 1.0, small: bool = False) -> dict:
     from bench.micro.timing import Contender, take_turns
 
     cuda = device.type == "cuda"
-    size = 256 if small else 8192 if cuda else 2048
-    count = (1 << 20) if small else (1 << 30) if cuda else (1 << 27)
+    size = size or (8192 if cuda else 2048)
+    count = count or ((1 << 30) if cuda else (1 << 27))
     dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
     contenders = []
     for dtype in dtypes:

@@ -14,7 +14,8 @@ SCHEMA = 1
 STATUSES = ("ok", "wrong", "failed", "missing", "skipped")
 """Of a contender: measured; its answer is not the right one; it raised; its package is not installed; it does not apply
 (another dtype, no backward, too much memory). All but `ok` carry a reason and no time."""
-CASE_FIELDS = {"key", "op", "shape", "dtype", "direction", "device", "set", "cold", "input_sets", "run", "work", "contenders"}
+CASE_FIELDS = {"key", "op", "shape", "dtype", "direction", "device", "set", "cold", "input_sets", "run", "work", "marks",
+               "disturbance", "contenders"}
 CONTENDER_FIELDS = {"name", "kind", "status", "reason", "checked"}
 TIME_FIELDS = {"seconds", "gflops", "gbs", "roofline"}
 

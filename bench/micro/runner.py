@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bench.micro.case import BACKWARD, Case, Op, Peer, short
-from bench.micro.machine import last_cache_bytes
+from bench.micro.machine import Disturbance, last_cache_bytes
 from bench.micro.timing import Call, Contender, graph_of, take_turns
 from ztok_fast.ops import dispatch, requirements
 
@@ -214,7 +214,7 @@ def measure(
 
     Args:
         seconds: budget for timing all contenders together; verification comes on top.
-        marks: of `machine.marks` in the same run.
+        marks: of `machine.marks`, measured just before.
         backends, peers: names to keep; None keeps all. An empty sequence keeps none.
         say: called with progress in words.
     """
@@ -224,7 +224,8 @@ def measure(
         everyone = verified_entrants(op, case, sets, device, backends, peers)
         racing = [Contender(e.name, e.calls, e.context) for e in everyone if e.calls]
         say(f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}")
-        times = take_turns(racing, seconds, cuda) if racing else {}
+        with Disturbance() as disturbance:
+            times = take_turns(racing, seconds, cuda) if racing else {}
         graphs, refused = _graph_times(racing, seconds) if cuda and racing else ({}, {})
     work = op.work(case, sets[0])
     floor = floor_seconds(work, case, device, marks)
@@ -252,6 +253,8 @@ def measure(
         "set": case.set,
         "cold": case.cold or cuda,
         "input_sets": len(sets),
+        "marks": marks,
+        "disturbance": disturbance.shares,
         "work": {"flops": work.flops, "bytes": work.bytes, "floor_seconds": floor},
         "contenders": contenders,
     }

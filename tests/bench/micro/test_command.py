@@ -106,6 +106,19 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     assert "interrupted: 1 of 4 cases" in capsys.readouterr().err
 
 
+def test_a_disturbed_case_is_measured_again_and_the_quietest_is_kept(tmp_path, monkeypatch):
+    real, shares = session.measure, iter([0.5, 0.2, 0.3, 0.01])
+
+    def measure(*arguments, **options):
+        return {**real(*arguments, **options), "disturbance": {"others": next(shares), "steal": 0.0}}
+
+    monkeypatch.setattr(session, "measure", measure)
+    options = ["--ops", "ragged_pack", "--backends", "--peers", "copy", "--undisturbed", "0.1"]
+    assert bench(tmp_path, *options) == 0
+    cases = results.load(tmp_path / "out.json")["cases"]
+    assert [case["disturbance"]["others"] for case in cases] == [0.2, 0.01]
+
+
 def test_a_time_limit_leaves_the_rest_out(tmp_path, capsys):
     assert bench(tmp_path, "--ops", "ragged_pack", "--limit", "0", "--backends", "--peers", "copy") == 0
     assert "2 of 2 cases were not started" in capsys.readouterr().out

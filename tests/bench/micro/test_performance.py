@@ -24,7 +24,8 @@ def nearest(M, d, ours, faiss, mm):
     return {
         "key": f"codebook_assign[M={M},V=1024,d={d}]/float32/forward", "op": "codebook_assign", "shape": shape,
         "dtype": "float32", "direction": "forward", "device": "cpu", "set": "default", "cold": False, "input_sets": 1,
-        "run": "r1", "work": {"flops": 2e6, "bytes": 1e5, "floor_seconds": 1e-5},
+        "run": "r1", "marks": {"mm_gflops": {"float32": 90.0}, "copy_gbs": 19.0}, "disturbance": {"others": 0.01, "steal": 0.002},
+        "work": {"flops": 2e6, "bytes": 1e5, "floor_seconds": 1e-5},
         "contenders": [
             entry("cpp", "backend", ours, default=True, **{"with": {}}),
             entry("reference", "backend", 50.0, default=False, **{"with": {}}),
@@ -94,6 +95,7 @@ def test_the_document(found):
     assert "**1**" in losing and "0.50× **slower**" in losing
     winning = next(line for line in text.splitlines() if line.startswith("| 4096 | 1024 |  64"))
     assert "2.00×" in winning and "slower" not in winning
+    assert "had 1.2 % of the processors (median; 1.2 % at most)" in text
     assert "cdist+argmin: wrong: Mismatch: codes" in text
     assert "Not measured: vector-quantize-pytorch (vector-quantize-pytorch is not installed)." in text
     assert "`python -m bench --json x.json`; commit 0123456789ab" in text and "GOMP_SPINCOUNT=0" in text

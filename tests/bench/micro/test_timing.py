@@ -91,3 +91,21 @@ def test_what_the_user_set_is_left_alone_and_torch_must_not_be_there_yet(monkeyp
     monkeypatch.delenv("GOMP_SPINCOUNT")
     with pytest.raises(RuntimeError, match="GOMP_SPINCOUNT must be set before torch is imported"):
         machine.restart_with_pinned_environment("bench", [], None)
+
+
+def test_what_other_processes_take_is_seen(tmp_path):
+    import subprocess
+    import sys
+
+    if not machine._processor_ticks():
+        pytest.skip("no /proc/stat")
+    with machine.Disturbance() as own:
+        stop = time.perf_counter() + 0.3
+        while time.perf_counter() < stop:
+            pass
+    assert set(own.shares) == {"others", "steal"} and all(0 <= share <= 1 for share in own.shares.values())
+    busy = "import time\nstop = time.perf_counter() + 0.5\nwhile time.perf_counter() < stop: pass"
+    with machine.Disturbance() as others:
+        subprocess.run([sys.executable, "-S", "-c", busy], check=True)
+    # half a second of one processor, whatever else went on
+    assert others.shares["others"] > 0
