@@ -37,6 +37,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further case after this time; ops in turn")
     parser.add_argument("--undisturbed", type=float, metavar="SHARE",
                         help="measure a case again, up to three times, while others take more than this share of the processors")
+    parser.add_argument("--disturbed", type=float, metavar="SHARE",
+                        help="only cases that the results file has with a larger share for others, or does not have")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
     parser.add_argument("--plots", metavar="DIR", help="draw plots of the results file into a folder")
@@ -82,6 +84,9 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
         return 2
     path = Path(options.json) if options.json else ROOT / "build" / "bench" / f"{device.type}.json"
     try:
+        if options.disturbed is not None and path.exists():
+            kept = {case["key"] for case in results.load(path)["cases"] if results.disturbed(case) <= options.disturbed}
+            cases = [case for case in cases if case.key not in kept]
         session = Session(path, device, threads, argv, options)
         status = session.measure_all(cases)
         if options.plots:

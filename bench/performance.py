@@ -21,6 +21,7 @@ from bench.targets import ELSEWHERE, TARGETS, judge
 DOCUMENT = ROOT / "docs" / "performance.md"
 FILES = {"cpu": ROOT / "docs" / "results" / "bench-cpu.json", "cuda": ROOT / "docs" / "results" / "bench-cuda.json"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
+DISTURBED = 0.1
 FIGURES = {"nearest": "Time of the nearest-code search", "roofline": "Roofline of all ops"}
 
 
@@ -110,12 +111,13 @@ def device_part(device: str, found: dict) -> list[str]:
             text, lost = op_part(op, cases)
             parts.append(text)
             losses += lost
-    shares = [sum(case["disturbance"].values()) for case in found["cases"] if case["disturbance"]]
+    shares = [results.disturbed(case) for case in found["cases"]]
     text = f"{len(found['cases'])} cases; in {losses} of them a peer is faster than ours: they are marked **slower**."
-    if shares:
+    if any(shares):
         text += (
             f" While a case was timed, other processes and the machine's host had {percent(median(shares))} of the "
-            f"processors (median; {percent(max(shares))} at most)."
+            f"processors (median; {percent(max(shares))} at most). Cases with more than {percent(DISTURBED)} carry a †: "
+            "contenders took turns there too, but a multi-threaded one suffers more than one that uses a single thread."
         )
     parts.insert(1, text)
     return parts
@@ -154,7 +156,8 @@ def op_part(op, cases: list[dict]) -> tuple[str, int]:
         ratio = results.seconds(peer) / results.seconds(ours) if ours and peer else None
         lost = ratio is not None and ratio < 1
         losses += lost
-        cells.append("–" if ratio is None else f"{ratio:.2f}×{' **slower**' if lost else ''}")
+        dagger = " †" if results.disturbed(case) > DISTURBED else ""
+        cells.append(("–" if ratio is None else f"{ratio:.2f}×{' **slower**' if lost else ''}") + dagger)
         rows.append(cells)
         notes += [
             f"{case['key']}: {entry['name']}: {entry['status']}: {entry['reason']}"

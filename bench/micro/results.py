@@ -115,6 +115,11 @@ def seconds(entry: dict) -> float:
     return (entry.get("graph_seconds") or entry["seconds"])["median"]
 
 
+def disturbed(entry: dict) -> float:
+    """Share of the processors that others had while a case was timed."""
+    return sum((entry["disturbance"] or {}).values())
+
+
 def best_peer(case: dict) -> dict | None:
     """The fastest measured peer of a case; marks and backends are none."""
     peers = [entry for entry in case["contenders"] if entry["kind"] == "peer" and entry["status"] == "ok"]

@@ -86,16 +86,11 @@ class Session:
                 OPS[case.op], case, self.device, self.options.seconds, now, self.options.backends,
                 self.options.peers, say=lambda text: print(f"{place if not attempt else '  again,'} {text}", flush=True),
             )
-            if best is None or disturbed(entry) < disturbed(best):
+            if best is None or results.disturbed(entry) < results.disturbed(best):
                 best = entry
-            if self.options.undisturbed is None or disturbed(best) <= self.options.undisturbed:
+            if self.options.undisturbed is None or results.disturbed(best) <= self.options.undisturbed:
                 break
         return best
-
-
-def disturbed(entry: dict) -> float:
-    """Share of the processors that others had while a case was timed."""
-    return sum((entry["disturbance"] or {}).values())
 
 
 def case_table(entry: dict) -> str:
@@ -118,7 +113,7 @@ def case_table(entry: dict) -> str:
             percent(contender["roofline"]) + ("" if ratio is None else f"  {ratio:.2f}×"),
         ])
     if entry["disturbance"]:
-        print(f"others had {percent(disturbed(entry))} of the processors; torch.mm "
+        print(f"others had {percent(results.disturbed(entry))} of the processors; torch.mm "
               f"{entry['marks']['mm_gflops']['float32']:,.0f} GFLOP/s, copy {entry['marks']['copy_gbs']:,.1f} GB/s")
     headers = ["contender", "", "median, ms", "min, ms", "graph, ms", "GFLOP/s", "GB/s", "roofline, time / ours"]
     return table(headers, rows)

@@ -107,7 +107,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
 
 
 def test_a_disturbed_case_is_measured_again_and_the_quietest_is_kept(tmp_path, monkeypatch):
-    real, shares = session.measure, iter([0.5, 0.2, 0.3, 0.01])
+    real, shares = session.measure, iter([0.5, 0.2, 0.3, 0.01, 0.0])
 
     def measure(*arguments, **options):
         return {**real(*arguments, **options), "disturbance": {"others": next(shares), "steal": 0.0}}
@@ -117,6 +117,10 @@ def test_a_disturbed_case_is_measured_again_and_the_quietest_is_kept(tmp_path, m
     assert bench(tmp_path, *options) == 0
     cases = results.load(tmp_path / "out.json")["cases"]
     assert [case["disturbance"]["others"] for case in cases] == [0.2, 0.01]
+
+    assert bench(tmp_path, *options[:-2], "--disturbed", "0.1") == 0
+    cases = results.load(tmp_path / "out.json")["cases"]
+    assert [case["disturbance"]["others"] for case in cases] == [0.0, 0.01]
 
 
 def test_a_time_limit_leaves_the_rest_out(tmp_path, capsys):
