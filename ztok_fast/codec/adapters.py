@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ztok_fast.codec.attention import ATTENTION_NAME, register
 from ztok_fast.codec.config import ConfigError, ZTokConfig
+from ztok_fast.patching import patch
 
 ADAPTERS = ("compressor", "decompressor", "inferencer")
 
@@ -100,6 +101,8 @@ class AdaptedBase(nn.Module):
                 model.add_adapter(name, lora)
         self.peft = model
         self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self.patch = patch(model)
+        """Runs the adapted layers through ``ops.lora_linear``; ``patch.undo()`` gives them PEFT's forward pass back."""
         self.activate("compressor")
 
     @property
