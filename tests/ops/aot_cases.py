@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tests.ops.aot_units import unit_cases
+
 # compute capability -> name of the architecture whose code is made (the features of 90a and 100a included)
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 # bytes of shared memory that one block may have, by compute capability
@@ -283,6 +285,7 @@ def _lora_cases():
 
 
 CASES += (*_nearest_cases(), *_gradient_cases(), *_zhead_cases(), *_lora_cases())
+CASES += unit_cases(Case)
 
 # compiled by the test of the test alone
 SPILLS = Case("spills", "tests.ops.aot_spills:spill_kernel", {"x": "*fp32", "y": "*fp32"}, {"B": 64}, num_warps=1)

@@ -3,13 +3,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.ops.tolerances import assert_close
+from tests.ops.tolerances import assert_close, gradcheck
 from ztok_fast import ops
 
 ONE = 1 << 20
 MODES = ("fire", "stop")
 HYPOTHESIS = settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     # a test of a class runs once per backend, each time on another instance of the class
@@ -146,8 +146,12 @@ class TestHaltingUnits:
         mass, lengths = grid_mass(device, threshold)
         cu_seqlens = offsets(lengths, device)
         # the weights are piecewise linear on a grid of threshold / 2**20: steps must be multiples of it
-        assert torch.autograd.gradcheck(
-            lambda m: ops.halting_units(m, cu_seqlens, threshold, mode).weights, (mass,), eps=threshold * 2**-16
+        assert gradcheck(
+            lambda m: ops.halting_units(m, cu_seqlens, threshold, mode).weights,
+            (mass,),
+            backend,
+            device,
+            eps=threshold * 2**-16,
         )
 
     def test_gradient_of_a_carry(self, backend, device):
@@ -308,16 +312,20 @@ class TestIntegrateUnits:
         total_units = int(units.cu_units[-1]) + 1
         # a weight where no share exists counts for nothing, and so its gradient is 0
         weights = units.weights.clone().requires_grad_()
-        assert torch.autograd.gradcheck(
-            lambda r, w: ops.integrate_units(r, units._replace(weights=w), total_units), (rows, weights)
+        assert gradcheck(
+            lambda r, w: ops.integrate_units(r, units._replace(weights=w), total_units), (rows, weights), backend, device
         )
 
     def test_gradcheck_through_halting(self, backend, device):
         mass, lengths = grid_mass(device, 1.0)
         cu_seqlens = offsets(lengths, device)
         rows = torch.randn(len(mass), 3, dtype=torch.float64, device=device, requires_grad=True)
-        assert torch.autograd.gradcheck(
-            lambda r, m: ops.integrate_units(r, ops.halting_units(m, cu_seqlens), 12), (rows, mass), eps=2**-18
+        assert gradcheck(
+            lambda r, m: ops.integrate_units(r, ops.halting_units(m, cu_seqlens), 12),
+            (rows, mass),
+            backend,
+            device,
+            eps=2**-18,
         )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
 def test_layouts(backend, device, layout, mode, offset_dtype):
     lengths, value = LAYOUTS[layout]
+    if (backend, device) == ("triton", "cpu"):  # the interpreter's tiles are small, and so is its speed
+        lengths = [length if length < 100 else length // 10 for length in lengths]
     mass = random_mass(lengths) if value is None else torch.full((sum(lengths),), value)
     mass = mass.to(device).requires_grad_()
     cu_seqlens = offsets(lengths, device, offset_dtype)
@@ -54,7 +56,7 @@ def integrate_and_differentiate(rows, mass, cu_seqlens, mode, direction):
 @pytest.mark.parametrize("width", [1, 31, 64, 67, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_widths(backend, device, width, dtype, mode):
-    lengths = [9, 0, 1, 40, 2]
+    lengths = [9, 0, 1, 40, 2] if (backend, device) != ("triton", "cpu") else [9, 0, 2]
     mass, cu_seqlens = random_mass(lengths).to(device), offsets(lengths, device)
     rows = torch.randn(sum(lengths), width).to(dtype).to(device)
     direction = torch.randn(sum(lengths), width).to(dtype).to(device)

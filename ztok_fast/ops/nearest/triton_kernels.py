@@ -127,13 +127,17 @@ def residual_search_kernel(
     for level in range(0, L):
         at = book_size * level
         second = book_size * L
-        found = scan_lanes(
-            x, rows, terms + at, terms + second + at, offsets + level * V, M, V,
-            D, METRIC, ROW_TERMS, CODE_TERMS, UPCAST, BM, BN, BD,
-        )  # fmt: skip
-        length = tl.load(longest + level).to(tl.float32, bitcast=True)
-        code, distance = settle(x, rows, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
         used = used_levels > level if LEVELS else rows < M
+        code = tl.zeros([BM], tl.int32)
+        distance = tl.zeros([BM], tl.float64)
+        # a block of rows that use no more levels costs no search
+        if tl.max(used.to(tl.int32), 0) > 0:
+            found = scan_lanes(
+                x, rows, terms + at, terms + second + at, offsets + level * V, M, V,
+                D, METRIC, ROW_TERMS, CODE_TERMS, UPCAST, BM, BN, BD,
+            )  # fmt: skip
+            length = tl.load(longest + level).to(tl.float32, bitcast=True)
+            code, distance = settle(x, rows, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
         # every thread has read the residual before any writes it, and has written it before the next level reads it
         tl.debug_barrier()
         write_level(
@@ -225,9 +229,12 @@ def settle_kernel(
         first, i, second, j, third = merge_two(first, i, second, j, third, a, ai, b, bj, c)
     at = level.to(tl.int64) * V * D
     found = first, i, second, j, third
-    length = tl.load(longest + level).to(tl.float32, bitcast=True)
-    code, distance = settle(x, rows, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
     used = tl.load(row_levels + rows, mask=inside, other=0) > level if LEVELS else inside
+    code = tl.zeros([BM], tl.int32)
+    distance = tl.zeros([BM], tl.float64)
+    if tl.max(used.to(tl.int32), 0) > 0:
+        length = tl.load(longest + level).to(tl.float32, bitcast=True)
+        code, distance = settle(x, rows, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
     # the residual is read for the last time before any thread writes it
     tl.debug_barrier()
     write_level(

@@ -1,0 +1,167 @@
+"""Triton backend of halting and integration: host side. Nothing here waits for the device.
+
+halting_units: four launches (three for at most one tile of rows), O(T log B) work, 8 bytes of extra memory per row.
+integrate_units: two launches, O(T D); a row that carries a remainder is read twice.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ztok_fast.ops.halting import triton_integration as integration
+from ztok_fast.ops.halting import triton_kernels as kernels
+from ztok_fast.ops.requirements import triton_is_interpreted
+
+# rows of a tile of the scan, tile sums or sequences added up at a time
+TILE, SUMS = 1024, 256
+# rows of a tile of the backward scan; for the interpreter small, as it goes through a tile element by element
+LATER_TILE = 16 if triton_is_interpreted() else 512
+# units of a tile of sums of weights, rows added up at a time
+UNITS, ROWS = 128, 4
+# columns of the mean of one unit and rows of it that are loaded together
+MEAN_ROWS, MEAN_COLUMNS = 4, 512
+# rows and columns of a step of the gradients
+GRADIENT_ROWS, GRADIENT_COLUMNS, WIDE_GRADIENT_COLUMNS = 16, 128, 16
+
+
+class Prefix(NamedTuple):
+    """int64 [T + 1] prefix sums, and the grid over tiles of rows."""
+
+    sums: Tensor
+    grid: tuple[int]
+
+
+class UnitRows(NamedTuple):
+    """The table of units of `triton_integration.py`, int64 [K] each."""
+
+    first_rows: Tensor
+    end_rows: Tensor
+
+
+def _bits(value: float) -> int:
+    """The bits of a float64: float arguments of kernels are float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def prefix_sums(mass: Tensor, threshold: float, mode: str) -> Prefix:
+    """Prefix sums of the fixed-point mass, or for "stop" of the rows whose mass reaches the threshold."""
+    rows, stop = mass.shape[0], mode == "stop"
+    bits = _bits(threshold if stop else kernels.ONE.value / threshold)
+    grid = (max(1, triton.cdiv(rows, TILE)),)
+    prefix = torch.empty(rows + 1, dtype=torch.int64, device=mass.device)
+    sums = torch.empty(grid[0], dtype=torch.int64, device=mass.device)
+    if grid[0] > 1:
+        kernels.tile_sums_kernel[grid](mass, sums, rows, bits, STOP=stop, BT=TILE, num_warps=4)
+    kernels.prefix_kernel[grid](mass, sums, prefix, rows, bits, STOP=stop, BT=TILE, BS=SUMS, num_warps=4)
+    return Prefix(prefix, grid)
+
+
+def find_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str, total_units: int | None = None):
+    """Units of rows: weights, ends, unit, counts, cu_units; with `total_units` also the table of units."""
+    rows, sequences = mass.shape[0], cu_seqlens.shape[0] - 1
+    stop = mode == "stop"
+    weights = mass.new_empty((rows, 2), dtype=torch.float64 if mass.dtype == torch.float64 else torch.float32)
+    ends = mass.new_empty(rows, dtype=torch.bool)
+    unit = mass.new_empty(rows, dtype=torch.int32)
+    counts = mass.new_empty(sequences, dtype=torch.int32)
+    cu_units = mass.new_empty(sequences + 1, dtype=torch.int32)
+    table = None if total_units is None else _new_table(mass, total_units)
+    prefix = prefix_sums(mass, threshold, mode)
+    kernels.offsets_kernel[(1,)](prefix.sums, cu_seqlens, counts, cu_units, sequences, STOP=stop, BB=TILE, num_warps=4)
+    first_rows, end_rows = table or (unit, unit)  # not used without a table
+    kernels.rows_kernel[prefix.grid](
+        mass, prefix.sums, cu_seqlens, cu_units, weights, ends, unit, first_rows, end_rows, rows, sequences,
+        total_units or 0, _bits(threshold / kernels.ONE.value), STOP=stop, TABLE=table is not None, BT=TILE, num_warps=4,
+    )  # fmt: skip
+    return (weights, ends, unit, counts, cu_units), table
+
+
+def _new_table(like: Tensor, total_units: int) -> UnitRows:
+    return UnitRows(*(like.new_empty(total_units, dtype=torch.int64) for _ in range(2)))
+
+
+def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str):
+    """See `ztok_fast.ops.halting.contract.halting_units`; returns weights, ends, unit, counts and cu_units."""
+    return find_units(mass, cu_seqlens, threshold, mode)[0]
+
+
+def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
+    """Gradient of the mass [T] from that of the weights [T, 2]: the prefix sums again, and two launches."""
+    grad = torch.empty_like(mass)
+    rows, sequences = mass.shape[0], cu_seqlens.shape[0] - 1
+    if rows == 0:
+        return grad
+    prefix = prefix_sums(mass, threshold, mode)
+    tiles = triton.cdiv(rows, LATER_TILE)
+    tails = torch.empty(tiles, dtype=torch.float64, device=mass.device)
+    shared = grad_weights, prefix.sums, cu_seqlens, tails
+    if mode == "fire" and tiles > 1:
+        kernels.tails_kernel[(tiles,)](*shared, rows, sequences, BT=LATER_TILE, num_warps=4)
+    kernels.mass_gradient_kernel[(tiles,)](
+        *shared, grad, rows, sequences, STOP=mode == "stop", BT=LATER_TILE, BS=SUMS, num_warps=4
+    )
+    return grad
+
+
+def unit_rows(unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int) -> UnitRows:
+    """The table of units from the units of rows."""
+    table = _new_table(unit, total_units)
+    rows = unit.shape[0]
+    if rows:
+        integration.unit_rows_kernel[(triton.cdiv(rows, TILE),)](
+            unit, ends, cu_units, *table, rows, cu_units.shape[0] - 1, total_units, BT=TILE, num_warps=4
+        )
+    return table
+
+
+def unit_means(rows: Tensor, weights: Tensor, table: UnitRows, cu_units: Tensor, means: Tensor) -> None:
+    """Write the means [total_units, D]."""
+    total_units, width = means.shape
+    if means.numel() == 0:
+        return
+    columns = min(MEAN_COLUMNS, triton.next_power_of_2(width))
+    integration.unit_means_kernel[(total_units, triton.cdiv(width, columns))](
+        rows, weights, *table, cu_units, means, cu_units.shape[0] - 1, total_units,
+        D=width, WIDE=torch.float64 in (rows.dtype, weights.dtype), BR=MEAN_ROWS, BC=columns,
+        num_warps=4 if columns > 128 else 1,
+    )  # fmt: skip
+
+
+def integrate_units(rows, weights, unit, ends, cu_units, total_units):
+    """See `ztok_fast.ops.halting.contract.integrate_units`."""
+    means = rows.new_empty((total_units, rows.shape[1]))
+    unit_means(rows, weights, unit_rows(unit, ends, cu_units, total_units), cu_units, means)
+    return means
+
+
+def row_gradients(rows, weights, unit, ends, cu_units, table, means, grad, grad_end_rows=None):
+    """Gradients of the rows and the weights from that of the means; `grad_end_rows` [K, D] is added to those of the rows
+    that end the units."""
+    (count, width), total_units, sequences = rows.shape, means.shape[0], cu_units.shape[0] - 1
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+    if count == 0:
+        return grad_rows, grad_weights
+    wide = torch.float64 in (rows.dtype, weights.dtype)
+    inverse = rows.new_empty(max(1, total_units), dtype=torch.float64 if wide else torch.float32)
+    if total_units:
+        integration.unit_totals_kernel[(triton.cdiv(total_units, UNITS),)](
+            weights, *table, cu_units, inverse, sequences, total_units, WIDE=wide, BU=UNITS, BR=ROWS, num_warps=4
+        )
+    columns = min(WIDE_GRADIENT_COLUMNS if wide else GRADIENT_COLUMNS, triton.next_power_of_2(max(width, 1)))
+    integration.row_gradients_kernel[(triton.cdiv(count, GRADIENT_ROWS),)](
+        rows, weights, unit, ends, table.first_rows, cu_units, inverse, means, grad, grad_end_rows, grad_rows,
+        grad_weights, count, sequences, total_units,
+        D=width, WIDE=wide, END_ROWS=grad_end_rows is not None, BR=GRADIENT_ROWS, BC=columns, num_warps=4,
+    )  # fmt: skip
+    return grad_rows, grad_weights
+
+
+def integrate_units_backward(rows, weights, unit, ends, cu_units, means, grad):
+    """Gradients of the rows [T, D] and of the weights [T, 2] from that of the means [K, D]: three launches."""
+    table = unit_rows(unit, ends, cu_units, means.shape[0])
+    return row_gradients(rows, weights, unit, ends, cu_units, table, means, grad)

@@ -1,0 +1,111 @@
+"""Triton backend of `quantize_ragged`: host side. Nothing waits for the device.
+
+Forward: halting (four launches), `project_units_kernel`, and the residual search of `ops.nearest.triton`. The search is
+a launch of its own, not the tail of the projection: a projection block is small, because it waits for memory, and a
+search block large, because it is bound by the tensor cores, and for few units the search is split over the codebook.
+Rows that end no unit are read only for the mean they have a share in; blocks of units that do not exist do nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ztok_fast.ops.halting import triton as halting
+from ztok_fast.ops.nearest import triton as nearest
+from ztok_fast.ops.quantize import triton_kernels as kernels
+from ztok_fast.ops.quantize.triton_residual import mean_error, residual_quantize_backward
+
+# units of a block of the projection, step of the width, the widest latent that one tile holds, and warps
+PROJECT_UNITS, PROJECT_STEP, PROJECT_WIDTH, PROJECT_WARPS = 32, 32, 128, 8
+# elements of a tile of rows that are normalised or differentiated, and warps
+ROW_ELEMENTS, ROW_WARPS = 4096, 8
+
+
+def row_block(width: int) -> dict[str, int]:
+    """Rows and columns of a tile over the whole width."""
+    columns = triton.next_power_of_2(width)
+    return {"BM": max(1, min(32, ROW_ELEMENTS // columns)), "BD": columns}
+
+
+def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, num_levels, total_units):
+    """Normalised latents float32 [K, d], the factors that normalised them, and the residual levels of units."""
+    width, sequences = end_weight.shape[0], cu_units.shape[0] - 1
+    latents = hidden.new_empty((total_units, width), dtype=torch.float32)
+    scale = hidden.new_empty(total_units, dtype=torch.float32)
+    unit_levels = hidden.new_empty(total_units, dtype=torch.int32)
+    if total_units == 0:
+        return latents, scale, unit_levels
+    columns = min(PROJECT_WIDTH, max(16, triton.next_power_of_2(width)))
+    whole = columns >= width
+    kernels.project_units_kernel[(triton.cdiv(total_units, PROJECT_UNITS), triton.cdiv(width, columns))](
+        hidden, weights, *table, cu_units, end_weight, mean_weight, levels, latents, scale, unit_levels,
+        sequences, num_levels, total_units,
+        HIDDEN=hidden.shape[1], D=width, LEVELS=levels is not None, WHOLE=whole,
+        BM=PROJECT_UNITS, BN=columns, BK=PROJECT_STEP, num_warps=PROJECT_WARPS, num_stages=2,
+    )  # fmt: skip
+    if not whole:
+        block = row_block(width)
+        kernels.normalise_kernel[(triton.cdiv(total_units, block["BM"]),)](
+            latents, scale, total_units, D=width, **block, num_warps=ROW_WARPS
+        )
+    return latents, scale, unit_levels
+
+
+def quantize_ragged(
+    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
+):
+    """See `ztok_fast.ops.quantize.contract.quantize_ragged`.
+
+    Returns:
+        quantized, latents, commitment, codebook_loss, weights, codes, usage, scale, ends, unit, counts, cu_units.
+    """
+    (weights, ends, unit, counts, cu_units), table = halting.find_units(mass, cu_seqlens, threshold, mode, total_units)
+    latents, scale, unit_levels = project(
+        hidden, weights, table, cu_units, end_weight, mean_weight, levels, codebooks.shape[0], total_units
+    )
+    found = nearest.search(latents, codebooks, "l2", unit_levels, quantize=True)
+    loss = mean_error(found.distances, found.codes, latents.shape[1])
+    losses = loss, loss.clone()
+    return found.quantized, latents, *losses, weights, found.codes, found.usage, scale, ends, unit, counts, cu_units
+
+
+def quantize_ragged_backward(
+    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, latents, weights, codes, scale, ends, unit, cu_units,
+    grad_quantized, grad_latents, grad_commitment, grad_codebook_loss, grad_weights, threshold, mode,
+):  # fmt: skip
+    """See `ztok_fast.ops.quantize.reference.quantize_ragged_backward`.
+
+    The means are made again and the end rows gathered; four matrix products over the units; one pass over the rows.
+    """
+    total_units, width = latents.shape
+    from_codes, grad_codebooks = residual_quantize_backward(
+        latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
+    )
+    grad = torch.empty_like(latents)
+    if total_units:
+        block = row_block(width)
+        kernels.unnormalise_kernel[(triton.cdiv(total_units, block["BM"]),)](
+            latents, scale, grad_latents, from_codes, grad, total_units, D=width, **block, num_warps=ROW_WARPS
+        )
+    table = halting.unit_rows(unit, ends, cu_units, total_units)
+    means = hidden.new_empty((total_units, hidden.shape[1]), dtype=torch.float32)
+    halting.unit_means(hidden, weights, table, cu_units, means)
+    end_rows = _end_rows(hidden, table, cu_units, total_units)
+    grad_hidden, integrated = halting.row_gradients(
+        hidden, weights, unit, ends, cu_units, table, means,
+        grad @ mean_weight.float(), grad @ end_weight.float(),
+    )  # fmt: skip
+    grad_mass = halting.halting_units_backward(mass, cu_seqlens, grad_weights + integrated, threshold, mode)
+    grad_end_weight = (grad.T @ end_rows).to(end_weight.dtype)
+    return grad_hidden, grad_mass, grad_end_weight, (grad.T @ means).to(mean_weight.dtype), grad_codebooks
+
+
+def _end_rows(hidden: Tensor, table, cu_units: Tensor, total_units: int) -> Tensor:
+    """float32 [K, D]: the row that ends each unit, zeros past the last."""
+    if hidden.shape[0] == 0:
+        return hidden.new_zeros((total_units, hidden.shape[1]), dtype=torch.float32)
+    exists = torch.arange(total_units, device=hidden.device) < cu_units[-1]
+    rows = torch.where(exists, table.end_rows - 1, 0)
+    return torch.where(exists[:, None], hidden.index_select(0, rows), 0).float()
