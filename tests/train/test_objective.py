@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+import ztok_fast
 from tests.codec.tiny_codec import packed_documents, tiny_codec
 from ztok_fast.train.batches import Chunk, make_batch
 from ztok_fast.train.objective import LossWeights, Objective, Phase, blend_vectors, length_loss, usage_loss
@@ -197,3 +199,20 @@ def test_usage_loss_is_least_for_even_use():
 def test_bad_weights_are_named(value):
     with pytest.raises(ValueError, match="loss weight usage: expected a finite number of at least 0"):
         LossWeights(usage=value)
+
+
+def test_terms_and_gradients_are_those_of_the_reference_backends():
+    found = {}
+    for name in ("default", "reference"):
+        codec = tiny_codec(copy_path=True, emission="stop")
+        with nullcontext() if name == "default" else ztok_fast.backend("reference"):
+            terms, encoded = run(codec, dict.fromkeys(TERMS, 1.0))
+            terms["total"].backward()
+        found[name] = terms, encoded.quantized.codes, {n: p.grad for n, p in codec.model.codec_state().items()}
+    (terms, codes, gradients), (expected_terms, expected_codes, expected) = found.values()
+    assert torch.equal(codes, expected_codes)
+    torch.testing.assert_close(terms, expected_terms)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            scale = float(gradient.abs().max()) + 1e-12
+            torch.testing.assert_close(gradients[name] / scale, gradient / scale, atol=1e-4, rtol=1e-4, msg=name)
