@@ -4,9 +4,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.tolerances import assert_close
 from ztok_fast import ops
+from ztok_fast.ops import dispatch, requirements
 from ztok_fast.ops.nearest import reference
 
 pytestmark = pytest.mark.op("codebook_assign")
@@ -299,3 +301,27 @@ def test_bad_input(backend, device, argument, value, message):
         pytest.skip("values are not checked there without ZTOK_DEBUG_CHECKS")
     with pytest.raises(ValueError, match=f"codebook_assign: {message}"):
         ops.codebook_assign(**arguments)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any call made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_the_size_of_all_scores(backend, device, monkeypatch):
+    """Neither M x V nor M x V x L; `tests/native/test_search.py` measures what the C++ library allocates itself."""
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 2000)
+    rows, size, width, levels = 500, 400, 3, 2
+    x, codebook = torch.randn(rows, width, device=device), torch.randn(levels, size, width, device=device)
+    run = dispatch.load(next(r for r in requirements.rows_of("codebook_assign") if r.backend == backend).implementation)
+    with LargestTensor() as seen:
+        run(x, codebook, "l2")
+    assert 0 < seen.elements <= 8 * (rows + levels * size) * width < rows * size
