@@ -192,13 +192,16 @@ def test_the_codecs_own_adapters(calls):
         with torch.no_grad():
             return [model(*inputs, adapter=name) for name in ("compressor", "decompressor", "inferencer", None)]
 
-    before = outputs()
-    with ztok_fast.patch(model):
-        inside = outputs()
+    patched = outputs()
     assert calls
-    for actual, expected in zip(inside, before, strict=True):
+    calls.clear()
+    model.patch.undo()
+    own = outputs()
+    assert not calls
+    for actual, expected in zip(patched, own, strict=True):
         assert_close(actual, expected)
-    assert all(torch.equal(a, b) for a, b in zip(outputs(), before, strict=True))
+    model.patch = ztok_fast.patch(model)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), patched, strict=True))
 
 
 KEPT = {
@@ -317,3 +320,15 @@ def test_other_models_are_left_alone(calls):
     with ztok_fast.patch(patched):
         other(tokens())
     assert not calls
+
+
+def test_gradients_after_inference_mode():
+    """What a layer keeps from a call in inference mode serves one with gradients."""
+    model = adapted()
+    with ztok_fast.patch(model):
+        with torch.inference_mode():
+            before = model(tokens()).logits.clone()
+        after = model(tokens()).logits
+        after.sum().backward()
+    torch.testing.assert_close(after, before)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())

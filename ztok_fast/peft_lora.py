@@ -129,7 +129,8 @@ def _scaling(layer: nn.Module, names: list[str], x: Tensor, cache: dict) -> Tens
     key = (*(layer.scaling[name] for name in names), x.device, x.dtype == torch.float64)
     if cache.get("key") != key:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cache["key"], cache["scaling"] = key, torch.tensor(key[:-2], dtype=dtype, device=x.device)
+        with torch.inference_mode(False):  # a pass with gradients may be the next to use it
+            cache["key"], cache["scaling"] = key, torch.tensor(key[:-2], dtype=dtype, device=x.device)
     return cache["scaling"]
 
 

@@ -91,7 +91,7 @@ def test_training_teaches_it_to_write_what_the_quantiser_gives():
     ratio = torch.full((2,), 3.0)
     target = encode_documents(model, documents, 3.0, True)
     first = None
-    for _ in range(120):
+    for _ in range(240):
         optimizer.zero_grad()
         embeddings = model.z_embeddings(target.quantized.quantized, target.lengths)
         loss = serial_loss(model, batch.tokens, batch.cu_segments, batch.cu_groups, ratio, target, embeddings)
