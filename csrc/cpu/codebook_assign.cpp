@@ -11,17 +11,12 @@ namespace {
 
 constexpr const char* kOp = "codebook_assign";
 
-Metric metric_of(int64_t number) {
-  ZTOK_CHECK(number >= 0 && number <= 2, kOp, "metric: expected 0 (l2), 1 (cosine) or 2 (dot), got ", number);
-  return static_cast<Metric>(number);
-}
-
 std::tuple<Tensor, Tensor> codebook_assign(const Tensor& x, const Tensor& codebooks, int64_t metric) {
   check_search(kOp, "x", x, codebooks);
   const Tensor rows = with_adjacent_elements(x), books = with_adjacent_elements(codebooks);
   Tensor distances = torch::stable::new_empty(x, {x.size(0), codebooks.size(0)}, ScalarType::Float);
   Tensor codes = torch::stable::new_empty(x, {x.size(0), codebooks.size(0)}, ScalarType::Int);
-  search_codes(matrix_of(kOp, "x", rows), codebooks_of(kOp, books), metric_of(metric), {},
+  search_codes(matrix_of(kOp, "x", rows), codebooks_of(kOp, books), metric_of(kOp, metric), {},
                {codes.mutable_data_ptr<int32_t>(), distances.mutable_data_ptr<float>()});
   return {distances, codes};
 }

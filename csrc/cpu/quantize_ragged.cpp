@@ -21,10 +21,6 @@ constexpr float kRmsEps = 1e-6f;
 constexpr int64_t kUnitsPerBlock = 512;
 constexpr int64_t kBytesPerTask = 64 * 1024;
 
-Tensor as_float(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
-}
-
 // The rows of every unit that exists and fits.
 std::vector<UnitRows> rows_of_units(const UnitTable& table) {
   const int64_t units = std::clamp<int64_t>(table.cu_units[table.sequences], 0, table.capacity);

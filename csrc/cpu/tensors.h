@@ -29,6 +29,15 @@ inline Element element_of(const char* op, const char* argument, const Tensor& te
   }
 }
 
+inline Tensor as_float(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
+
+inline Metric metric_of(const char* op, int64_t number) {
+  ZTOK_CHECK(number >= 0 && number <= 2, op, "metric: expected 0 (l2), 1 (cosine) or 2 (dot), got ", number);
+  return static_cast<Metric>(number);
+}
+
 // Rows are read in place, whatever lies between them; elements that are themselves strided are copied first.
 inline Tensor with_adjacent_elements(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

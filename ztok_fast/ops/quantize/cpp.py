@@ -2,12 +2,20 @@
 
 import torch
 
-from ztok_fast.ops.quantize import reference
-
 
 def residual_quantize(latents, codebooks, levels):
     """See `ztok_fast.ops.quantize.reference.residual_quantize`. The search is that of `ops.nearest.cpp`."""
     return torch.ops.ztok.residual_quantize_native(latents, codebooks, levels)
+
+
+def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
+    """See `ztok_fast.ops.quantize.reference.residual_quantize_backward`; csrc/cpu/code_gradients.cpp.
+
+    O(M L d + L V d) time; O(L V d) extra memory if the codebooks are not float32.
+    """
+    return torch.ops.ztok.residual_quantize_backward_native(
+        latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
+    )
 
 
 def quantize_ragged(
@@ -31,7 +39,7 @@ def quantize_ragged_backward(
 
     The rows that end units and the means are gathered again; four matrix products of K units; one pass over the rows.
     """
-    from_codes, grad_codebooks = reference.residual_quantize_backward(
+    from_codes, grad_codebooks = residual_quantize_backward(
         latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
     )
     grad = grad_latents + from_codes
