@@ -87,7 +87,7 @@ def test_training_teaches_it_to_write_what_the_quantiser_gives():
     batch = make_batch([Chunk(d) for d in documents], codec.config.segment_length)
     weights = LossWeights(**dict.fromkeys(vars(LossWeights()), 0.0) | {"serial": 1.0})
     own = [p for n, p in model.codec_state().items() if n.startswith("serial.") or ".compressor." in n]
-    optimizer = torch.optim.Adam(own, lr=1e-2)
+    optimizer = torch.optim.Adam(own, lr=5e-3)
     ratio = torch.full((2,), 3.0)
     target = encode_documents(model, documents, 3.0, True)
     first = None
