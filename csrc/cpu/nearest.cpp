@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "nearest_kernel.h"
 #include "pack_kernel.h"
+#include "share.h"
 
 namespace ztok {
 namespace {
@@ -155,7 +156,11 @@ void search_many(const Problem& problem, int64_t block_rows) {
 void search_few(const Problem& problem) {
   const int64_t width = problem.rows.width, num_rows = problem.rows.rows;
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
-  const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  // For one row and a small codebook a sleeping thread wakes when the work is done.
+  const double elements = static_cast<double>(problem.codebooks.first.rows) * width;
+  const double nanoseconds = elements * (num_rows / kProductsPerNanosecond + 4 / kBytesPerNanosecond);
+  const auto worth = static_cast<int64_t>(std::clamp(nanoseconds / kNanosecondsPerThread, 1.0, 1e6));
+  const int64_t parts = std::min<int64_t>({torch::stable::get_num_threads(), worth, blocks});
   RowBlock block(problem, num_rows);
   block.load(problem, 0, num_rows);
   std::vector<SearchState> states;
