@@ -94,6 +94,7 @@ class Peer:
         devices: device types.
         max_sets: prepare at most so many input sets: what it reads itself exceeds the caches many times.
         refuses: (case) -> why it cannot or should not run on a case, or None.
+        bytes: (case, inputs) -> what one call reads and writes where that is not what the op does.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     max_sets: int | None = None
     refuses: Callable[[Case], str | None] = always
+    bytes: Callable[[Case, dict], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -159,24 +159,35 @@ def _prepare_indices(case, inputs):
     return lambda: run(case, inputs)
 
 
+def _result_bytes(case, inputs):
+    rows = case["B"] * case["S"] if case.op == "ragged_unpack" else inputs["total"]
+    return rows * case["D"] * case.dtype.itemsize
+
+
+def _like_result(case, inputs):
+    device = OPS_BY_NAME[case.op].main(inputs).device
+    return torch.empty(_result_bytes(case, inputs), dtype=torch.uint8, device=device).fill_(1)
+
+
 def _clone(case, inputs):
-    """A copy of as many bytes as the op reads and writes, into memory allocated for it as the op's result is."""
-    moved = int(OPS_BY_NAME[case.op].work(case, inputs).bytes)
-    source = torch.empty(moved // 2, dtype=torch.uint8, device=inputs["cu_seqlens"].device).fill_(1)
-    return source.clone
+    return _like_result(case, inputs).clone
 
 
 def _copy(case, inputs):
-    moved = int(OPS_BY_NAME[case.op].work(case, inputs).bytes)
-    source = torch.empty(moved // 2, dtype=torch.uint8, device=inputs["cu_seqlens"].device).fill_(1)
+    source = _like_result(case, inputs)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
+def _copied_bytes(case, inputs):
+    return 2.0 * _result_bytes(case, inputs)
+
+
+# A copy of the result and not of as many bytes as the op moves: what a large result takes of the system in fresh pages
+# depends on its size, and can take longer than filling them.
 MARKS = (
-    Peer("clone", _clone, kind="mark",
-         note="torch.clone that reads and writes as many bytes as the op, its result allocated as the op's is"),
-    Peer("copy", _copy, kind="mark", note="the same bytes into memory that is there already"),
+    Peer("clone", _clone, kind="mark", note="torch.clone of a tensor as large as the result", bytes=_copied_bytes),
+    Peer("copy", _copy, kind="mark", note="the same into memory that is there already", bytes=_copied_bytes),
 )
 
 
@@ -337,19 +348,10 @@ def _cat_by_sequence(case, inputs):
     return call
 
 
-def _clone_gather(case, inputs):
-    return _clone(case, {**inputs, "cu_seqlens": inputs["cu_seqlens"][0]})
-
-
-def _copy_gather(case, inputs):
-    return _copy(case, {**inputs, "cu_seqlens": inputs["cu_seqlens"][0]})
-
-
 GATHER_PEERS = (
     Peer("boolean masks", _masked_sources, _same, note="values[mask] = table[index] for each source, masks made beforehand"),
     Peer("cat by sequence", _cat_by_sequence, _same, note="a lookup per source, split, one torch.cat of all slices"),
-    Peer("clone", _clone_gather, kind="mark", note=MARKS[0].note),
-    Peer("copy", _copy_gather, kind="mark", note=MARKS[1].note),
+    *MARKS,
 )
 
 GATHER = Op("ragged_gather", _gather_cases(), make_gather, lambda inputs: inputs["z_rows"], run_gather, check_gather,

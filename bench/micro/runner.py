@@ -240,7 +240,8 @@ def measure(
                 entry["no_graph"] = refused.get(entrant.name)
             compared = (entry.get("graph_seconds") or entry["seconds"])["median"]
             entry["gflops"] = work.flops / compared * 1e-9
-            entry["gbs"] = work.bytes / compared * 1e-9
+            own_bytes = next((p.bytes for p in op.peers if p.name == entrant.name and p.bytes), None)
+            entry["gbs"] = (own_bytes(case, sets[0]) if own_bytes else work.bytes) / compared * 1e-9
             entry["roofline"] = floor / compared
         contenders.append(entry)
     return {

@@ -87,6 +87,16 @@ def test_several_adapters_are_compared_with_one():
     assert targets.mixed_against_one(cases[0], cases) is None
 
 
+def test_bandwidth_counts_the_bytes_of_each():
+    ours = entry("cpp", "backend", 2.0, default=True, **{"with": {}}) | {"gbs": 6.0}
+    case = {"op": "ragged_unpack", "direction": "forward", "contenders": [ours, entry("clone", "mark", 1.0) | {"gbs": 8.0}]}
+    measure = targets.bandwidth_of("ragged_unpack", "clone")
+    assert measure(case, [case]) == pytest.approx(0.75)
+    assert measure(case | {"direction": "forward+backward"}, [case]) is None
+    assert measure(case | {"op": "ragged_pack"}, [case]) is None
+    assert measure(case | {"contenders": [ours]}, [case]) is None
+
+
 def test_the_document(found):
     text = performance.document({"cpu": found})
     assert "| nearest code" in text and "median 1.25× (0.50× to 2.00×, 2 shapes)" in text
