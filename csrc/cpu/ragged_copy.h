@@ -18,7 +18,7 @@
 
 namespace ztok {
 
-constexpr int64_t kBytesPerTask = 512 * 1024;  // below this waking a second thread costs more than the copy
+constexpr int64_t kBytesPerTask = 1024 * 1024;  // below this waking a second thread costs more than the copy
 // Results above this do not stay in the cache anyway: stores that go around it save reading every line before writing.
 constexpr int64_t kStreamedBytes = 8 * 1024 * 1024;
 
@@ -67,9 +67,10 @@ class RowWriter {
   }
 
   // Asks for a row that is copied a few calls later: rows picked from a table lie where no prefetcher of the processor
-  // expects them.
+  // expects them. It goes on by itself after some lines; asking for all of a long row is slower.
   static void prefetch(const char* from, int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+    const int64_t asked = std::min<int64_t>(bytes, 256);
+    for (int64_t line = 0; line < asked; line += 64) __builtin_prefetch(from + line);
   }
 
   // `to` is the start of a row.

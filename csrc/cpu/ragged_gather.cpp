@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kLayout = "ragged_layout";
 constexpr const char* kGather = "ragged_gather";
 constexpr const char* kBackward = "ragged_gather_backward";
-constexpr int64_t kAhead = 2;  // rows of a table that are prefetched before they are copied
+constexpr int64_t kAhead = 4;  // rows of a table that are asked for before they are copied
 
 // How the rows of all sources interleave: sequence b of the result is source 0's sequence b, then source 1's and so on.
 class Sources {
