@@ -93,8 +93,7 @@ Tensor codebook_gradients(const Inputs& inputs, const ChosenCodes& chosen, float
   // Threads share the columns; where there are more threads than cache lines of a row, the codes as well.
   const double work = nanoseconds(inputs);
   const int64_t lines = (inputs.width + kLineFloats - 1) / kLineFloats;
-  const auto worth = static_cast<int64_t>(std::min(work / kNanosecondsPerThread, 1e6));
-  const int64_t threads = std::clamp<int64_t>(worth, 1, torch::stable::get_num_threads());
+  const int64_t threads = threads_for(work);
   const int64_t column_parts = std::min(threads, lines);
   const int64_t code_parts = std::min((threads + column_parts - 1) / column_parts, inputs.size);
   share(column_parts * code_parts, 1, work, [&](int64_t begin, int64_t end) {

@@ -28,18 +28,24 @@ class Scratch {
   std::unique_ptr<float[]> memory_;
 };
 
-constexpr double kNanosecondsPerThread = 35e3;  // what waking a sleeping one costs
+constexpr double kNanosecondsPerThread = 50e3;  // what waking a sleeping one costs
 
-// What one core does in a nanosecond, to say how many threads are worth waking; nothing else depends on it.
-constexpr double kProductsPerNanosecond = 40, kBytesPerNanosecond = 25;
+// What one core does in a nanosecond, with data in its caches, to say how many threads are worth waking; nothing else
+// depends on it.
+constexpr double kProductsPerNanosecond = 40, kBytesPerNanosecond = 50;
+
+// Threads worth waking for so much work, at least one.
+inline int64_t threads_for(double nanoseconds) {
+  const auto worth = static_cast<int64_t>(std::clamp(nanoseconds / kNanosecondsPerThread, 1.0, 1e6));
+  return std::min<int64_t>(torch::stable::get_num_threads(), worth);
+}
 
 // Calls body(begin, end) for all of [0, count), on as many threads as `nanoseconds` of work are worth. Threads take
 // at most `step` of them at a time from a shared counter, fewer towards the end: one that was asleep or shares its
 // core holds nobody up. Which thread does what is left to chance; no result depends on it.
 template <typename Body>
 void share(int64_t count, int64_t step, double nanoseconds, const Body& body) {
-  const auto worth = static_cast<int64_t>(std::min(nanoseconds / kNanosecondsPerThread, 1e6));
-  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), worth, count});
+  const int64_t threads = std::min(threads_for(nanoseconds), count);
   if (threads <= 1) {
     body(0, count);
     return;

@@ -11,6 +11,7 @@
 
 #include "buffer.h"
 #include "pack_kernel.h"
+#include "share.h"
 #include "tensors.h"
 #include "zhead_kernel.h"
 
@@ -126,7 +127,10 @@ void select_rows(const float* hidden, int64_t first, int64_t count, const Matrix
   const int64_t blocks = (codes.rows + kBlockCodes - 1) / kBlockCodes;
   const ZQuery query{hidden + first * codes.width, count, codes, sampling.temperature};
   if (row_ids != nullptr) row_ids += first;
-  const int64_t threads = torch::stable::get_num_threads();
+  const double elements = static_cast<double>(codes.rows) * codes.width;
+  const int64_t element_bytes = codes.element == Element::float32 ? 4 : 2;
+  const int64_t threads =
+      threads_for(elements * (count / kProductsPerNanosecond + element_bytes / kBytesPerNanosecond));
   const bool exactly = sampling.temperature != 0 && sampling.top_p < 1;
   const int64_t parts = exactly ? 1 : std::min(threads, blocks);
   std::vector<ZRow> rows(parts * count);
