@@ -109,6 +109,7 @@ inline void search_exactly(Search& search, int64_t slot) {
 
 // The bounds of all rows for the codes of one block.
 inline void begin_block(Search& search, const CodeBlock& block, int64_t width, Metric metric) {
+  search.suspect |= block.suspect;
   // A score is a sum of `width` products and the bias, each of which takes part in at most width + 1 roundings; the
   // bias is itself a sum of that many squares. 32 more and a per cent cover what is done with bounds here, in float32.
   const Vec rounding = broadcast(1.01f * kUnit * static_cast<float>(2 * width + 32));

@@ -16,8 +16,9 @@ std::tuple<Tensor, Tensor> codebook_assign(const Tensor& x, const Tensor& codebo
   const Tensor rows = with_adjacent_elements(x), books = with_adjacent_elements(codebooks);
   Tensor distances = torch::stable::new_empty(x, {x.size(0), codebooks.size(0)}, ScalarType::Float);
   Tensor codes = torch::stable::new_empty(x, {x.size(0), codebooks.size(0)}, ScalarType::Int);
-  search_codes(matrix_of(kOp, "x", rows), codebooks_of(kOp, books), metric_of(kOp, metric), {},
-               {codes.mutable_data_ptr<int32_t>(), distances.mutable_data_ptr<float>()});
+  const bool finite = search_codes(matrix_of(kOp, "x", rows), codebooks_of(kOp, books), metric_of(kOp, metric), {},
+                                   {codes.mutable_data_ptr<int32_t>(), distances.mutable_data_ptr<float>()});
+  ZTOK_CHECK(finite, kOp, "codebooks: expected finite values, got NaN or infinity");
   return {distances, codes};
 }
 

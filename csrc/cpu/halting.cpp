@@ -3,6 +3,7 @@
 #include "halting.h"
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -107,6 +108,15 @@ struct Sequence {
   }
 };
 
+// Mass in the range that halting_units states: at most the threshold, rounded as the mass is, or for "stop" finite.
+template <typename Mass>
+void check_mass_values(const char* op, const Mass* mass, int64_t rows, double threshold, bool stop) {
+  const auto upper = stop ? std::numeric_limits<Mass>::max() : static_cast<Mass>(static_cast<float>(threshold));
+  bool valid = true;
+  for (int64_t t = 0; t < rows; ++t) valid &= (mass[t] >= Mass(0)) & (mass[t] <= upper);
+  ZTOK_CHECK(valid, op, "mass: expected values in the range of the mode");
+}
+
 // Rows in a task below which a second thread costs more than the rows.
 constexpr int64_t kRowsPerTask = 8192;
 
@@ -171,6 +181,7 @@ HaltingOutput find_units(const char* op, const Tensor& mass, const Tensor& cu_se
     using Weight = decltype(weight_type);
     const auto* masses = static_cast<const Mass*>(mass.const_data_ptr());
     auto* weights = static_cast<Weight*>(out.weights.mutable_data_ptr());
+    check_mass_values(op, masses, rows, threshold, stop);
     for_each_sequence(op, cu_seqlens, rows, false, [&](int64_t s, int64_t first, int64_t length) {
       const Sequence<Mass, Weight> sequence{masses + first, length, threshold};
       counts[s] = stop ? sequence.stop(cu_units[s], weights + 2 * first, ends + first, unit + first)

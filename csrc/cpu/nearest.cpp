@@ -2,6 +2,7 @@
 #include "nearest.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -104,7 +105,7 @@ struct Packer {
 
   CodeBlock& pack(const Problem& problem, const Matrix& codes, int64_t number, float* panels_out, float* bias_out) {
     const int64_t first = number * kBlockCodes;
-    block = {panels_out, bias_out, 0, first, std::min<int64_t>(kBlockCodes, codes.rows - first)};
+    block = {panels_out, bias_out, 0, first, std::min<int64_t>(kBlockCodes, codes.rows - first), false};
     ZTOK_SELECT(pack_codes)(codes, problem.metric, staging.get(), block);
     return block;
   }
@@ -113,9 +114,22 @@ struct Packer {
   CodeBlock block{};
 };
 
+bool all_finite(const Codebooks& codebooks) {
+  const int64_t width = codebooks.first.width;
+  Buffer<float> code(width);
+  for (int64_t l = 0; l < codebooks.levels; ++l) {
+    const Matrix codes = codebooks.level(l);
+    for (int64_t row = 0; row < codes.rows; ++row) {
+      ZTOK_SELECT(to_floats)(codes, row, 1, code.get());
+      if (!std::all_of(code.get(), code.get() + width, [](float value) { return std::isfinite(value); })) return false;
+    }
+  }
+  return true;
+}
+
 // Many rows: all codes are packed once, each thread takes row blocks and searches all levels of one while it is in
-// cache.
-void search_many(const Problem& problem, int64_t block_rows) {
+// cache. False if a code is not finite.
+bool search_many(const Problem& problem, int64_t block_rows) {
   const int64_t width = problem.rows.width, levels = problem.codebooks.levels;
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
   Buffer<float> panels(levels * blocks * block_floats(width)), bias(levels * blocks * kBlockCodes);
@@ -127,6 +141,8 @@ void search_many(const Problem& problem, int64_t block_rows) {
                               panels.get() + i * block_floats(width), bias.get() + i * kBlockCodes);
     }
   });
+  const bool suspect = std::any_of(packed.begin(), packed.end(), [](const CodeBlock& b) { return b.suspect; });
+  if (suspect && !all_finite(problem.codebooks)) return false;
   // Threads share register tiles, which they cut into blocks of equal size.
   const int64_t tiles = (problem.rows.rows + kTileRows - 1) / kTileRows, most = block_rows / kTileRows;
   torch::stable::parallel_for(0, tiles, most / 2, [&](int64_t begin, int64_t end) {
@@ -149,23 +165,24 @@ void search_many(const Problem& problem, int64_t block_rows) {
       }
     }
   });
+  return true;
 }
 
 // Few rows: they are one block, and the threads share the codes, each packing a block of its own just before it is
-// used. For very few, packing would take longer than the search.
-void search_few(const Problem& problem) {
+// used. For very few, packing would take longer than the search. False if a code is not finite.
+bool search_few(const Problem& problem) {
   const int64_t width = problem.rows.width, num_rows = problem.rows.rows;
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
   // For one row and a small codebook a sleeping thread wakes when the work is done.
   const double elements = static_cast<double>(problem.codebooks.first.rows) * width;
   const double nanoseconds = elements * (num_rows / kProductsPerNanosecond + 4 / kBytesPerNanosecond);
-  const auto worth = static_cast<int64_t>(std::clamp(nanoseconds / kNanosecondsPerThread, 1.0, 1e6));
-  const int64_t parts = std::min<int64_t>({torch::stable::get_num_threads(), worth, blocks});
+  const int64_t parts = std::min(threads_for(nanoseconds), blocks);
   RowBlock block(problem, num_rows);
   block.load(problem, 0, num_rows);
   std::vector<SearchState> states;
   for (int64_t part = 0; part < parts; ++part) states.emplace_back(num_rows);
   std::vector<Search> searches(parts);
+  bool suspect = false;
   for (int64_t level = 0; level < problem.codebooks.levels; ++level) {
     const Matrix codes = problem.codebooks.level(level);
     const int64_t active = block.pack(problem, level);
@@ -178,7 +195,7 @@ void search_few(const Problem& problem) {
         for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
           if (unpacked) {
             CodeBlock block_of_codes{nullptr, nullptr, 0, b * kBlockCodes,
-                                     std::min<int64_t>(kBlockCodes, codes.rows - b * kBlockCodes)};
+                                     std::min<int64_t>(kBlockCodes, codes.rows - b * kBlockCodes), false};
             ZTOK_SELECT(search_unpacked)(state.search, block_of_codes, codes, problem.metric, state.scratch.get());
             continue;
           }
@@ -190,7 +207,9 @@ void search_few(const Problem& problem) {
     });
     ZTOK_SELECT(settle)(searches.data(), parts, 0, active, codes, problem.metric, block.rows.get(),
                         block.settled(problem, level));
+    for (const Search& search : searches) suspect |= search.suspect;
   }
+  return !suspect || all_finite(problem.codebooks);
 }
 
 }  // namespace
@@ -202,16 +221,16 @@ Matrix Codebooks::level(int64_t l) const {
   return matrix;
 }
 
-void search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric, const LevelCounts& levels,
+bool search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric, const LevelCounts& levels,
                   const SearchResult& result) {
-  if (rows.rows == 0) return;
+  if (rows.rows == 0) return all_finite(codebooks);
   if (levels.data != nullptr) std::fill_n(result.codes, rows.rows * codebooks.levels, -1);
   if (result.errors != nullptr) std::fill_n(result.errors, rows.rows, 0.0);
   const Problem problem{rows, codebooks, metric, levels, result};
   const int64_t depth = part_depth(rows.width);
   const int64_t fitting = std::max<int64_t>(kTileRows, kRowBytes / (4 * depth) / kTileRows * kTileRows);
   if (rows.rows <= fitting) return search_few(problem);
-  search_many(problem, std::min(kMaxBlockRows, fitting));
+  return search_many(problem, std::min(kMaxBlockRows, fitting));
 }
 
 }  // namespace ztok

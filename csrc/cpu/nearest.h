@@ -35,9 +35,13 @@ struct SearchResult {
 
 // The nearest code of each row at each level it uses, by the contract of ztok_fast.ops.codebook_assign: the float64
 // answer, the lowest code among equals; code 0 and distance and error NaN for a row that is not finite. The result does
-// not depend on the other rows, the number of threads or the instruction set. Codes are taken to be finite.
+// not depend on the other rows, the number of threads or the instruction set.
+//
+// Returns false, and the results mean nothing, if a code is not finite. That costs no pass of its own over the codes:
+// the squares of their lengths, which are summed anyway, tell which codebooks to look at.
+//
 // Extra memory: O(levels * size * width) for many rows, O(width) per thread for few, besides O(1) per row.
-void search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric, const LevelCounts& levels,
-                  const SearchResult& result);
+[[nodiscard]] bool search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric,
+                                const LevelCounts& levels, const SearchResult& result);
 
 }  // namespace ztok

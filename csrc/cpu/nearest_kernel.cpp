@@ -76,11 +76,13 @@ void search_dots(Search& search, const T* book, CodeBlock& block, const Matrix& 
   alignas(64) float squares[kBlockCodes];
   dot_block(search.rows, search.count, book + block.first * codes.stride, codes.stride, block.count, codes.width,
             scratch, squares);
-  float largest = 0;
+  float largest = 0, sum = 0;
   for (int64_t i = 0; i < block.count; ++i) {
     if (!(squares[i] <= largest)) largest = squares[i];
+    sum += squares[i];
   }
   block.longest = length_bound(largest, codes.width);
+  block.suspect = !(sum < __builtin_inff());
   begin_block(search, block, codes.width, metric);
   for (int64_t slot = 0; slot < kTileRows; ++slot) {
     float* scores = scratch + slot * kBlockCodes;
@@ -134,7 +136,7 @@ Winner settle_slot(const Search* searches, int64_t parts, int64_t slot, const fl
 }  // namespace
 
 void begin_search(Search& search, int64_t width) {
-  search.begun = false;
+  search.begun = search.suspect = false;
   for (int64_t slot = 0; slot < search_slots(search.count); ++slot) {
     search.norm[slot] = 0;
     search.lower[slot] = search.reach[slot] = kNotANumber;
@@ -187,6 +189,7 @@ void settle(const Search* searches, int64_t parts, int64_t begin, int64_t end, c
     Winner winner{0, kNotANumber};
     if (searches[0].candidate_counts[slot] != kNotFinite) {
       winner = settle_slot(searches, parts, slot, row, codes, metric);
+      if (winner.code < 0) winner = {0, kNotANumber};  // no code is finite, which the caller reports
       if (metric == Metric::cosine) {
         const double square = squared_norm(row, codes.width);
         winner.score = 1 + (square > 0 ? winner.score / __builtin_sqrt(square) : 0);

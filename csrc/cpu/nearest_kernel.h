@@ -28,7 +28,8 @@ struct Search {
   float* reach = nullptr;  // lower - slack: a float32 score below it cannot be the best; NaN lets nothing pass
   int32_t* candidate_counts = nullptr;
   Candidate* candidates = nullptr;  // [count, kCandidates], by ascending code
-  bool begun = false;  // has seen a block
+  bool begun = false;    // has seen a block
+  bool suspect = false;  // has seen one that is suspect
 };
 
 struct Settled {

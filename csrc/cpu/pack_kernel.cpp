@@ -37,13 +37,15 @@ void pack_typed(const T* codes, const Matrix& matrix, Metric metric, float* stag
   } else {
     pack_panels(codes, matrix.stride, block.count, matrix.width, block.panels, squares);
   }
-  float largest = 0;
+  float largest = 0, sum = 0;
   for (int64_t i = 0; i < block.count; ++i) {
-    if (!(squares[i] <= largest)) largest = squares[i];  // NaN stays, and stands for too large
+    if (!(squares[i] <= largest)) largest = squares[i];
+    sum += squares[i];
     block.bias[i] = metric == Metric::l2 ? -squares[i] / 2 : 0.0f;
   }
   for (int64_t i = block.count; i < panels_of(block.count) * kPanel; ++i) block.bias[i] = -FLT_MAX;
   block.longest = length_bound(largest, matrix.width);
+  block.suspect = !(sum < __builtin_inff());
 }
 
 }  // namespace

@@ -21,11 +21,16 @@ constexpr int64_t kElementsPerTask = 32 * 1024;  // below this a second thread c
 
 }  // namespace
 
-float quantize_rows(const Matrix& latents, const Codebooks& codebooks, const LevelCounts& levels,
+float quantize_rows(const char* op, const Matrix& latents, const Codebooks& codebooks, const LevelCounts& levels,
                     const Quantized& result) {
   const int64_t rows = latents.rows, num_levels = codebooks.levels, size = codebooks.first.rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t used = levels.of(row, num_levels);
+    ZTOK_CHECK(used >= 0 && used <= num_levels, op, "levels: expected at most ", num_levels, ", got ", used);
+  }
   Buffer<double> errors(rows);
-  search_codes(latents, codebooks, Metric::l2, levels, {result.codes, nullptr, errors.get()});
+  const bool finite = search_codes(latents, codebooks, Metric::l2, levels, {result.codes, nullptr, errors.get()});
+  ZTOK_CHECK(finite, op, "codebooks: expected finite values, got NaN or infinity");
   const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / (latents.width * num_levels));
   torch::stable::parallel_for(0, rows, rows_per_task, [&](int64_t begin, int64_t end) {
     ZTOK_SELECT(sum_codes)(codebooks.first, num_levels, codebooks.level_stride, result.codes, begin, end,
@@ -61,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tenso
   Tensor commitment = torch::stable::new_empty(latents, {}, ScalarType::Float);
   Tensor codebook_loss = torch::stable::new_empty(latents, {}, ScalarType::Float);
   const float loss = quantize_rows(
-      matrix_of(kOp, "latents", rows), codebooks_of(kOp, books), level_counts(kOp, levels, num_rows),
+      kOp, matrix_of(kOp, "latents", rows), codebooks_of(kOp, books), level_counts(kOp, levels, num_rows),
       {codes.mutable_data_ptr<int32_t>(), quantized.mutable_data_ptr(), element_of(kOp, "latents", latents),
        usage.mutable_data_ptr<int64_t>()});
   *commitment.mutable_data_ptr<float>() = loss;

@@ -13,8 +13,9 @@ struct Quantized {
 };
 
 // The contract of ztok_fast.ops.residual_quantize. Returns the loss, the mean over the used levels of all rows of
-// |z - q|^2 / width, 0 when none is used. The result does not depend on the number of threads.
-float quantize_rows(const Matrix& latents, const Codebooks& codebooks, const LevelCounts& levels,
+// |z - q|^2 / width, 0 when none is used. The result does not depend on the number of threads. Throws if a level is
+// out of range or a code is not finite.
+float quantize_rows(const char* op, const Matrix& latents, const Codebooks& codebooks, const LevelCounts& levels,
                     const Quantized& result);
 
 }  // namespace ztok

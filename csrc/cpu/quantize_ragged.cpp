@@ -70,14 +70,15 @@ void normalise(const Tensor& from_ends, const Tensor& from_means, int64_t count,
   });
 }
 
-Tensor levels_of_units(const std::optional<Tensor>& levels, const UnitTable& table, int64_t units,
+Tensor levels_of_units(const std::optional<Tensor>& levels, const UnitTable& table, int64_t units, int64_t most,
                        const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {units}, ScalarType::Int);
   auto* values = static_cast<int32_t*>(out.mutable_data_ptr());
   const LevelCounts counts = level_counts(kOp, levels, table.sequences);
   for (int64_t s = 0; s < table.sequences; ++s) {
-    const int64_t end = std::min<int64_t>(table.cu_units[s + 1], units);
-    for (int64_t k = table.cu_units[s]; k < end; ++k) values[k] = static_cast<int32_t>(counts.of(s, 0));
+    const int64_t end = std::min<int64_t>(table.cu_units[s + 1], units), level = counts.of(s, 0);
+    ZTOK_CHECK(level >= 0 && level <= most, kOp, "levels: expected at most ", most, ", got ", level);
+    for (int64_t k = table.cu_units[s]; k < end; ++k) values[k] = static_cast<int32_t>(level);
   }
   return out;
 }
@@ -138,9 +139,9 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& mass, const Tensor& 
   Tensor quantized = torch::stable::new_empty(hidden, {total_units, width}, ScalarType::Float);
   Tensor usage = torch::stable::new_empty(hidden, {num_levels, codebooks.size(1)}, ScalarType::Long);
   std::optional<Tensor> unit_levels;
-  if (levels.has_value()) unit_levels = levels_of_units(levels, table, units, hidden);
+  if (levels.has_value()) unit_levels = levels_of_units(levels, table, units, num_levels, hidden);
   const Matrix rows{latents.const_data_ptr(), Element::float32, units, width, width};
-  const float loss = quantize_rows(rows, codebooks_of(kOp, codebooks), level_counts(kOp, unit_levels, units),
+  const float loss = quantize_rows(kOp, rows, codebooks_of(kOp, codebooks), level_counts(kOp, unit_levels, units),
                                    {static_cast<int32_t*>(codes.mutable_data_ptr()), quantized.mutable_data_ptr(),
                                     Element::float32, static_cast<int64_t*>(usage.mutable_data_ptr())});
   fill_rows(codes, units, int32_t(-1));

@@ -25,6 +25,7 @@ struct CodeBlock {
   float* bias;    // [kBlockCodes]: where scores start, -|c|^2 / 2 for l2, else 0; for what is no code the least float
   float longest;  // no code of the block is longer
   int64_t first, count;
+  bool suspect = false;  // the square of a code's length is no float32: it is very long, or not finite
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

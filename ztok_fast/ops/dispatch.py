@@ -132,21 +132,38 @@ def load(implementation: str) -> Callable:
     return getattr(import_module(module), function)
 
 
-def call(op: str, main: torch.Tensor, *args):
-    """Run an op's chosen backend on `main` (which decides the choice) and the other arguments."""
+def call(op: str, main: torch.Tensor, *args, check: Callable[[], None] | None = None):
+    """Run an op's chosen backend on `main` (which decides the choice) and the other arguments.
+
+    `check` raises for values that the op refuses. It runs first, or, with a backend that looks at them itself, only
+    after that has refused.
+    """
     others = ()
     if requirements.looks_at_arguments(op):
         others = {a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
     row = choose(op, main.device, main.dtype, main.shape[-1] if main.ndim > 1 else None, others, (main, *args))
-    return load(row.implementation)(main, *args)
+    return run_row(row, check, main, *args)
 
 
-def call_contiguous(op: str, *args):
+def run_row(row: requirements.Requirement, check: Callable[[], None] | None, *args):
+    """Run the backend of a row, with `check` as `call` says."""
+    if check is None or not row.checks_values:
+        if check is not None:
+            check()
+        return load(row.implementation)(*args)
+    try:
+        return load(row.implementation)(*args)
+    except RuntimeError:
+        check()
+        raise
+
+
+def call_contiguous(op: str, *args, check: Callable[[], None] | None = None):
     """`call` with every tensor made contiguous: what ops do whose backends read rows in place.
 
     Strided input is copied once here, and the results are laid out as the fake kernels say whatever came in.
     """
-    return call(op, *(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args))
+    return call(op, *[a.contiguous() if isinstance(a, torch.Tensor) else a for a in args], check=check)
 
 
 # What an op's arguments may be for `run` to leave out its registration: tensor subclasses dispatch for themselves.

@@ -52,6 +52,8 @@ class Requirement:
         arguments: what else it asks of the op's arguments.
         max_rows: most rows (size of the first dimension) of the main tensor, for kernels made for few; with more of
             them the next backend that can is chosen, which is how an op is dispatched by shape.
+        checks_values: it looks at the values of its arguments itself, while it reads them, and raises a RuntimeError
+            for those that the op refuses; the op's own checks, which say what is wrong, then run only after that.
     """
 
     op: str
@@ -65,6 +67,7 @@ class Requirement:
     library: str | None = None
     arguments: Arguments | None = None
     max_rows: int | None = None
+    checks_values: bool = False
 
 
 OLDEST_TRITON = (3, 6)
@@ -140,8 +143,8 @@ def _cuda(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **need
     )
 
 
-def _everywhere(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> tuple[Requirement, ...]:
-    return _cpp(op, family, dtypes), _cuda(op, family, dtypes), _reference(op, family, dtypes)
+def _everywhere(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs) -> tuple[Requirement, ...]:
+    return _cpp(op, family, dtypes, **needs), _cuda(op, family, dtypes), _reference(op, family, dtypes)
 
 
 _NO_NUCLEUS = Arguments(
@@ -150,13 +153,13 @@ _NO_NUCLEUS = Arguments(
 )
 
 REQUIREMENTS: tuple[Requirement, ...] = (
-    _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
+    _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
     _triton("codebook_assign", "nearest"),
     _reference("codebook_assign", "nearest"),
     _cpp("codebook_assign_backward", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("codebook_assign_backward", "nearest", "triton_gradients"),
     _reference("codebook_assign_backward", "nearest"),
-    _cpp("halting_units", "halting"),
+    _cpp("halting_units", "halting", checks_values=True),
     _triton("halting_units", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
     _reference("halting_units", "halting"),
     _cpp("halting_units_backward", "halting"),
@@ -168,24 +171,24 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("integrate_units_backward", "halting"),
     _triton("integrate_units_backward", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
     _reference("integrate_units_backward", "halting"),
-    _cpp("residual_quantize", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
+    _cpp("residual_quantize", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
     _triton("residual_quantize", "quantize", "triton_residual"),
     _reference("residual_quantize", "quantize"),
     _cpp("residual_quantize_backward", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("residual_quantize_backward", "quantize", "triton_residual"),
     _reference("residual_quantize_backward", "quantize"),
-    _cpp("quantize_ragged", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
+    _cpp("quantize_ragged", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
     _triton("quantize_ragged", "quantize"),
     _reference("quantize_ragged", "quantize"),
     _cpp("quantize_ragged_backward", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("quantize_ragged_backward", "quantize"),
     _reference("quantize_ragged_backward", "quantize"),
-    *_everywhere("ragged_pack", "ragged", ANY_DTYPE),
-    *_everywhere("ragged_unpack", "ragged", ANY_DTYPE),
-    *_everywhere("ragged_layout", "ragged", (torch.int32, torch.int64)),
-    *_everywhere("ragged_gather", "ragged", ANY_DTYPE),
+    *_everywhere("ragged_pack", "ragged", ANY_DTYPE, checks_values=True),
+    *_everywhere("ragged_unpack", "ragged", ANY_DTYPE, checks_values=True),
+    *_everywhere("ragged_layout", "ragged", (torch.int32, torch.int64), checks_values=True),
+    *_everywhere("ragged_gather", "ragged", ANY_DTYPE, checks_values=True),
     *_everywhere("ragged_gather_backward", "ragged"),
-    *_everywhere("ragged_scatter_add", "ragged"),
+    *_everywhere("ragged_scatter_add", "ragged", checks_values=True),
     # Dispatch by shape: few rows are bound by reading the weight, more by arithmetic. The other dtypes follow from that
     # of x, so that there is nothing to compare at a call.
     _cpp("lora_linear", "lora", UP_TO_FLOAT32),

@@ -64,7 +64,9 @@ def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float = 1.0, mode
     checks.check_cu_seqlens("halting_units", "cu_seqlens", cu_seqlens, "mass", mass)
     checks.check_positive("halting_units", "threshold", threshold)
     checks.check_choice("halting_units", "mode", mode, MODES)
-    weights, ends, unit, counts, cu_units = _halting_units(mass, cu_seqlens, float(threshold), mode)
+    weights, ends, unit, counts, cu_units = dispatch.run(
+        _registered_halting, _halting_kernel, mass, cu_seqlens, float(threshold), mode
+    )
     return HaltingUnits(ends, unit, weights, counts, cu_units)
 
 
@@ -83,13 +85,18 @@ def check_mass_values(op: str, mass: Tensor, threshold: float, mode: str) -> Non
         checks.fail(op, "mass", expected, f"{float(mass[row])} in row {row}")
 
 
-@torch.library.custom_op("ztok::halting_units", mutates_args=())
-def _halting_units(
+def _halting_kernel(
     mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks.check_cu_seqlens_values("halting_units", "cu_seqlens", cu_seqlens, mass.shape[0])
-    check_mass_values("halting_units", mass, threshold, mode)
-    return dispatch.call_contiguous("halting_units", mass, cu_seqlens, threshold, mode)
+    def check() -> None:
+        checks.check_cu_seqlens_values("halting_units", "cu_seqlens", cu_seqlens, mass.shape[0])
+        check_mass_values("halting_units", mass, threshold, mode)
+
+    return dispatch.call_contiguous("halting_units", mass, cu_seqlens, threshold, mode, check=check)
+
+
+_halting_units = torch.library.custom_op("ztok::halting_units", _halting_kernel, mutates_args=())
+_registered_halting = torch.ops.ztok.halting_units.default
 
 
 def fake_units(mass: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +161,16 @@ def integrate_units(rows: Tensor, units: HaltingUnits, total_units: int) -> Tens
     checks.check_tensor("integrate_units", "rows", rows, "[T, D]")
     check_units("integrate_units", units, rows)
     checks.check_count("integrate_units", "total_units", total_units)
-    return _integrate_units(rows, units.weights, units.unit, units.ends, units.cu_units, total_units)
+    return dispatch.run(
+        _registered_integrate,
+        _integrate_kernel,
+        rows,
+        units.weights,
+        units.unit,
+        units.ends,
+        units.cu_units,
+        total_units,
+    )
 
 
 def check_units(op: str, units: object, rows: Tensor) -> None:
@@ -177,12 +193,15 @@ def check_units(op: str, units: object, rows: Tensor) -> None:
     checks.check_size(op, "units.weights", units.weights, 1, 2, "own and carried share")
 
 
-@torch.library.custom_op("ztok::integrate_units", mutates_args=())
-def _integrate_units(
+def _integrate_kernel(
     rows: Tensor, weights: Tensor, unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int
 ) -> Tensor:
     check_total_units("integrate_units", cu_units, total_units)
     return dispatch.call_contiguous("integrate_units", rows, weights, unit, ends, cu_units, total_units)
+
+
+_integrate_units = torch.library.custom_op("ztok::integrate_units", _integrate_kernel, mutates_args=())
+_registered_integrate = torch.ops.ztok.integrate_units.default
 
 
 def check_total_units(op: str, cu_units: Tensor, total_units: int) -> None:

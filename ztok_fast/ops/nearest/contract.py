@@ -68,8 +68,10 @@ def check_codebook(op: str, argument: str, codebook: object, layout: str, main_a
 
 
 def _kernel(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    checks.check_finite_values("codebook_assign", "codebook", codebook)
-    return dispatch.call_contiguous("codebook_assign", x, codebook, metric)
+    def check() -> None:
+        checks.check_finite_values("codebook_assign", "codebook", codebook)
+
+    return dispatch.call_contiguous("codebook_assign", x, codebook, metric, check=check)
 
 
 _codebook_assign = torch.library.custom_op("ztok::codebook_assign", _kernel, mutates_args=())

@@ -82,9 +82,11 @@ def check_level_values(op: str, levels: Tensor | None, num_levels: int) -> None:
 def _kernel(
     latents: Tensor, codebooks: Tensor, levels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    checks.check_finite_values("residual_quantize", "codebooks", codebooks)
-    check_level_values("residual_quantize", levels, codebooks.shape[0])
-    return dispatch.call_contiguous("residual_quantize", latents, codebooks, levels)
+    def check() -> None:
+        checks.check_finite_values("residual_quantize", "codebooks", codebooks)
+        check_level_values("residual_quantize", levels, codebooks.shape[0])
+
+    return dispatch.call_contiguous("residual_quantize", latents, codebooks, levels, check=check)
 
 
 _residual_quantize = torch.library.custom_op("ztok::residual_quantize", _kernel, mutates_args=())
@@ -216,16 +218,16 @@ def quantize_ragged(
     if total_units is None:
         total_units = int(halting.halting_units(mass.detach(), cu_seqlens, threshold, mode).cu_units[-1])
     checks.check_count(op, "total_units", total_units)
-    outputs = _quantize_ragged(
-        hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, float(threshold), mode, total_units
+    arguments = hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels
+    outputs = dispatch.run(
+        _registered_ragged, _ragged_kernel, *arguments, float(threshold), mode, total_units
     )
     quantized, latents, commitment, codebook_loss, weights, codes, usage, _, ends, unit, counts, cu_units = outputs
     units = halting.HaltingUnits(ends, unit, weights, counts, cu_units)
     return QuantizedUnits(codes, quantized, latents, commitment, codebook_loss, usage, units)
 
 
-@torch.library.custom_op("ztok::quantize_ragged", mutates_args=())
-def _quantize_ragged(
+def _ragged_kernel(
     hidden: Tensor,
     mass: Tensor,
     cu_seqlens: Tensor,
@@ -239,15 +241,21 @@ def _quantize_ragged(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything in `QuantizedUnits`, and before `ends` the factors [K] that normalised the latents."""
     op = "quantize_ragged"
-    checks.check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, mass.shape[0])
-    halting.check_mass_values(op, mass, threshold, mode)
-    checks.check_finite_values(op, "codebooks", codebooks)
-    check_level_values(op, levels, codebooks.shape[0])
-    outputs = dispatch.call_contiguous(
-        op, hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
-    )
+
+    def check() -> None:
+        checks.check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, mass.shape[0])
+        halting.check_mass_values(op, mass, threshold, mode)
+        checks.check_finite_values(op, "codebooks", codebooks)
+        check_level_values(op, levels, codebooks.shape[0])
+
+    arguments = hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels
+    outputs = dispatch.call_contiguous(op, *arguments, threshold, mode, total_units, check=check)
     halting.check_total_units(op, outputs[-1], total_units)
     return outputs
+
+
+_quantize_ragged = torch.library.custom_op("ztok::quantize_ragged", _ragged_kernel, mutates_args=())
+_registered_ragged = torch.ops.ztok.quantize_ragged.default
 
 
 @_quantize_ragged.register_fake

@@ -22,10 +22,12 @@ def _check_rows(op: str, argument: str, value: object, layout: str, min_rank: in
 
 
 def _pack_kernel(padded: Tensor, cu_seqlens: Tensor, total: int, exact: bool) -> Tensor:
-    checks.check_cu_seqlens_values(
-        "ragged_pack", "cu_seqlens", cu_seqlens, total, exact, padded.shape[1], "dimension 1 of padded"
-    )
-    return dispatch.call("ragged_pack", padded, cu_seqlens, total)
+    def check() -> None:
+        limit = padded.shape[1], "dimension 1 of padded"
+        checks.check_cu_seqlens_values("ragged_pack", "cu_seqlens", cu_seqlens, total, exact, *limit)
+
+    checks.check_covered(check, cu_seqlens, total, exact)
+    return dispatch.call("ragged_pack", padded, cu_seqlens, total, check=check)
 
 
 _ragged_pack = torch.library.custom_op("ztok::ragged_pack", _pack_kernel, mutates_args=())
@@ -80,10 +82,12 @@ def ragged_pack(padded: Tensor, cu_seqlens: Tensor, total: int, exact: bool = Tr
 
 
 def _unpack_kernel(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: float, exact: bool) -> Tensor:
-    checks.check_cu_seqlens_values(
-        "ragged_unpack", "cu_seqlens", cu_seqlens, packed.shape[0], exact, max_length, "max_length"
-    )
-    return dispatch.call("ragged_unpack", packed, cu_seqlens, max_length, fill)
+    def check() -> None:
+        limit = max_length, "max_length"
+        checks.check_cu_seqlens_values("ragged_unpack", "cu_seqlens", cu_seqlens, packed.shape[0], exact, *limit)
+
+    checks.check_covered(check, cu_seqlens, packed.shape[0], exact)
+    return dispatch.call("ragged_unpack", packed, cu_seqlens, max_length, fill, check=check)
 
 
 _ragged_unpack = torch.library.custom_op("ztok::ragged_unpack", _unpack_kernel, mutates_args=())

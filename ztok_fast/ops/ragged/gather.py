@@ -69,10 +69,14 @@ def _check_index_values(
 
 
 def _layout_kernel(cu_seqlens: list[Tensor], totals: list[int], exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    for i, (cu, total) in enumerate(zip(cu_seqlens, totals)):
-        checks.check_cu_seqlens_values("ragged_layout", f"cu_seqlens[{i}]", cu, total, exact)
+    def check() -> None:
+        for i, (cu, total) in enumerate(zip(cu_seqlens, totals)):
+            checks.check_cu_seqlens_values("ragged_layout", f"cu_seqlens[{i}]", cu, total, exact)
+
     row = dispatch.choose("ragged_layout", cu_seqlens[0].device, cu_seqlens[0].dtype)
-    return dispatch.load(row.implementation)(cu_seqlens, totals)
+    layout = dispatch.run_row(row, check, cu_seqlens, totals)
+    checks.check_covered(check, layout[0], sum(totals), exact)
+    return layout
 
 
 _ragged_layout = torch.library.custom_op("ztok::ragged_layout", _layout_kernel, mutates_args=())
@@ -134,14 +138,18 @@ def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int], exact: bo
 def _gather_kernel(
     tables: list[Tensor], indices: list[Tensor | None], cu_seqlens: list[Tensor], exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    for i, (table, index, cu) in enumerate(zip(tables, indices, cu_seqlens)):
-        rows = table if index is None else index
-        checks.check_cu_seqlens_values("ragged_gather", f"cu_seqlens[{i}]", cu, rows.shape[0], exact)
-        if index is not None:
-            _check_index_values("ragged_gather", f"indices[{i}]", index, table.shape[0], None if exact else cu)
+    def check() -> None:
+        for i, (table, index, cu) in enumerate(zip(tables, indices, cu_seqlens)):
+            rows = table if index is None else index
+            checks.check_cu_seqlens_values("ragged_gather", f"cu_seqlens[{i}]", cu, rows.shape[0], exact)
+            if index is not None:
+                _check_index_values("ragged_gather", f"indices[{i}]", index, table.shape[0], None if exact else cu)
+
     main = tables[0]
     row = dispatch.choose("ragged_gather", main.device, main.dtype, main.shape[-1])
-    return dispatch.load(row.implementation)(tables, indices, cu_seqlens)
+    gathered = dispatch.run_row(row, check, tables, indices, cu_seqlens)
+    checks.check_covered(check, gathered[1], gathered[0].shape[0], exact)  # merged offsets are sums of the sources'
+    return gathered
 
 
 _ragged_gather = torch.library.custom_op("ztok::ragged_gather", _gather_kernel, mutates_args=())
@@ -287,8 +295,10 @@ def ragged_gather(
 
 
 def _scatter_kernel(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    _check_index_values("ragged_scatter_add", "index", index, num_rows)
-    return dispatch.call("ragged_scatter_add", rows, index, num_rows)
+    def check() -> None:
+        _check_index_values("ragged_scatter_add", "index", index, num_rows)
+
+    return dispatch.call("ragged_scatter_add", rows, index, num_rows, check=check)
 
 
 _ragged_scatter_add = torch.library.custom_op("ztok::ragged_scatter_add", _scatter_kernel, mutates_args=())
