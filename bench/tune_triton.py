@@ -30,7 +30,7 @@ def whole_candidates(width: int) -> list[Tile]:
     """Tiles for `residual_search_kernel`."""
     return [
         Tile(rows, codes, width, warps, 2)
-        for rows, codes, warps in ((64, 64, 4), (64, 64, 8), (128, 64, 8), (128, 32, 8), (32, 64, 4))
+        for rows, codes, warps in ((64, 64, 4), (64, 64, 8), (128, 64, 8), (128, 32, 8), (64, 32, 8), (32, 64, 4))
     ]
 
 
@@ -40,7 +40,7 @@ def step_candidates() -> list[Tile]:
         Tile(rows, codes, width, warps, stages)
         for rows, codes, width, warps, stages in (
             (128, 256, 64, 8, 3), (128, 256, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3),
-            (128, 128, 64, 8, 2), (128, 128, 32, 8, 2), (64, 128, 64, 4, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 2),
+            (128, 128, 64, 8, 2), (128, 128, 32, 8, 2), (128, 64, 32, 8, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 2),
         )
     ]  # fmt: skip
 
@@ -49,6 +49,7 @@ def entries() -> Iterator[tuple[str, tuple[int, ...], list[Tile]]]:
     """Table, key and candidates of every entry."""
     for terms in TERMS:
         yield "STEPS", terms, step_candidates()
+        yield "WIDE", terms, step_candidates()
     for width in WHOLE_WIDTHS:
         for terms in TERMS:
             yield "WHOLE", (width, *terms), whole_candidates(width)
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="compile only; no GPU is needed")
     parser.add_argument("--seconds", type=float, default=50, help="stop timing after so many seconds")
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100], help="for --dry")
-    parser.add_argument("--tables", nargs="+", choices=["WHOLE", "STEPS"], default=["WHOLE", "STEPS"])
+    parser.add_argument("--tables", nargs="+", choices=["WHOLE", "WIDE", "STEPS"], default=["WHOLE", "WIDE", "STEPS"])
     arguments = parser.parse_args(argv)
     if not arguments.dry:
         measure(time.monotonic() + arguments.seconds, arguments.tables)

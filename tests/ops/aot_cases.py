@@ -68,7 +68,7 @@ _NEAREST_TYPES = {(1, 1): ("*bf16", "*bf16"), (2, 1): ("*fp32", "*bf16"), (2, 2)
 _NEAREST_OUTPUTS = {"residual": "*fp32", "codes": "*i32", "distances": "*fp32", "usage": "*i64"}
 
 
-def nearest_case(table, arch, key, tile, width=1024):
+def nearest_case(table, arch, key, tile, width=1024, metric="l2"):
     """A tile of one of the tables of the nearest-code search, `WHOLE` or `STEPS`, with the key of its entry."""
     from ztok_fast.ops.nearest import triton_configs as configs
 
@@ -79,7 +79,7 @@ def nearest_case(table, arch, key, tile, width=1024):
         "num_warps": tile.warps, "num_stages": tile.stages, "capabilities": (capability,), "sm90_needs": ("wgmma",),
     }  # fmt: skip
     constants = {
-        "METRIC": "l2", "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False, "BM": tile.rows,
+        "METRIC": metric, "ROW_TERMS": terms[0], "CODE_TERMS": terms[1], "UPCAST": False, "BM": tile.rows,
         "BN": tile.codes,
     }  # fmt: skip
     name = f"{terms[0]}x{terms[1]}-{arch}"
@@ -87,20 +87,22 @@ def nearest_case(table, arch, key, tile, width=1024):
         return Case(
             f"scan-{width}-{name}", f"{_NEAREST}:scan_kernel",
             {
-                "x": rows, "terms": "*bf16", "low_terms": "*bf16", "offsets": "*fp32", "scores": "*fp32",
-                "indices": "*i32", "M": "i32", "V": "i32", "tiles": "i32",
+                "x": rows, "terms": "*bf16", "low_terms": "*bf16", "offsets": "*fp32", "row_levels": "*i32",
+                "scores": "*fp32", "indices": "*i32", "M": "i32", "V": "i32", "tiles": "i32", "level": "i32",
             },
-            {"D": width, **constants, "BK": tile.width}, slow=(width, *terms) != (1024, 1, 1), **options,
+            {"D": width, **constants, "LEVELS": True, "BK": tile.width}, slow=(width, *terms) != (1024, 1, 1), **options,
         )  # fmt: skip
+    lanes = table == "WHOLE"
+    width = key[0] if lanes else width
     return Case(
-        f"residual-search-{key[0]}-{name}", f"{_NEAREST}:residual_search_kernel",
+        f"residual-search-{width}-{metric}-{name}", f"{_NEAREST}:residual_search_kernel",
         {
             "x": rows, "book": codes, "terms": "*bf16", "offsets": "*fp32", "longest": "*i32", "row_levels": "*i32",
             **_NEAREST_OUTPUTS, "quantized": rows, "M": "i32", "V": "i32", "L": "i32",
         },
         {
-            "D": key[0], **constants, "LEVELS": True, "QUANTIZE": True, "REL": 1e-5, "BD": tile.width,
-            "BV": configs.EXACT_CODES, "BK": configs.SETTLE_WIDTH_INSIDE,
+            "D": width, **constants, "LEVELS": True, "QUANTIZE": True, "LANES": lanes, "REL": 1e-5, "BD": tile.width,
+            "BV": configs.SETTLE_CODES_INSIDE, "BK": configs.SETTLE_WIDTH_INSIDE,
         },
         slow=key != (64, 2, 2), **options,
     )  # fmt: skip
@@ -111,24 +113,28 @@ def _nearest_cases():
     from ztok_fast.ops.nearest import triton_configs as configs
 
     module, types, outputs = _NEAREST, _NEAREST_TYPES, _NEAREST_OUTPUTS
-    settle = {"REL": 1e-5, "BV": configs.EXACT_CODES, "BK": configs.SETTLE_WIDTH}
+    settle = {"REL": 1e-5, "BV": configs.SETTLE_CODES, "BK": configs.SETTLE_WIDTH}
     for arch in configs.WHOLE:
         for key, tile in configs.WHOLE[arch].items():
             yield nearest_case("WHOLE", arch, key, tile)
+        for key, tile in configs.WIDE[arch].items():
+            for metric in ("l2", "cosine", "dot"):
+                yield nearest_case("WIDE", arch, key, tile, metric=metric)
         for key, tile in configs.STEPS[arch].items():
             for width in (64, 1024):
                 yield nearest_case("STEPS", arch, key, tile, width)
     for terms, (rows, codes) in types.items():
-        yield Case(
-            f"settle-{terms[0]}x{terms[1]}",
-            f"{module}:settle_kernel",
-            {
-                "x": rows, "book": codes, "longest": "*i32", "scores": "*fp32", "indices": "*i32",
-                "row_levels": "*i32", **outputs, "M": "i32", "V": "i32", "L": "i32", "level": "i32", "parts": "i32",
-            },
-            {"D": 1024, "METRIC": "cosine", **settle, "BM": configs.SETTLE_ROWS, "LEVELS": True, "QUANTIZE": True},
-            configs.SETTLE_WARPS, slow=terms != (2, 2),
-        )  # fmt: skip
+        for metric in ("l2", "cosine", "dot"):
+            yield Case(
+                f"settle-{metric}-{terms[0]}x{terms[1]}",
+                f"{module}:settle_kernel",
+                {
+                    "x": rows, "book": codes, "longest": "*i32", "scores": "*fp32", "indices": "*i32",
+                    "row_levels": "*i32", **outputs, "M": "i32", "V": "i32", "L": "i32", "level": "i32", "parts": "i32",
+                },
+                {"D": 1024, "METRIC": metric, **settle, "BM": configs.SETTLE_ROWS, "LEVELS": True, "QUANTIZE": True},
+                configs.SETTLE_WARPS, slow=(metric, terms) != ("l2", (2, 2)),
+            )  # fmt: skip
         yield Case(
             f"prepare-codes-{terms[0]}x{terms[1]}",
             f"{module}:prepare_codes_kernel",

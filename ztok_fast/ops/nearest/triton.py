@@ -78,20 +78,22 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     # the first level leaves its residual in a copy, which is then the row that the others search
     source = x if levels == 1 else x.float() if x.dtype != torch.float32 else x.clone()
     rel = relative_error(width, prepared.row_terms, prepared.code_terms)
-    tile = configs.whole_tile(width, prepared.row_terms, prepared.code_terms, _capability(source))
-    if tile is not None and triton.cdiv(rows, tile.rows) >= configs.FULL_BLOCKS:
-        _whole(source, codebook, prepared, metric, row_levels, found, rel, tile)
+    kind, capability = (prepared.row_terms, prepared.code_terms), _capability(source)
+    whole, wide = configs.whole_tile(width, *kind, capability), configs.wide_tile(*kind, capability)
+    tile = whole or wide
+    if triton.cdiv(rows, tile.rows) >= configs.FULL_BLOCKS:
+        _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, tile, whole is not None)
     else:
         _by_level(source, codebook, prepared, metric, row_levels, found, rel)
     return found
 
 
-def _settle_sizes(width: int, step: int) -> dict[str, int]:
-    return {"BV": configs.EXACT_CODES, "BK": min(step, triton.next_power_of_2(width))}
+def _settle_sizes(width: int, step: int, codes: int) -> dict[str, int]:
+    return {"BV": codes, "BK": min(step, triton.next_power_of_2(width))}
 
 
-def _whole(source, codebook, prepared, metric, row_levels, found, rel, tile):
-    """All levels in one launch, for rows that fit a tile and enough of them to fill the device."""
+def _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, tile, lanes):
+    """All levels in one launch, for enough rows to fill the device. `lanes`: the tile covers the width."""
     rows, width = source.shape
     levels, size, _ = codebook.shape
     kernels.residual_search_kernel[(triton.cdiv(rows, tile.rows),)](
@@ -99,13 +101,21 @@ def _whole(source, codebook, prepared, metric, row_levels, found, rel, tile):
         found.codes, found.distances, found.usage, found.quantized, rows, size, levels,
         REL=rel, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
         UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=found.usage is not None,
-        BM=tile.rows, BN=tile.codes, BD=tile.width, **_settle_sizes(width, configs.SETTLE_WIDTH_INSIDE),
+        LANES=lanes, BM=tile.rows, BN=tile.codes, BD=tile.width, **_settle_sizes(width, configs.SETTLE_WIDTH_INSIDE, configs.SETTLE_CODES_INSIDE),
         num_warps=tile.warps, num_stages=tile.stages, **configs.FUSION,
     )  # fmt: skip
 
 
+def _part_scores(parts: int, source: Tensor) -> tuple[Tensor, Tensor]:
+    """What `scan_kernel` leaves; of rows that use no level nothing is written or read."""
+    rows = source.shape[0]
+    scores = torch.empty((parts, 3, rows), dtype=torch.float32, device=source.device)
+    return scores, torch.empty((parts, 2, rows), dtype=torch.int32, device=source.device)
+
+
 def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
-    """Two launches per level, for wide rows and for rows so few that the codebook has to be split over the device."""
+    """Two launches per level (and one for the sum of the codes), for so few rows that the codebook has to be split over
+    the device to fill it."""
     rows, width = source.shape
     levels, size, _ = codebook.shape
     quantize = found.usage is not None
@@ -114,17 +124,17 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
     parts = max(1, min(tiles, configs.MOST_PARTS, configs.FULL_BLOCKS // blocks))
     tiles_per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, tiles_per_part)
-    scores = torch.empty((parts, 3, rows), dtype=torch.float32, device=source.device)
-    indices = torch.empty((parts, 2, rows), dtype=torch.int32, device=source.device)
-    sizes = _settle_sizes(width, configs.SETTLE_WIDTH)
+    scores, indices = _part_scores(parts, source)
+    sizes = _settle_sizes(width, configs.SETTLE_WIDTH, configs.SETTLE_CODES)
     settle_grid = (triton.cdiv(rows, configs.SETTLE_ROWS),)
     for level in range(levels):
         kernels.scan_kernel[(blocks, parts)](
             source, prepared.terms[..., level, :, :] if prepared.code_terms == 1 else prepared.terms[0, level],
             prepared.terms[1, level] if prepared.code_terms == 2 else None,
-            prepared.offsets[level], scores, indices, rows, size, tiles_per_part,
+            prepared.offsets[level], row_levels, scores, indices, rows, size, tiles_per_part, level,
             D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
-            UPCAST=triton_is_interpreted(), BM=tile.rows, BN=tile.codes, BK=tile.width,
+            UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None,
+            BM=tile.rows, BN=tile.codes, BK=tile.width,
             num_warps=tile.warps, num_stages=tile.stages, **configs.FUSION,
         )  # fmt: skip
         kernels.settle_kernel[settle_grid](

@@ -19,22 +19,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-# rows and width of a step of `settle_kernel`, and the width of a step inside `residual_search_kernel`
-SETTLE_ROWS, SETTLE_WIDTH, SETTLE_WARPS = 16, 64, 4
-SETTLE_WIDTH_INSIDE = 16
-# codes per step of the float64 search of one row
-EXACT_CODES = 64
+# rows and width of a step of `settle_kernel`, codes per step of its float64 search of one row, warps
+SETTLE_ROWS, SETTLE_WIDTH, SETTLE_CODES, SETTLE_WARPS = 16, 128, 32, 8
+# width and codes of such steps inside `residual_search_kernel`
+SETTLE_WIDTH_INSIDE, SETTLE_CODES_INSIDE = 16, 64
 # fewer blocks of rows than this leave multiprocessors idle: the codebook is split until there are about as many
 FULL_BLOCKS = 128
 MOST_PARTS = 32
 
 # Chosen by what `python -m bench.tune_triton --dry` reports (registers, shared memory, no spills), not by timings: no
 # GPU was at hand. Architecture -> (width at most, row terms, code terms) -> tile of `residual_search_kernel`. Rows
-# wider than an entry, or of an architecture without one, go through `scan_kernel` level by level.
+# wider than an entry, or of an architecture without one, take a tile of WIDE.
 WHOLE: dict[str, dict[tuple[int, int, int], Tile]] = {
     "sm_80": {
         (64, 1, 1): Tile(64, 64, 64, 8, 2),
-        (64, 2, 1): Tile(64, 64, 64, 8, 2),
+        (64, 2, 1): Tile(64, 32, 64, 8, 2),
     },
     "sm_90": {
         (64, 1, 1): Tile(64, 64, 64, 8, 2),
@@ -49,6 +48,24 @@ WHOLE: dict[str, dict[tuple[int, int, int], Tile]] = {
         (64, 2, 1): Tile(64, 64, 64, 8, 2),
         (64, 2, 2): Tile(64, 64, 64, 8, 2),
         (256, 2, 1): Tile(64, 64, 256, 8, 2),
+    },
+}
+# (row terms, code terms) -> tile of `residual_search_kernel` for rows without an entry in WHOLE
+WIDE: dict[str, dict[tuple[int, int], Tile]] = {
+    "sm_80": {
+        (1, 1): Tile(128, 128, 32, 8, 3),
+        (2, 1): Tile(128, 128, 32, 8, 3),
+        (2, 2): Tile(128, 64, 32, 8, 3),
+    },
+    "sm_90": {
+        (1, 1): Tile(128, 128, 64, 8, 3),
+        (2, 1): Tile(128, 128, 32, 8, 3),
+        (2, 2): Tile(128, 128, 32, 8, 3),
+    },
+    "sm_100": {
+        (1, 1): Tile(128, 128, 32, 8, 3),
+        (2, 1): Tile(128, 128, 64, 8, 3),
+        (2, 2): Tile(128, 128, 32, 8, 3),
     },
 }
 # (row terms, code terms) -> tile of `scan_kernel`
@@ -87,3 +104,8 @@ def whole_tile(width: int, row_terms: int, code_terms: int, capability: tuple[in
 def step_tile(row_terms: int, code_terms: int, capability: tuple[int, int]) -> Tile:
     """Tile of `scan_kernel`."""
     return STEPS[architecture(capability)][row_terms, code_terms]
+
+
+def wide_tile(row_terms: int, code_terms: int, capability: tuple[int, int]) -> Tile:
+    """Tile of `residual_search_kernel` for rows of any width."""
+    return WIDE[architecture(capability)][row_terms, code_terms]

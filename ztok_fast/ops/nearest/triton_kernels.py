@@ -1,13 +1,18 @@
 """Kernels of the nearest-code search, built from the device functions of `triton_scan.py`.
 
     prepare_codes_kernel    offsets, terms and greatest length of the codes, once per call
-    residual_search_kernel  all levels in one launch; a block owns BM rows            (width <= 256, many rows)
-    scan_kernel             one level; the codebook is split over the second grid axis (any width, few rows)
+    residual_search_kernel  all levels in one launch; a block owns BM rows              (enough rows to fill the device)
+    scan_kernel             one level; the codebook is split over the second grid axis  (few rows)
     settle_kernel           merges the parts of scan_kernel and makes the next level's residual
     sum_codes_kernel        the sum of a row's codes over the levels
 
 Between two levels the residual of a block of rows goes through global memory: its BM x d x 4 bytes are read back by the
 block that wrote them, out of L1 or L2. Registers have no room for it beside the running minima of the scan.
+
+With few rows a level takes two launches. In one launch a level could begin only when every part of the level before is
+merged, which is a barrier over the whole grid; that deadlocks unless all blocks are resident at once.
+
+A block of rows none of which has a level left is not searched, and neither are its scores read.
 
 The number of rows and of codes are run-time numbers that no code is specialised on; the width is a constant.
 """
@@ -83,6 +88,14 @@ def write_level(
 
 
 @triton.jit
+def write_no_level(rows, codes_out, distances, level, M, L, BM: tl.constexpr):
+    """What a level gives rows that do not use it, in a block where none does: their residual is not touched."""
+    out = rows.to(tl.int64) * L + level
+    tl.store(codes_out + out, tl.full([BM], -1, tl.int32), mask=rows < M)
+    tl.store(distances + out, tl.zeros([BM], tl.float32), mask=rows < M)
+
+
+@triton.jit
 def scan_lanes(
     x, rows, terms, low_terms, offsets, M, V,
     D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr, UPCAST: tl.constexpr,
@@ -111,33 +124,65 @@ def scan_lanes(
     return first, i, runner, j, tl.minimum(third, tl.min(second, 1))
 
 
+@triton.jit
+def scan_steps(
+    x, rows, terms, low_terms, offsets, M, V, begin, end,
+    D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The tiles of codes [begin, end) for BM rows, the width in steps of BK; the lanes of a row meet after every tile."""
+    first = tl.full([BM], float("inf"), tl.float32)
+    second, third = first, first
+    i = tl.zeros([BM], tl.int32)
+    j = i
+    for tile in range(begin, end):
+        cols = tile * BN + tl.arange(0, BN)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for step in range(0, tl.cdiv(D, BK)):
+            k = step * BK + tl.arange(0, BK)
+            values = load_rows(x, rows, k, M, D, ROW_TERMS, UPCAST)
+            codes = load_codes(terms, cols, k, V, D, UPCAST)
+            low = load_codes(low_terms, cols, k, V, D, UPCAST) if CODE_TERMS == 2 else codes
+            acc = dot_terms(values, codes, low, acc, ROW_TERMS, CODE_TERMS)
+        offset = tl.load(offsets + cols, mask=cols < V, other=0.0)
+        score = score_of(acc, offset, cols, V, METRIC)
+        a, ai, b, bj, c = least_two(score, tl.broadcast_to(cols[None, :], score.shape))
+        first, i, second, j, third = merge_two(first, i, second, j, third, a, ai, b, bj, c)
+    return first, i, second, j, third
+
+
 @triton.jit(do_not_specialize=["M", "V", "L"])
 def residual_search_kernel(
     x, book, terms, offsets, longest, row_levels, residual, codes, distances, usage, quantized, M, V, L,
     REL: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr,
-    UPCAST: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr,
+    UPCAST: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr, LANES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """All L levels of BM rows. LEVELS: rows use `row_levels` of them. QUANTIZE: also usage counts and the sum of codes.
-    `residual` [M, D] float32 holds x on entry if there is more than one level."""
+    LANES: BD covers the width (`scan_lanes`); else the width is walked in steps of BD (`scan_steps`).
+    `residual` [M, D] float32 is x itself if there is more than one level."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    used_levels = tl.where(rows < M, L, 0)
     if LEVELS:
-        used_levels = tl.load(row_levels + rows, mask=rows < M, other=0).to(tl.int32)
+        used_levels = tl.minimum(tl.load(row_levels + rows, mask=rows < M, other=0).to(tl.int32), used_levels)
     book_size = V.to(tl.int64) * D
-    for level in range(0, L):
+    deepest = tl.maximum(tl.max(used_levels, 0), 0)
+    for level in range(0, deepest):
         at = book_size * level
-        second = book_size * L
-        used = used_levels > level if LEVELS else rows < M
-        code = tl.zeros([BM], tl.int32)
-        distance = tl.zeros([BM], tl.float64)
-        # a block of rows that use no more levels costs no search
-        if tl.max(used.to(tl.int32), 0) > 0:
+        low = terms + book_size * L + at
+        used = used_levels > level
+        if LANES:
             found = scan_lanes(
-                x, rows, terms + at, terms + second + at, offsets + level * V, M, V,
+                x, rows, terms + at, low, offsets + level * V, M, V,
                 D, METRIC, ROW_TERMS, CODE_TERMS, UPCAST, BM, BN, BD,
             )  # fmt: skip
-            length = tl.load(longest + level).to(tl.float32, bitcast=True)
-            code, distance = settle(x, rows, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
+        else:
+            found = scan_steps(
+                x, rows, terms + at, low, offsets + level * V, M, V, 0, tl.cdiv(V, BN),
+                D, METRIC, ROW_TERMS, CODE_TERMS, UPCAST, BM, BN, BD,
+            )  # fmt: skip
+        length = tl.load(longest + level).to(tl.float32, bitcast=True)
+        code, distance = settle(x, rows, used, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
         # every thread has read the residual before any writes it, and has written it before the next level reads it
         tl.debug_barrier()
         write_level(
@@ -145,7 +190,11 @@ def residual_search_kernel(
             D, BM, BK, QUANTIZE,
         )  # fmt: skip
         tl.debug_barrier()
+    for level in range(deepest, L):
+        write_no_level(rows, codes, distances, level, M, L, BM)
     if QUANTIZE:
+        # the codes of the levels above are read back
+        tl.debug_barrier()
         sum_codes(rows, book, codes, quantized, M, V, L, D, BK)
 
 
@@ -173,39 +222,34 @@ def sum_codes_kernel(book, codes, quantized, M, V, L, D: tl.constexpr, BM: tl.co
     sum_codes(tl.program_id(0) * BM + tl.arange(0, BM), book, codes, quantized, M, V, L, D, BK)
 
 
-@triton.jit(do_not_specialize=["M", "V", "tiles"])
+@triton.jit(do_not_specialize=["M", "V", "tiles", "level"])
 def scan_kernel(
-    x, terms, low_terms, offsets, scores, indices, M, V, tiles,
+    x, terms, low_terms, offsets, row_levels, scores, indices, M, V, tiles, level,
     D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    LEVELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """`tiles` tiles of codes for BM rows, the width in steps of BK. Grid: blocks of rows, parts of the codebook.
-    Writes the part's two least scores and the third to `scores` [parts, 3, M], indices of the two to [parts, 2, M]."""
+    Writes the part's two least scores and the third to `scores` [parts, 3, M], indices of the two to [parts, 2, M];
+    nothing, and nothing is searched, for a block of rows none of which uses the level (LEVELS)."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = rows < M
     part = tl.program_id(1)
-    first = tl.full([BM], float("inf"), tl.float32)
-    second, third = first, first
-    i = tl.zeros([BM], tl.int32)
-    j = i
-    for tile in range(part * tiles, tl.minimum((part + 1) * tiles, tl.cdiv(V, BN))):
-        cols = tile * BN + tl.arange(0, BN)
-        acc = tl.zeros([BM, BN], tl.float32)
-        for step in range(0, tl.cdiv(D, BK)):
-            k = step * BK + tl.arange(0, BK)
-            values = load_rows(x, rows, k, M, D, ROW_TERMS, UPCAST)
-            codes = load_codes(terms, cols, k, V, D, UPCAST)
-            low = load_codes(low_terms, cols, k, V, D, UPCAST) if CODE_TERMS == 2 else codes
-            acc = dot_terms(values, codes, low, acc, ROW_TERMS, CODE_TERMS)
-        offset = tl.load(offsets + cols, mask=cols < V, other=0.0)
-        score = score_of(acc, offset, cols, V, METRIC)
-        a, ai, b, bj, c = least_two(score, tl.broadcast_to(cols[None, :], score.shape))
-        first, i, second, j, third = merge_two(first, i, second, j, third, a, ai, b, bj, c)
+    begin = part * tiles
+    end = tl.minimum(begin + tiles, tl.cdiv(V, BN))
+    if LEVELS:
+        searched = tl.max((tl.load(row_levels + rows, mask=inside, other=0) > level).to(tl.int32), 0) > 0
+        end = tl.where(searched, end, begin)
+        inside = rows < tl.where(searched, M, 0)
+    first, i, second, j, third = scan_steps(
+        x, rows, terms, low_terms, offsets, M, V, begin, end,
+        D, METRIC, ROW_TERMS, CODE_TERMS, UPCAST, BM, BN, BK,
+    )  # fmt: skip
     at = part.to(tl.int64) * M + rows
-    tl.store(scores + 3 * part.to(tl.int64) * M + rows, first, mask=rows < M)
-    tl.store(scores + (3 * part.to(tl.int64) + 1) * M + rows, second, mask=rows < M)
-    tl.store(scores + (3 * part.to(tl.int64) + 2) * M + rows, third, mask=rows < M)
-    tl.store(indices + at + part.to(tl.int64) * M, i, mask=rows < M)
-    tl.store(indices + at + (part.to(tl.int64) + 1) * M, j, mask=rows < M)
+    tl.store(scores + 3 * part.to(tl.int64) * M + rows, first, mask=inside)
+    tl.store(scores + (3 * part.to(tl.int64) + 1) * M + rows, second, mask=inside)
+    tl.store(scores + (3 * part.to(tl.int64) + 2) * M + rows, third, mask=inside)
+    tl.store(indices + at + part.to(tl.int64) * M, i, mask=inside)
+    tl.store(indices + at + (part.to(tl.int64) + 1) * M, j, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "V", "L", "level", "parts"])
@@ -216,28 +260,30 @@ def settle_kernel(
 ):  # fmt: skip
     """Codes and distances of BM rows at one level from the parts that `scan_kernel` left; the next level's residual."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = rows < M
-    first = tl.full([BM], float("inf"), tl.float32)
-    second, third = first, first
-    i = tl.zeros([BM], tl.int32)
-    j = i
-    for part in range(0, parts):  # in a fixed order
-        s = scores + M.to(tl.int64) * 3 * part + rows
-        n = indices + M.to(tl.int64) * 2 * part + rows
-        a, b, c = tl.load(s, inside, 0.0), tl.load(s + M, inside, 0.0), tl.load(s + 2 * M, inside, 0.0)
-        ai, bj = tl.load(n, inside, 0), tl.load(n + M, inside, 0)
-        first, i, second, j, third = merge_two(first, i, second, j, third, a, ai, b, bj, c)
-    at = level.to(tl.int64) * V * D
-    found = first, i, second, j, third
-    used = tl.load(row_levels + rows, mask=inside, other=0) > level if LEVELS else inside
-    code = tl.zeros([BM], tl.int32)
-    distance = tl.zeros([BM], tl.float64)
+    used = rows < M
+    if LEVELS:
+        used = tl.load(row_levels + rows, mask=used, other=0) > level
     if tl.max(used.to(tl.int32), 0) > 0:
+        first = tl.full([BM], float("inf"), tl.float32)
+        second, third = first, first
+        i = tl.zeros([BM], tl.int32)
+        j = i
+        for part in range(0, parts):  # in a fixed order
+            s = scores + M.to(tl.int64) * 3 * part + rows
+            n = indices + M.to(tl.int64) * 2 * part + rows
+            # rows that do not use the level may have no scores
+            a, b, c = tl.load(s, used, 0.0), tl.load(s + M, used, 0.0), tl.load(s + 2 * M, used, 0.0)
+            ai, bj = tl.load(n, used, 0), tl.load(n + M, used, 0)
+            first, i, second, j, third = merge_two(first, i, second, j, third, a, ai, b, bj, c)
+        at = level.to(tl.int64) * V * D
+        found = first, i, second, j, third
         length = tl.load(longest + level).to(tl.float32, bitcast=True)
-        code, distance = settle(x, rows, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
-    # the residual is read for the last time before any thread writes it
-    tl.debug_barrier()
-    write_level(
-        x, rows, code, distance, used, book + at, residual, codes, distances, usage, level, level + 1 == L, M, V, L,
-        D, BM, BK, QUANTIZE,
-    )  # fmt: skip
+        code, distance = settle(x, rows, used, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
+        # the residual is read for the last time before any thread writes it
+        tl.debug_barrier()
+        write_level(
+            x, rows, code, distance, used, book + at, residual, codes, distances, usage, level, level + 1 == L, M, V, L,
+            D, BM, BK, QUANTIZE,
+        )  # fmt: skip
+    else:
+        write_no_level(rows, codes, distances, level, M, L, BM)

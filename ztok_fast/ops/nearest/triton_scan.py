@@ -180,6 +180,7 @@ def candidate_scores(
 def settle(
     x,
     rows,
+    used,
     found,
     book,
     longest,
@@ -194,7 +195,8 @@ def settle(
 ):
     """Codes int32 [BM] and distances float64 [BM] of rows of x from what the scan found, see the head of this file.
 
-    Rows with NaN or infinity get code 0 and distance NaN. `longest` is the length of the longest code.
+    Rows with NaN or infinity get code 0 and distance NaN. `longest` is the length of the longest code. Only rows that are
+    `used` are searched a second time; what the others get has no meaning.
     """
     best, i, second, j, third = found
     score_i, score_j, x_norm, bad = candidate_scores(x, rows, i, j, book, M, V, D, METRIC, BM, BK)
@@ -211,7 +213,7 @@ def settle(
     take_j = ((second > limit).to(tl.int32) == 0) & ((score_j < score_i) | ((score_j == score_i) & (j < i)))
     code = tl.where(take_j, j, i)
     score = tl.where(take_j, score_j, score_i)
-    open_rows = (((third > limit) & sure).to(tl.int32) ^ 1) * ((bad == 0) & (rows < M)).to(tl.int32)
+    open_rows = (((third > limit) & sure).to(tl.int32) ^ 1) * ((bad == 0) & used).to(tl.int32)
     if METRIC != "l2":  # all codes are equally near a row of zeros
         zero_row = (x_norm == 0) & (open_rows == 1) & (score_i == 0)
         code = tl.where(zero_row, 0, code)
