@@ -134,7 +134,8 @@ bool search_many(const Problem& problem, int64_t block_rows) {
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
   Buffer<float> panels(levels * blocks * block_floats(width)), bias(levels * blocks * kBlockCodes);
   std::vector<CodeBlock> packed(levels * blocks);
-  torch::stable::parallel_for(0, levels * blocks, 1, [&](int64_t begin, int64_t end) {
+  const double elements = static_cast<double>(levels) * blocks * block_floats(width);
+  share(levels * blocks, 1, 8 * elements / kBytesPerNanosecond, [&](int64_t begin, int64_t end) {
     Packer packer(problem, false);
     for (int64_t i = begin; i < end; ++i) {
       packed[i] = packer.pack(problem, problem.codebooks.level(i / blocks), i % blocks,
@@ -143,15 +144,15 @@ bool search_many(const Problem& problem, int64_t block_rows) {
   });
   const bool suspect = std::any_of(packed.begin(), packed.end(), [](const CodeBlock& b) { return b.suspect; });
   if (suspect && !all_finite(problem.codebooks)) return false;
-  // Threads share register tiles, which they cut into blocks of equal size.
+  // Blocks of equal size, whole register tiles each.
   const int64_t tiles = (problem.rows.rows + kTileRows - 1) / kTileRows, most = block_rows / kTileRows;
-  torch::stable::parallel_for(0, tiles, most / 2, [&](int64_t begin, int64_t end) {
+  const int64_t row_blocks = (tiles + most - 1) / most;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), row_blocks);
+  share_among(threads, row_blocks, 1, [&](int64_t, const auto& claims) {
     RowBlock block(problem, block_rows);
     SearchState state(block_rows);
-    const int64_t row_blocks = (end - begin + most - 1) / most;
-    for (int64_t i = 0; i < row_blocks; ++i) {
-      const int64_t first = (begin + (end - begin) * i / row_blocks) * kTileRows;
-      const int64_t last = (begin + (end - begin) * (i + 1) / row_blocks) * kTileRows;
+    claims([&](int64_t i, int64_t) {
+      const int64_t first = tiles * i / row_blocks * kTileRows, last = tiles * (i + 1) / row_blocks * kTileRows;
       block.load(problem, first, std::min(last, problem.rows.rows) - first);
       for (int64_t level = 0; level < levels; ++level) {
         const Matrix codes = problem.codebooks.level(level);
@@ -163,7 +164,7 @@ bool search_many(const Problem& problem, int64_t block_rows) {
         ZTOK_SELECT(settle)(&state.search, 1, 0, state.search.count, codes, problem.metric, block.rows.get(),
                             block.settled(problem, level));
       }
-    }
+    });
   });
   return true;
 }
@@ -176,23 +177,28 @@ bool search_few(const Problem& problem) {
   // For one row and a small codebook a sleeping thread wakes when the work is done.
   const double elements = static_cast<double>(problem.codebooks.first.rows) * width;
   const double nanoseconds = elements * (num_rows / kProductsPerNanosecond + 4 / kBytesPerNanosecond);
-  const int64_t parts = std::min(threads_for(nanoseconds), blocks);
+  const int64_t threads = std::min(threads_for(nanoseconds), blocks);
   RowBlock block(problem, num_rows);
   block.load(problem, 0, num_rows);
+  const bool may_unpack = num_rows <= kUnpackedRows && problem.metric != Metric::cosine;
   std::vector<SearchState> states;
-  for (int64_t part = 0; part < parts; ++part) states.emplace_back(num_rows);
-  std::vector<Search> searches(parts);
+  std::vector<Packer> packers;
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    states.emplace_back(num_rows);
+    packers.emplace_back(problem, !may_unpack || problem.levels.data != nullptr);
+  }
+  std::vector<Search> searches(threads);
   bool suspect = false;
   for (int64_t level = 0; level < problem.codebooks.levels; ++level) {
     const Matrix codes = problem.codebooks.level(level);
     const int64_t active = block.pack(problem, level);
-    const bool unpacked = num_rows <= kUnpackedRows && active == num_rows && problem.metric != Metric::cosine;
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      Packer packer(problem, true);
-      for (int64_t part = begin; part < end; ++part) {
-        SearchState& state = states[part];
-        state.begin(block, active, width);
-        for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
+    const bool unpacked = may_unpack && active == num_rows;
+    const auto search = [&](int64_t thread, const auto& claims) {
+      SearchState& state = states[thread];
+      Packer& packer = packers[thread];
+      state.begin(block, active, width);
+      claims([&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
           if (unpacked) {
             CodeBlock block_of_codes{nullptr, nullptr, 0, b * kBlockCodes,
                                      std::min<int64_t>(kBlockCodes, codes.rows - b * kBlockCodes), false};
@@ -202,10 +208,15 @@ bool search_few(const Problem& problem) {
           CodeBlock& packed = packer.pack(problem, codes, b, packer.panels.get(), packer.bias.get());
           ZTOK_SELECT(search_block)(state.search, packed, codes, problem.metric, state.scratch.get());
         }
-        searches[part] = state.search;
-      }
-    });
-    ZTOK_SELECT(settle)(searches.data(), parts, 0, active, codes, problem.metric, block.rows.get(),
+      });
+      searches[thread] = state.search;
+    };
+    if (threads == 1) {
+      search(0, [&](const auto& body) { body(0, blocks); });
+    } else {
+      share_among(threads, blocks, 4, search);
+    }
+    ZTOK_SELECT(settle)(searches.data(), threads, 0, active, codes, problem.metric, block.rows.get(),
                         block.settled(problem, level));
     for (const Search& search : searches) suspect |= search.suspect;
   }

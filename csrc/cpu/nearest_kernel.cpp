@@ -127,7 +127,9 @@ Winner settle_slot(const Search* searches, int64_t parts, int64_t slot, const fl
     for (int i = 0; i < searches[part].candidate_counts[slot]; ++i) {
       if (candidates[i].upper < lower) continue;
       const double score = exact_score(row, codes, candidates[i].code, metric);
-      if (winner.code < 0 || score < winner.score) winner = {candidates[i].code, score};
+      // of equal codes the lowest, whichever search has it
+      const bool first = score == winner.score && candidates[i].code < winner.code;
+      if (winner.code < 0 || score < winner.score || first) winner = {candidates[i].code, score};
     }
   }
   return winner;

@@ -57,7 +57,7 @@ ZTOK_KERNEL(void, search_unpacked, Search& search, CodeBlock& block, const Matri
             float* scratch)
 
 // After the last block: the winner of rows [begin, end) among the candidates of `parts` searches of the same rows over
-// different codes, in ascending order; what the winner leaves over replaces the row.
+// different codes; what the winner leaves over replaces the row.
 ZTOK_KERNEL(void, settle, const Search* searches, int64_t parts, int64_t begin, int64_t end, const Matrix& codes,
             Metric metric, float* rows, const Settled& settled)
 

@@ -40,18 +40,13 @@ inline int64_t threads_for(double nanoseconds) {
   return std::min<int64_t>(torch::stable::get_num_threads(), worth);
 }
 
-// Calls body(begin, end) for all of [0, count), on as many threads as `nanoseconds` of work are worth. Threads take
-// at most `step` of them at a time from a shared counter, fewer towards the end: one that was asleep or shares its
-// core holds nobody up. Which thread does what is left to chance; no result depends on it.
-template <typename Body>
-void share(int64_t count, int64_t step, double nanoseconds, const Body& body) {
-  const int64_t threads = std::min(threads_for(nanoseconds), count);
-  if (threads <= 1) {
-    body(0, count);
-    return;
-  }
+// Calls worker(thread, claims) once on each of `threads` threads; claims(body) calls body(begin, end) until all of
+// [0, count) is done. Threads take at most `step` of them at a time from a shared counter, fewer towards the end: one
+// that was asleep or shares its core holds nobody up. Which thread does what is left to chance; no result depends on it.
+template <typename Worker>
+void share_among(int64_t threads, int64_t count, int64_t step, const Worker& worker) {
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  const auto claims = [&](const auto& body) {
     for (int64_t begin = next.load(); begin < count;) {
       const int64_t end = begin + std::clamp<int64_t>((count - begin) / (2 * threads), 1, step);
       if (next.compare_exchange_weak(begin, end)) {
@@ -59,7 +54,21 @@ void share(int64_t count, int64_t step, double nanoseconds, const Body& body) {
         begin = next.load();
       }
     }
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) worker(thread, claims);
   });
+}
+
+// The same for bodies that need nothing of their thread, on as many threads as `nanoseconds` of work are worth.
+template <typename Body>
+void share(int64_t count, int64_t step, double nanoseconds, const Body& body) {
+  const int64_t threads = std::min(threads_for(nanoseconds), count);
+  if (threads <= 1) {
+    body(0, count);
+    return;
+  }
+  share_among(threads, count, step, [&](int64_t, const auto& claims) { claims(body); });
 }
 
 }  // namespace ztok
