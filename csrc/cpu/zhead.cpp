@@ -108,7 +108,9 @@ Choice merge(const ZRow* rows, int64_t parts, int64_t stride, const float* hidde
       const double logit = ZTOK_SELECT(z_logit)(hidden, codes, candidate.code);
       double score = logit;
       if (sampling.temperature != 0) score = logit / sampling.temperature + noise_of(row.key, candidate.code);
-      if (best.code < 0 || score > most) most = score, best = candidate, logit_of_best = logit;
+      // of equal codes the lowest, whichever thread has it
+      const bool first = score == most && candidate.code < best.code;
+      if (best.code < 0 || score > most || first) most = score, best = candidate, logit_of_best = logit;
     }
   }
   float largest = masses[0].largest;
@@ -135,16 +137,15 @@ void select_rows(const float* hidden, int64_t first, int64_t count, const Matrix
   const int64_t parts = exactly ? 1 : std::min(threads, blocks);
   std::vector<ZRow> rows(parts * count);
   Buffer<ZMass> masses(count * blocks);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  share_among(parts, exactly ? 0 : blocks, 4, [&](int64_t part, const auto& claims) {
     Buffer<float> scores(kZRows * kBlockCodes);
-    for (int64_t part = begin; part < end; ++part) {
-      ZRow* own = rows.data() + part * count;
-      ZTOK_SELECT(z_begin)(query, sampling.seed, row_ids, first, sampling.step, own);
-      if (exactly) continue;
-      for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
+    ZRow* own = rows.data() + part * count;
+    ZTOK_SELECT(z_begin)(query, sampling.seed, row_ids, first, sampling.step, own);
+    claims([&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
         ZTOK_SELECT(z_block)(query, b, own, masses.get() + b, blocks, scores.get());
       }
-    }
+    });
   });
   const auto settle_rows = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
