@@ -38,6 +38,8 @@ def codebook_assign(x: Tensor, codebook: Tensor, metric: str = "l2") -> Assignme
     A row that holds NaN or infinity gets code 0 and distance NaN, at every level. The distances are differentiable once;
     their gradient takes the codes as given.
 
+    O(M L V d) time; extra memory O(M d + L V d) at most, never of size M V. Backward O(M L d + L V d).
+
     Args:
         x: floating point [M, d]; M may be 0.
         codebook: floating point [V, d] or [L, V, d], finite and not empty.

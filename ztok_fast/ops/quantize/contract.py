@@ -39,8 +39,11 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
     `codebook_loss` are the mean over rows and used levels l of |z - q_{<=l}|^2 / d, with q_{<=l} the sum of the first
     l code vectors; float32 (float64 if an input is float64), 0 when no level of any row is used.
 
-    Differentiable once. The gradient of `quantized` passes straight through to the latents, except in rows that use no level (they are 0
-    and transmit nothing). A row with NaN or infinity gets code 0 at every used level and makes both losses NaN.
+    Differentiable once. The gradient of `quantized` passes straight through to the latents, except in rows that use no
+    level (they are 0 and transmit nothing). A row with NaN or infinity gets code 0 at every used level and makes both
+    losses NaN.
+
+    O(M L V d) time; extra memory O(M d + L V d) at most, never of size M V. Backward O(M L d + L V d).
 
     Args:
         latents: floating point [M, d]; M may be 0.
@@ -179,6 +182,9 @@ def quantize_ragged(
     The latent of a unit is end_weight @ h + mean_weight @ m, divided by its root mean square, with h the hidden state
     of the row that ends the unit and m the weighted mean of the unit's rows (`integrate_units`). Halting is that of
     `halting_units`, quantisation that of `residual_quantize`; so are the gradients. Differentiable once.
+
+    For K units O(T D + K D d + K L V d) time, so that rows which end no unit cost their part of a mean and no more;
+    extra memory O(T + K (D + d) + L V d) at most. Backward O(T D + K D d + K L d + L V d).
 
     Args:
         hidden: floating point [T, D].

@@ -107,7 +107,8 @@ def _check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor
 def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int], exact: bool = True) -> RaggedLayout:
     """Lay out a batch whose sequence b is source 0's sequence b, then source 1's, and so on.
 
-    Use it to place anything else the way `ragged_gather` places its rows, or to find a source's rows again.
+    Use it to place anything else the way `ragged_gather` places its rows, or to find a source's rows again. O(T + B) for
+    a few sources, on a GPU O(T log B).
 
     Args:
         cu_seqlens: one int32 or int64 [B + 1] per source.

@@ -58,6 +58,8 @@ def z_select(
     batch it is in and at whatever place. The exact layout of counter and key is that of
     `ztok_fast.ops.zhead.reference.gumbel_noise`.
 
+    O(B V D) time; extra memory O(B V / 128) in compiled code, with `top_p` below 1 O(V) per row at work.
+
     Args:
         hidden: [B, D], float16, bfloat16, float32 or float64.
         rows: [V, D], dtype of `hidden`: one row per code; an end-of-Z row is one more code.
