@@ -3,12 +3,13 @@
 Three parts, each optional; without them every op and every codec feature works on the reference path:
 
 - ``cpu``: ``lib/libztok_cpu.so``, tensor ops for the CPU, and the schemas of all native ops;
-- ``cuda``: ``lib/libztok_cuda.so``, the same ops for CUDA and those that only CUDA has; it loads on a CPU-only torch too, so whether there is a
-  device is for the caller to ask;
+- ``cuda``: ``lib/libztok_cuda.so``, the same ops for CUDA and those that only CUDA has; it loads on a CPU-only torch
+  too, so whether there is a device is for the caller to ask;
 - ``host``: the pybind11 module ``ztok_fast._host``, which needs no torch.
 
 The tensor libraries use PyTorch's stable ABI and hold no Python ABI: one build serves every torch >= 2.11 and every
-Python. Importing this module loads nothing; a part is loaded when its status is first asked for, once.
+Python. Importing this module loads nothing; a part is loaded when its status is first asked for, once. In a checkout a
+part that was built from other sources than those beside the package is not loaded, and a warning says so.
 `python -m ztok_fast.native` prints the status of each.
 """
 
@@ -17,13 +18,17 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ztok_fast import sources
+
 PARTS = ("cpu", "cuda", "host")
 LIBRARY_DIR = Path(__file__).resolve().parent / "lib"
+_BUILD_AGAIN = "run `make build`, or `pip install --no-build-isolation --no-deps -e .` where torch is"
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class PartStatus:
 def status(name: str) -> PartStatus:
     """Load the part ``name`` ("cpu", "cuda" or "host") if that has not been tried yet, and say how it went.
 
-    Never raises for a part that is missing or does not load; ``ValueError`` for another name.
+    Never raises for a part that is missing, does not load or was built from other sources; the last is warned of
+    (``RuntimeWarning``, once), since it looks as if it could be used. ``ValueError`` for another name.
     """
     if name not in PARTS:
         raise ValueError(f"name: expected one of {', '.join(PARTS)}, got {name!r}")
@@ -82,6 +88,10 @@ def _load(name: str) -> PartStatus:
     if not path.is_file():
         return PartStatus(name, False, _why_not_built(name), path)
     try:
+        if not _built_from_these_sources(name, path):
+            reason = f"{path.name} was built from other sources; {_BUILD_AGAIN}"
+            warnings.warn(f"ztok_fast: {reason}. Until then it is not used.", RuntimeWarning, stacklevel=3)
+            return PartStatus(name, False, reason, path)
         if name == "host":
             importlib.import_module("ztok_fast._host")
         else:
@@ -89,6 +99,11 @@ def _load(name: str) -> PartStatus:
     except (OSError, ImportError, RuntimeError) as error:
         return PartStatus(name, False, f"{path.name} does not load: {error}", path)
     return PartStatus(name, True, "", path)
+
+
+def _built_from_these_sources(name: str, path: Path) -> bool:
+    expected = sources.digest(name)
+    return expected is None or expected == sources.recorded(name, path)
 
 
 def _load_ops(name: str, path: Path) -> None:

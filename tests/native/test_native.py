@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from ztok_fast import native
+from ztok_fast import doctor, native, sources
+from ztok_fast.ops import dispatch, requirements
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def other_library_dir(tmp_path, monkeypatch):
-    """The package as if its libraries lay in an empty folder, with nothing tried yet."""
+    """The package as if its libraries lay in an empty folder, with nothing tried yet and no sources beside it."""
     monkeypatch.setattr(native, "LIBRARY_DIR", tmp_path)
+    monkeypatch.setattr(sources, "CSRC", tmp_path / "csrc")
     native._load.cache_clear()
+    requirements._cpu_library_missing.cache_clear()
     yield tmp_path
     native._load.cache_clear()
+    requirements._cpu_library_missing.cache_clear()
 
 
 @pytest.mark.parametrize("name", native.PARTS)
@@ -79,6 +87,76 @@ def test_library_that_does_not_load(other_library_dir):
 def test_cuda_library_needs_the_cpu_library(other_library_dir):
     (other_library_dir / "libztok_cuda.so").write_bytes(b"")
     assert "needs the schemas of the CPU library" in native.status("cuda").reason
+
+
+STALE = "libztok_{}.so was built from other sources; run `make build`"
+
+
+@pytest.fixture
+def stale_library_dir(other_library_dir, monkeypatch):
+    """Libraries that name other sources than those of the checkout. They would not load, so loading them shows."""
+    monkeypatch.setattr(sources, "CSRC", ROOT / "csrc")
+    for name in ("cpu", "cuda"):
+        (other_library_dir / f"libztok_{name}.so").write_bytes(b"\x7fELF ztok_%s_sources=" % name.encode() + b"0" * 64)
+    return other_library_dir
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_library_of_other_sources_is_not_loaded_and_warned_of_once(stale_library_dir, name):
+    with pytest.warns(RuntimeWarning, match=STALE.format(name)) as told:
+        part = native.status(name)
+    assert not part.available and part.reason.startswith(STALE.format(name)) and len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.status(name) == part
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF", b"ztok_cpu_sources=", b"ztok_cpu_sources=" + b"?" * 64])
+def test_library_that_names_no_sources_is_of_other_sources(stale_library_dir, content):
+    (stale_library_dir / "libztok_cpu.so").write_bytes(content)
+    with pytest.warns(RuntimeWarning):
+        assert native.status("cpu").reason.startswith(STALE.format("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:ztok_fast. libztok")
+def test_library_of_other_sources_shows_in_the_doctor_and_where_it_is_forced(stale_library_dir, monkeypatch):
+    monkeypatch.delenv("ZTOK_BACKEND", raising=False)
+    report = doctor.collect()
+    assert f"no: {STALE.format('cpu')}" in doctor.render(report)
+    entry = next(entry for entry in report["ops"] if entry["op"] == "ragged_pack")
+    assert entry["backend"] == "reference" and STALE.format("cpu") in entry["others"]["cpp"][0]
+    with dispatch.backend("cpp"), pytest.raises(dispatch.BackendUnavailable, match=STALE.format("cpu")):
+        dispatch.choose("ragged_pack", torch.device("cpu"))
+
+
+def test_the_digest_follows_names_and_contents_of_sources(other_library_dir):
+    (other_library_dir / "csrc" / "host").mkdir(parents=True)
+    source = other_library_dir / "csrc" / "host" / "module.cpp"
+    source.write_text("int f();\n")
+    digests = {sources.digest("host")}
+    source.write_text("int g();\n")
+    digests.add(sources.digest("host"))
+    source.rename(source.with_name("other.cpp"))
+    digests.add(sources.digest("host"))
+    assert len(digests) == 3
+    (source.parent / "notes.txt").write_text("not a source")
+    assert sources.digest("host") in digests
+    assert sources.digest("cpu") is None
+
+
+def test_the_build_is_given_the_digest(tmp_path):
+    output = tmp_path / "sources.cpp"
+    command = [sys.executable, "-I", sources.__file__, "cpu", str(output)]
+    assert subprocess.run(command).returncode == 0
+    assert sources.recorded("cpu", output) == sources.digest("cpu", ROOT / "csrc")
+
+
+@pytest.mark.parametrize("name", native.PARTS)
+def test_a_built_part_names_the_sources_of_the_checkout(name):
+    part = native.status(name)
+    if not part.path.is_file():
+        pytest.skip(part.reason)
+    assert sources.recorded(name, part.path) == sources.digest(name)
 
 
 RAGGED = [
