@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "faults.h"
 #include "ragged_gather_kernel.cuh"
 #include "ragged_sum_kernel.cuh"
 
@@ -120,75 +121,95 @@ void sum_rows_of(bool narrow, const Interleave* layout, int source, const Indice
                                                            width, num_rows, wide, out);
 }
 
+// Where the last call went out of bounds, which ended it; 0 if it did not.
+uint64_t fault = 0;
+
+template <typename F>
+void guarded(const F& f) {
+  fault = ztok::host::faulting_address(f);
+}
+
 }  // namespace
 
 extern "C" {
 
+uint64_t host_fault() { return fault; }
+
 void host_pack(const void* padded, const void* cu_seqlens, int64_t cu_wide, int64_t batch, int64_t max_length,
                int64_t batch_stride, int64_t row_stride, void* packed, int64_t total, int64_t row_bytes,
                int64_t unit_bytes) {
-  with_unit(unit_bytes, [&](auto unit) {
-    using Unit = decltype(unit);
-    const int64_t size = sizeof(Unit);
-    const PackRows<Unit> locator{static_cast<const Unit*>(padded), {cu_seqlens, cu_wide != 0}, batch, max_length,
-                                 batch_stride / size, row_stride / size};
-    copy_rows<Unit>(locator, packed, total, row_bytes, nullptr);
+  guarded([&] {
+    with_unit(unit_bytes, [&](auto unit) {
+      using Unit = decltype(unit);
+      const int64_t size = sizeof(Unit);
+      const PackRows<Unit> locator{static_cast<const Unit*>(padded), {cu_seqlens, cu_wide != 0}, batch, max_length,
+                                   batch_stride / size, row_stride / size};
+      copy_rows<Unit>(locator, packed, total, row_bytes, nullptr);
+    });
   });
 }
 
 void host_unpack(const void* packed, const void* cu_seqlens, int64_t cu_wide, int64_t total, int64_t row_stride,
                  void* padded, int64_t batch, int64_t max_length, int64_t row_bytes, const void* fill,
                  int64_t unit_bytes) {
-  with_unit(unit_bytes, [&](auto unit) {
-    using Unit = decltype(unit);
-    const int64_t size = sizeof(Unit);
-    const UnpackRows<Unit> locator{static_cast<const Unit*>(packed), {cu_seqlens, cu_wide != 0}, total, max_length,
-                                   row_stride / size};
-    copy_rows<Unit>(locator, padded, batch * max_length, row_bytes, fill);
+  guarded([&] {
+    with_unit(unit_bytes, [&](auto unit) {
+      using Unit = decltype(unit);
+      const int64_t size = sizeof(Unit);
+      const UnpackRows<Unit> locator{static_cast<const Unit*>(packed), {cu_seqlens, cu_wide != 0}, total, max_length,
+                                     row_stride / size};
+      copy_rows<Unit>(locator, padded, batch * max_length, row_bytes, fill);
+    });
   });
 }
 
 void host_gather(const SourceArguments* sources, int64_t count, int64_t batch, int64_t total, int64_t row_bytes,
                  int64_t unit_bytes, void* values, int64_t* position_ids) {
-  for (int64_t first = 0; first < count; first += kMaxSources) {
-    const Group group(sources, count, batch, first);
-    with_unit(unit_bytes, [&](auto unit) {
-      using Unit = decltype(unit);
-      GatherRows<Unit> locator{};
-      locator.layout = group.layout;
-      locator.position_ids = first == 0 ? position_ids : nullptr;
-      for (int i = 0; i < group.layout.count; ++i) {
-        const SourceArguments& source = sources[first + i];
-        locator.tables[i] = static_cast<const Unit*>(source.table);
-        locator.table_rows[i] = source.table_rows;
-        locator.table_strides[i] = source.table_stride / static_cast<int64_t>(sizeof(Unit));
-        locator.indices[i] = {source.index, source.index_wide != 0};
-      }
-      copy_rows<Unit>(locator, values, total, row_bytes, nullptr);
-    });
-  }
+  guarded([&] {
+    for (int64_t first = 0; first < count; first += kMaxSources) {
+      const Group group(sources, count, batch, first);
+      with_unit(unit_bytes, [&](auto unit) {
+        using Unit = decltype(unit);
+        GatherRows<Unit> locator{};
+        locator.layout = group.layout;
+        locator.position_ids = first == 0 ? position_ids : nullptr;
+        for (int i = 0; i < group.layout.count; ++i) {
+          const SourceArguments& source = sources[first + i];
+          locator.tables[i] = static_cast<const Unit*>(source.table);
+          locator.table_rows[i] = source.table_rows;
+          locator.table_strides[i] = source.table_stride / static_cast<int64_t>(sizeof(Unit));
+          locator.indices[i] = {source.index, source.index_wide != 0};
+        }
+        copy_rows<Unit>(locator, values, total, row_bytes, nullptr);
+      });
+    }
+  });
 }
 
 void host_layout(const SourceArguments* sources, int64_t count, int64_t batch, int64_t total, void* merged,
                  int64_t merged_wide, int64_t* position_ids, int64_t* destinations) {
-  for (int64_t first = 0; first < count; first += kMaxSources) {
-    const Group group(sources, count, batch, first);
-    const MutableIndices offsets{first == 0 ? merged : nullptr, merged_wide != 0};
-    for (int64_t i = 0; i < std::max(total, batch + 1); ++i) {
-      layout_entry(group.layout, i, total, offsets, first == 0 ? position_ids : nullptr, destinations);
+  guarded([&] {
+    for (int64_t first = 0; first < count; first += kMaxSources) {
+      const Group group(sources, count, batch, first);
+      const MutableIndices offsets{first == 0 ? merged : nullptr, merged_wide != 0};
+      for (int64_t i = 0; i < std::max(total, batch + 1); ++i) {
+        layout_entry(group.layout, i, total, offsets, first == 0 ? position_ids : nullptr, destinations);
+      }
     }
-  }
+  });
 }
 
 void host_return_rows(const SourceArguments* sources, int64_t count, int64_t batch, int64_t source, const void* grad,
                       int64_t total, int64_t row_stride, int64_t row_bytes, int64_t unit_bytes, void* out) {
-  const Group group(sources, count, batch, source / kMaxSources * kMaxSources);
-  with_unit(unit_bytes, [&](auto unit) {
-    using Unit = decltype(unit);
-    const ReturnRows<Unit> locator{group.layout, static_cast<int>(source % kMaxSources),
-                                   static_cast<const Unit*>(grad), total,
-                                   row_stride / static_cast<int64_t>(sizeof(Unit))};
-    copy_rows<Unit>(locator, out, sources[source].total, row_bytes, nullptr);
+  guarded([&] {
+    const Group group(sources, count, batch, source / kMaxSources * kMaxSources);
+    with_unit(unit_bytes, [&](auto unit) {
+      using Unit = decltype(unit);
+      const ReturnRows<Unit> locator{group.layout, static_cast<int>(source % kMaxSources),
+                                     static_cast<const Unit*>(grad), total,
+                                     row_stride / static_cast<int64_t>(sizeof(Unit))};
+      copy_rows<Unit>(locator, out, sources[source].total, row_bytes, nullptr);
+    });
   });
 }
 
@@ -196,17 +217,19 @@ void host_return_rows(const SourceArguments* sources, int64_t count, int64_t bat
 void host_sum(int64_t type, int64_t narrow, int64_t wide, const SourceArguments* sources, int64_t count,
               int64_t batch, int64_t source, const void* index, int64_t index_wide, int64_t num_pairs,
               const void* rows, int64_t row_stride, int64_t total, int64_t width, int64_t num_rows, void* out) {
-  const auto sum = type == 0   ? sum_rows_of<float>
-                   : type == 1 ? sum_rows_of<double>
-                   : type == 2 ? sum_rows_of<c10::Half>
-                               : sum_rows_of<c10::BFloat16>;
-  const Indices indices{index, index_wide != 0};
-  if (count == 0) {
-    return sum(narrow != 0, nullptr, 0, indices, num_pairs, rows, row_stride, total, width, num_rows, wide != 0, out);
-  }
-  const Group group(sources, count, batch, source / kMaxSources * kMaxSources);
-  sum(narrow != 0, &group.layout, static_cast<int>(source % kMaxSources), indices, num_pairs, rows, row_stride, total,
-      width, num_rows, wide != 0, out);
+  guarded([&] {
+    const auto sum = type == 0   ? sum_rows_of<float>
+                     : type == 1 ? sum_rows_of<double>
+                     : type == 2 ? sum_rows_of<c10::Half>
+                                 : sum_rows_of<c10::BFloat16>;
+    const Indices indices{index, index_wide != 0};
+    if (count == 0) {
+      return sum(narrow != 0, nullptr, 0, indices, num_pairs, rows, row_stride, total, width, num_rows, wide != 0, out);
+    }
+    const Group group(sources, count, batch, source / kMaxSources * kMaxSources);
+    sum(narrow != 0, &group.layout, static_cast<int>(source % kMaxSources), indices, num_pairs, rows, row_stride, total,
+        width, num_rows, wide != 0, out);
+  });
 }
 
 // ---- addresses that no machine of a test has memory for: what a locator says of a row, in bytes from `base`

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.native.guard_pages import SIDES, Guarded, guard
 from tests.ops.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent / "cuda_host"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-GUARD = 64  # elements before and behind every output
 H100 = 132  # multiprocessors
 
 
@@ -64,7 +64,9 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     command = [COMPILER, *options, *folders, str(HERE / "lora_decode.cpp"), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str(target))
+    loaded.lora_decode_on_host.restype = ctypes.c_int64
+    return loaded
 
 
 def layer(rows, width, out, num_adapters=3, rank=8, dtype=torch.bfloat16, adapter_dtype=None, bias=True):
@@ -97,45 +99,67 @@ def expected(x, weight, bias, A, B, scaling, adapters, cu_seqlens):
     return y
 
 
-def guarded(size, fill):
-    """A buffer with guards around it, and the part between them, on 16 bytes."""
-    buffer = torch.full((size + 2 * GUARD,), fill)
-    return buffer, buffer[GUARD : GUARD + size]
+def run(library, arguments, **options):
+    """Run both kernels, with every tensor ending at a guard page and then with every one beginning at one.
+
+    Tensors that lie off 16 bytes are also used as they lie. All runs must give the same bits. Returns the output and the
+    splits of the input.
+    """
+    off = any(t is not None and t.data_ptr() % 16 for t in arguments.values())
+    (y, splits), *others = (run_guarded(library, arguments, side, **options) for side in (*SIDES, *[None] * off))
+    assert all(torch.equal(y.view(torch.uint8), again.view(torch.uint8)) for again, _ in others)
+    return y, splits
 
 
-def run(library, arguments, row_tiles=None, aligned=None, splits=0, multiprocessors=H100, seed=0):
-    """Run both kernels and check the guards. `row_tiles` and `aligned` default to what the launcher would choose."""
+def run_guarded(library, arguments, side, row_tiles=None, aligned=None, splits=0, multiprocessors=H100, seed=0):
+    """`row_tiles` and `aligned` default to what the launcher would choose for the tensors given."""
     x, weight, A, B = (arguments[name] for name in ("x", "weight", "A", "B"))
-    adapters, cu_seqlens = arguments["adapters"], arguments["cu_seqlens"]
-    rows, out = x.shape[0], weight.shape[0]
     vector = 16 // x.element_size()
     if aligned is None:
         aligned = x.shape[1] % vector == 0 and all(t.data_ptr() % 16 == 0 for t in (x, weight, A))
     if row_tiles is None:
-        row_tiles = next(tiles for tiles in (1, 2, 4, 8) if rows <= 8 * tiles)
-    y_buffer, y = guarded(rows * out, torch.nan)
-    y_buffer = y_buffer.to(x.dtype)
-    y = y_buffer[GUARD : GUARD + rows * out]
-    scratch_buffer, scratch = guarded(1 << 18, torch.nan)
-    scratch_buffer[:GUARD] = scratch_buffer[-GUARD:] = 7.0
-    y_buffer[:GUARD] = y_buffer[-GUARD:] = 7.0
-    pointers = {name: arguments[name].data_ptr() for name in Arguments.POINTERS if arguments[name] is not None}
-    assert all(t is None or t.is_contiguous() for t in (arguments["bias"], A, B, adapters, cu_seqlens))
+        row_tiles = next(tiles for tiles in (1, 2, 4, 8) if x.shape[0] <= 8 * tiles)
+    aligned_B = B.data_ptr() % 16 == 0 and A.shape[1] % 8 == 0
+    held = {name: t if t is None or side is None else guard(t, side) for name, t in arguments.items()}
+    x, weight, A, B, cu_seqlens = (held[name] for name in ("x", "weight", "A", "B", "cu_seqlens"))
+    rows, out = x.shape[0], weight.shape[0]
+    y = Guarded(torch.full((rows, out), torch.nan, dtype=x.dtype), side or "end")
+    pointers = {name: held[name].data_ptr() for name in Arguments.POINTERS if held[name] is not None}
+    assert all(held[name] is None or held[name].is_contiguous() for name in Arguments.POINTERS)
     filled = Arguments(
         x=x.data_ptr(), x_stride=x.stride(0), weight=weight.data_ptr(), weight_stride=weight.stride(0), **pointers,
         sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, rows=rows, num_adapters=A.shape[0],
-        rank=A.shape[1], in_=x.shape[1], out=out, y=y.data_ptr(),
+        rank=A.shape[1], in_=x.shape[1], out=out, y=y.tensor.data_ptr(),
     )  # fmt: skip
-    used = library.lora_decode_on_host(
-        ctypes.byref(filled), DTYPES[x.dtype], A.dtype == torch.float32,
-        cu_seqlens is not None and cu_seqlens.dtype == torch.int64, aligned,
-        B.data_ptr() % 16 == 0 and A.shape[1] % 8 == 0, row_tiles, multiprocessors, splits,
-        ctypes.c_void_p(scratch.data_ptr()), ctypes.c_int64(scratch.numel()), seed,
-    )  # fmt: skip
-    assert used > 0, "the plan asks for more scratch than the test has"
-    for buffer in (y_buffer, scratch_buffer):
-        assert (buffer[:GUARD] == 7.0).all() and (buffer[-GUARD:] == 7.0).all()
-    return y.view(rows, out), used
+    fault = ctypes.c_uint64()
+
+    def call(scratch):
+        return library.lora_decode_on_host(
+            ctypes.byref(filled), DTYPES[x.dtype], A.dtype == torch.float32,
+            cu_seqlens is not None and cu_seqlens.dtype == torch.int64, aligned, aligned_B, row_tiles,
+            multiprocessors, splits, ctypes.c_void_p(scratch.data_ptr()), ctypes.c_int64(scratch.numel()), seed,
+            ctypes.byref(fault),
+        )  # fmt: skip
+
+    scratch = Guarded(torch.full((-call(torch.empty(0)),), torch.nan), side or "end")
+    used = call(scratch.tensor)
+    places = {**held, "y": y.tensor, "scratch": scratch.tensor}
+    assert fault.value == 0, f"access {describe(fault.value, places)}; side at the guard page: {side}"
+    assert used > 0 and y.intact() and scratch.intact()
+    return y.tensor.clone(), used
+
+
+def describe(address, tensors):
+    """Where an address lies, in bytes from the nearest tensor."""
+    distances = {}
+    for name, t in tensors.items():
+        if t is not None:
+            begin = t.data_ptr()
+            end = begin + t.element_size() * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())))
+            distances[name] = address - end if address >= end else begin - address
+    name = min(distances, key=distances.get)
+    where = "behind the end" if address >= tensors[name].data_ptr() else "before the beginning"
+    return f"{distances[name]} bytes {where} of {name}"
 
 
 def check(library, arguments, **options):

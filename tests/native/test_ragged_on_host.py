@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.native.guard_pages import CANARY, SIDES, Guarded, guard
 from ztok_fast.ops.ragged import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,6 @@ CXX = shutil.which("c++") or shutil.which("g++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler was found")
 RAGGED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS = st.lists(st.integers(0, 9), max_size=6)
-CANARY = 77
 
 
 class Source(ctypes.Structure):
@@ -51,19 +51,42 @@ def kernels(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     for name in ("address_in_padded", "address_in_packed", "destination_of", "origin_of"):
         getattr(loaded, name).restype = ctypes.c_int64
+    loaded.host_fault.restype = ctypes.c_uint64
     return loaded
 
 
-def call(function, *arguments):
-    """Tensors by address, integers in 64 bits."""
-    converted = []
-    for value in arguments:
-        if isinstance(value, torch.Tensor):
-            value = ctypes.c_void_p(value.data_ptr())
-        elif isinstance(value, (int, bool)):
-            value = ctypes.c_int64(value)
-        converted.append(value)
-    return function(*converted)
+def call(kernels, name, *arguments):
+    """Call a function of the library: tensors by address, integers in 64 bits.
+
+    It is called three times: with every tensor ending at a guard page, with every one beginning at one, and with the
+    tensors as they lie. What it returns, and leaves in the tensors, must be the same.
+    """
+    function = getattr(kernels, name)
+    results = []
+    for side in SIDES:
+        guarded = [Guarded(value, side) if isinstance(value, torch.Tensor) else value for value in arguments]
+        returned = function(*(in_c(value, side) for value in guarded))
+        fault = kernels.host_fault()
+        assert fault == 0, f"{name}: access out of bounds at {fault:#x}, tensors {side} at guard pages"
+        tensors = [value for value in guarded if isinstance(value, Guarded)]
+        assert all(t.intact() for t in tensors)
+        results.append((returned, [t.tensor.clone() for t in tensors]))
+    returned = function(*(in_c(value, None) for value in arguments))
+    left = [value for value in arguments if isinstance(value, torch.Tensor)]
+    for guarded_returned, guarded_left in results:
+        assert guarded_returned == returned or function.restype is ctypes.c_int
+        assert all(torch.equal(a, b) for a, b in zip(guarded_left, left))
+    return returned
+
+
+def in_c(value, side):
+    if isinstance(value, Sources):
+        return value.array(side)
+    if isinstance(value, Guarded):
+        value = value.tensor
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, (int, bool)) else value
 
 
 def wide(indices):
@@ -115,8 +138,7 @@ def test_pack_and_unpack(kernels, lengths, spare, slack, width, dtype, start, of
     row = width * padded.element_size()
     unit = widest_unit(padded.data_ptr(), packed.data_ptr(), row)
     strides = (max_length * row, row)
-    call(
-        kernels.host_pack, padded, cu_seqlens, wide(cu_seqlens), batch, max_length, *strides, packed, total, row, unit
+    call(kernels, "host_pack", padded, cu_seqlens, wide(cu_seqlens), batch, max_length, *strides, packed, total, row, unit
     )
     assert torch.equal(packed, reference.ragged_pack(padded, cu_seqlens, total))
     assert canaries_intact(storage, first, total * row)
@@ -125,7 +147,7 @@ def test_pack_and_unpack(kernels, lengths, spare, slack, width, dtype, start, of
     fill = torch.full((16 // padded.element_size(),), 5, dtype=dtype)
     if max_length:
         arguments = (packed, cu_seqlens, wide(cu_seqlens), total, row, padded, batch, max_length, row, fill, unit)
-        call(kernels.host_unpack, *arguments)
+        call(kernels, "host_unpack", *arguments)
     assert torch.equal(padded, reference.ragged_unpack(packed, cu_seqlens, max_length, 5))
     assert canaries_intact(storage, first, batch * max_length * row)
 
@@ -136,19 +158,19 @@ def test_bad_offsets_stay_inside_the_tensors(kernels, values):
     cu_seqlens = torch.tensor(values)
     padded = random_rows((2, 4, 8), torch.float32)
     packed, storage, first = at((6, 8), torch.float32, 0)
-    call(kernels.host_pack, padded, cu_seqlens, True, 2, 4, 128, 32, packed, 6, 32, 16)
+    call(kernels, "host_pack", padded, cu_seqlens, True, 2, 4, 128, 32, packed, 6, 32, 16)
     assert canaries_intact(storage, first, packed.nbytes)
     known = torch.cat([padded.reshape(8, 8), torch.zeros(1, 8)])
     assert all((row == known).all(1).any() for row in packed)
     unpacked, storage, first = at((2, 4, 8), torch.float32, 0)
-    call(kernels.host_unpack, packed, cu_seqlens, True, 6, 32, unpacked, 2, 4, 32, torch.zeros(4), 16)
+    call(kernels, "host_unpack", packed, cu_seqlens, True, 6, 32, unpacked, 2, 4, 32, torch.zeros(4), 16)
     assert canaries_intact(storage, first, unpacked.nbytes)
     indices = [None, torch.tensor([0, 99, -1, 5, 5, 0])]
     sources = Sources([packed, packed], indices, [cu_seqlens, offsets([3, 3])])
     merged, position_ids, destinations = layout(kernels, sources)
     assert ((destinations >= 0) & (destinations < 12)).all() and (position_ids >= 0).all()
     values, storage, first = at((12, 8), torch.float32, 0)
-    call(kernels.host_gather, sources.array, 2, 2, 12, 32, 16, values, position_ids)
+    call(kernels, "host_gather", sources, 2, 2, 12, 32, 16, values, position_ids)
     assert canaries_intact(storage, first, values.nbytes)
 
 
@@ -158,38 +180,43 @@ def test_no_row_outside_the_tensors_is_ever_addressed(kernels):
     for values in ([0, 9, 12], [0, -4, 2], [5, 9, 12], [0, 4, 1 << 40]):
         cu_seqlens = torch.tensor(values)
         for row in range(2 * 4):  # padded [2, 4] from packed [6]
-            address = call(kernels.address_in_packed, cu_seqlens, 6, 4, 16, row)
+            address = call(kernels, "address_in_packed", cu_seqlens, 6, 4, 16, row)
             assert address == filled or 0 <= address < 6 * 16
         for row in range(12):
-            address = call(kernels.address_in_padded, cu_seqlens, 2, 4, 64, 16, row)
+            address = call(kernels, "address_in_padded", cu_seqlens, 2, 4, 64, 16, row)
             assert address == filled or 0 <= address < 2 * 4 * 16
 
 
 class Sources:
     def __init__(self, tables, indices, cu_seqlens):
-        self.kept = (tables, indices, cu_seqlens)
+        self.tensors = (tables, indices, cu_seqlens)
         self.totals = [len(table if index is None else index) for table, index in zip(tables, indices)]
         self.total, self.batch, self.count = sum(self.totals), len(cu_seqlens[0]) - 1, len(tables)
-        row = tables[0].shape[1] * tables[0].element_size()
-        keep = torch.zeros(1, dtype=torch.int64)  # an address for an empty index: null means none
-        self.array = (Source * self.count)(
+        self.row = tables[0].shape[1] * tables[0].element_size()
+        self.empty = torch.zeros(1, dtype=torch.int64)  # an address for an empty index: null means none
+
+    def array(self, side):
+        """The parameters in C, of copies at guard pages, which live until the next call; of the tensors for None."""
+        self.held = [
+            [t if t is None or side is None else guard(t, side) for t in tensors] for tensors in self.tensors
+        ]
+        return (Source * self.count)(
             *(
                 Source(
-                    table.data_ptr(), len(table), row,
-                    None if index is None else index.data_ptr() or keep.data_ptr(), index is not None and wide(index),
-                    cu.data_ptr(), wide(cu), total,
+                    table.data_ptr(), len(table), self.row,
+                    None if index is None else index.data_ptr() or self.empty.data_ptr(),
+                    index is not None and wide(index), cu.data_ptr(), wide(cu), total,
                 )
-                for table, index, cu, total in zip(tables, indices, cu_seqlens, self.totals)
+                for table, index, cu, total in zip(*self.held, self.totals)
             )
-        )
-        self.kept += (keep,)
+        )  # fmt: skip
 
 
 def layout(kernels, sources):
     merged = torch.full((sources.batch + 1,), -1)
     position_ids, destinations = torch.full((2, sources.total), -1)
-    arguments = (sources.array, sources.count, sources.batch, sources.total, merged, True, position_ids, destinations)
-    call(kernels.host_layout, *arguments)
+    arguments = (sources, sources.count, sources.batch, sources.total, merged, True, position_ids, destinations)
+    call(kernels, "host_layout", *arguments)
     return merged, position_ids, destinations
 
 
@@ -231,7 +258,7 @@ def test_gather_layout_and_backward(kernels, spec, width, dtype, index_dtype, na
     position_ids = torch.full((sources.total,), -1)
     unit = widest_unit(values.data_ptr(), row)
     shape = (sources.count, sources.batch, sources.total)
-    call(kernels.host_gather, sources.array, *shape, row, unit, values, position_ids)
+    call(kernels, "host_gather", sources, *shape, row, unit, values, position_ids)
     assert torch.equal(values, expected) and torch.equal(position_ids, positions)
     assert canaries_intact(storage, first, sources.total * row)
 
@@ -243,10 +270,10 @@ def test_gather_layout_and_backward(kernels, spec, width, dtype, index_dtype, na
         if index is None:
             unit = widest_unit(found.data_ptr(), grad.data_ptr(), row)
             arguments = (sources.count, sources.batch, i, grad, sources.total, row, row, unit, found)
-            call(kernels.host_return_rows, sources.array, *arguments)
+            call(kernels, "host_return_rows", sources, *arguments)
         else:
             found.zero_()
-            arguments = (sources.array, sources.count, sources.batch, i, index, wide(index), len(index))
+            arguments = (sources, sources.count, sources.batch, i, index, wide(index), len(index))
             call_sum(kernels, narrow, arguments, grad, found)
         assert torch.equal(found, wanted[i])
         assert canaries_intact(storage, first, table_rows[i] * row)
@@ -256,7 +283,7 @@ def call_sum(kernels, narrow, pairs, rows, out):
     kind = [torch.float32, torch.float64, torch.float16, torch.bfloat16].index(rows.dtype)
     vectors = widest_unit(rows.data_ptr(), out.data_ptr(), rows.shape[1] * rows.element_size()) == 16
     shape = (rows, rows.stride(0), rows.shape[0], rows.shape[1], out.shape[0], out)
-    call(kernels.host_sum, kind, narrow, vectors, *pairs, *shape)
+    call(kernels, "host_sum", kind, narrow, vectors, *pairs, *shape)
 
 
 @pytest.mark.parametrize("narrow", [True, False], ids=["uint32", "uint64"])
@@ -306,25 +333,24 @@ def test_addresses_beyond_32_bits(kernels):
         row = int(cu_seqlens[sequence]) + position
         expected = sequence * batch_stride + position * row_bytes
         arguments = (cu_seqlens, 3, length, batch_stride, row_bytes, row)
-        assert call(kernels.address_in_padded, *arguments) == expected
+        assert call(kernels, "address_in_padded", *arguments) == expected
         row_of_padded = sequence * length + position
         arguments = (cu_seqlens, 2 * length - 5, length, row_bytes, row_of_padded)
-        assert call(kernels.address_in_packed, *arguments) == row * row_bytes
+        assert call(kernels, "address_in_packed", *arguments) == row * row_bytes
 
 
 def test_interleaving_beyond_32_bits(kernels):
     first, second = torch.tensor([0, 2_500_000_000, 5_000_000_000]), torch.tensor([0, 4_000_000_000, 4_000_000_001])
     table = torch.zeros(1, 4)
     sources = Sources([table, table], [None, None], [first, second])
-    for source, total in enumerate((5_000_000_000, 4_000_000_001)):
-        sources.array[source].total = total
+    sources.totals = [5_000_000_000, 4_000_000_001]
     cases = {
         (0, 0): 0, (1, 0): 2_500_000_000, (1, 3_999_999_999): 6_499_999_999, (0, 2_500_000_000): 6_500_000_000,
         (0, 4_999_999_999): 8_999_999_999, (1, 4_000_000_000): 9_000_000_000,
     }  # fmt: skip
     for (source, row), expected in cases.items():
-        assert call(kernels.destination_of, sources.array, 2, 2, source, row, 9_000_000_001) == expected
-        assert call(kernels.origin_of, sources.array, 2, 2, expected) == (source << 40) + row
+        assert call(kernels, "destination_of", sources, 2, 2, source, row, 9_000_000_001) == expected
+        assert call(kernels, "origin_of", sources, 2, 2, expected) == (source << 40) + row
 
 
 def test_tiles_beyond_32_bits(kernels):
@@ -332,7 +358,7 @@ def test_tiles_beyond_32_bits(kernels):
     found = (ctypes.c_int64 * 6)()
     last = (rows * row_units - 1) // 1024
     for tile in (0, 1, 123_456_789, last):
-        call(kernels.tile_of, tile, rows, row_units, found)
+        call(kernels, "tile_of", tile, rows, row_units, found)
         units = min(1024, rows * row_units - tile * 1024)
         first_row, first_unit = divmod(tile * 1024, row_units)
         num_rows = (tile * 1024 + units - 1) // row_units - first_row + 1

@@ -9,11 +9,13 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cuda_runtime.h>
@@ -46,6 +48,31 @@ struct Fiber {
   dim3 thread;
 };
 
+// Dynamic shared memory of a block: its end abuts a page without access.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes) : size_((bytes + kPage - 1) / kPage * kPage) {
+    void* memory = mmap(nullptr, size_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    pages_ = static_cast<char*>(memory);
+    mprotect(pages_ + size_, kPage, PROT_NONE);
+    begin_ = reinterpret_cast<float*>(pages_ + size_ - bytes);
+    end_ = reinterpret_cast<float*>(pages_ + size_);
+  }
+  ~SharedMemory() { munmap(pages_, size_ + kPage); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void fill(float v) { std::fill(begin_, end_, v); }
+  float* data() const { return begin_; }
+
+ private:
+  static constexpr size_t kPage = 4096;
+  size_t size_;
+  char* pages_;
+  float *begin_, *end_;
+};
+
 constexpr size_t kStackBytes = 128 * 1024;
 
 struct Block {
@@ -58,7 +85,7 @@ struct Block {
   bool misaligned = false;  // an exception could not leave its fiber
   Barrier all;
   std::vector<Barrier> warps;
-  std::vector<float> shared;
+  SharedMemory shared;
   // Operands that the lanes of each warp hand in for a collective.
   struct Lane {
     float value;
@@ -66,6 +93,8 @@ struct Block {
     uint32_t a[4], b[2];
   };
   std::vector<std::array<Lane, 32>> lanes;
+
+  explicit Block(size_t shared_bytes) : shared(shared_bytes) {}
 };
 
 inline Block* block = nullptr;
@@ -134,7 +163,7 @@ void run_block(Block& b, const Kernel& kernel) {
 // Every block of the grid, in an order drawn from the seed. Shared memory begins as NaN.
 template <typename Kernel>
 void launch(dim3 grid, dim3 threads, size_t shared_bytes, uint32_t seed, const Kernel& kernel) {
-  Block b;
+  Block b(shared_bytes);
   b.grid = grid;
   b.block = threads;
   b.order.seed(seed);
@@ -145,7 +174,7 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, uint32_t seed, const K
   std::shuffle(blocks.begin(), blocks.end(), b.order);
   for (const dim3& index : blocks) {
     b.index = index;
-    b.shared.assign(shared_bytes / sizeof(float), __builtin_nanf(""));
+    b.shared.fill(__builtin_nanf(""));
     run_block(b, kernel);
   }
 }

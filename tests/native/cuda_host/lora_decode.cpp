@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 
+#include "../faults.h"
 #include "lora_decode_kernel.cuh"
 
 namespace {
@@ -19,7 +20,7 @@ void shrink(const LoraDecode& d, int64_t tiles, bool aligned, uint32_t seed) {
 }
 
 template <typename T, int kRowTiles, bool kAligned>
-int run(LoraDecode d, int multiprocessors, int splits, float* scratch, int64_t scratch_floats, uint32_t seed) {
+int64_t run(LoraDecode d, int multiprocessors, int splits, float* scratch, int64_t scratch_floats, uint32_t seed) {
   using Shape = LoraShape<sizeof(T) == 2, kRowTiles>;
   LoraPlan plan = lora_plan<Shape>(d.rows, d.in, d.out, d.rank, multiprocessors);
   if (splits > 0) {
@@ -28,7 +29,7 @@ int run(LoraDecode d, int multiprocessors, int splits, float* scratch, int64_t s
     plan.steps_per_split = ceil_div(steps, splits);
     plan.scratch_floats += plan.tiles * splits * Shape::kTileFloats;
   }
-  if (plan.scratch_floats > scratch_floats) return -1;
+  if (plan.scratch_floats != scratch_floats) return -plan.scratch_floats;
   place_scratch(d, plan, scratch);
   if (d.float_adapters) {
     shrink<T, float>(d, plan.tiles, kAligned, seed);
@@ -42,8 +43,8 @@ int run(LoraDecode d, int multiprocessors, int splits, float* scratch, int64_t s
 }
 
 template <typename T>
-int dispatch(const LoraDecode& d, int row_tiles, bool aligned, int multiprocessors, int splits, float* scratch,
-             int64_t scratch_floats, uint32_t seed) {
+int64_t dispatch(const LoraDecode& d, int row_tiles, bool aligned, int multiprocessors, int splits, float* scratch,
+                 int64_t scratch_floats, uint32_t seed) {
   if (!aligned) return run<T, 8, false>(d, multiprocessors, splits, scratch, scratch_floats, seed);
   if (row_tiles == 1) return run<T, 1, true>(d, multiprocessors, splits, scratch, scratch_floats, seed);
   if constexpr (sizeof(T) == 2) {
@@ -71,11 +72,11 @@ struct Arguments {
   void* y;
 };
 
-// dtype: 0 bfloat16, 1 float16, 2 float32. splits: 0 lets the plan decide. Returns the splits, -1 when `scratch_floats`
-// are too few.
-int lora_decode_on_host(const Arguments* a, int dtype, bool float_adapters, bool wide_offsets, bool aligned,
-                        bool aligned_B, int row_tiles, int multiprocessors, int splits, float* scratch,
-                        int64_t scratch_floats, uint32_t seed) {
+// dtype: 0 bfloat16, 1 float16, 2 float32. splits: 0 lets the plan decide. Returns the splits, or, when
+// `scratch_floats` is another number, minus what is needed. `fault`: 0, or the address of an access out of bounds, which ended the run.
+int64_t lora_decode_on_host(const Arguments* a, int dtype, bool float_adapters, bool wide_offsets, bool aligned,
+                            bool aligned_B, int row_tiles, int multiprocessors, int splits, float* scratch,
+                            int64_t scratch_floats, uint32_t seed, uint64_t* fault) {
   LoraDecode d = {};
   d.x = a->x;
   d.x_stride = a->x_stride;
@@ -97,12 +98,11 @@ int lora_decode_on_host(const Arguments* a, int dtype, bool float_adapters, bool
   d.in = a->in;
   d.out = a->out;
   d.y = a->y;
-  if (dtype == 0) {
-    return dispatch<__nv_bfloat16>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
-  }
-  if (dtype == 1) {
-    return dispatch<__half>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
-  }
-  return dispatch<float>(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
+  int64_t used = 0;
+  *fault = host::faulting_address([&] {
+    const auto go = dtype == 0 ? dispatch<__nv_bfloat16> : dtype == 1 ? dispatch<__half> : dispatch<float>;
+    used = go(d, row_tiles, aligned, multiprocessors, splits, scratch, scratch_floats, seed);
+  });
+  return used;
 }
 }
