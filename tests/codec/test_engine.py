@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.codec.tiny_codec import packed_documents, tiny_codec
-from ztok_fast.codec.engine import DecodeCache, DecodeSession, write_answer
+from ztok_fast.codec.engine import DecodeCache, DecodeSession, decode_text, write_answer
 from ztok_fast.codec.layout import offsets, position_in_sequence
 from ztok_fast.codec.passes import compress_windows, decode_segments, decompress_windows, stack_windows, teacher_forced
 
@@ -104,3 +104,29 @@ def test_cache_refuses_more_rows_than_it_holds():
     assert cache.get_seq_length() == 2
     with pytest.raises(ValueError, match="expected at most 3 rows, got 4"):
         cache.update(rows, rows, 0)
+
+
+def test_sequences_leave_the_batch_in_order_of_their_lengths(family_codec):
+    """Tokens are those of every segment decoded alone, and rows that are written to their end are computed no more."""
+    codec = family_codec
+    model = codec.model
+    (window,) = compress_windows(model, packed_documents(codec, [37]), 3.0)
+    lengths = window.segment_lengths
+    assert len(set(lengths)) > 1
+    rows = []
+    hook = model.adapted.model.get_output_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    stacked = stack_windows(model, [window])
+    together = decode_segments(model, *stacked)
+    hook.remove()
+    assert sum(rows) == sum(lengths)
+    assert together == decode_segments(model, *stacked, batch_segments=1)
+
+
+def test_lengths_that_rise_are_refused(family_codec):
+    adapted = family_codec.model.adapted
+    prefix = torch.zeros(2, adapted.hidden_size)
+    with pytest.raises(ValueError, match="decode_text: lengths must be in falling order"):
+        decode_text(
+            adapted, prefix, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1, 2], dtype=torch.int32),
+            torch.tensor([1, 2]), 0,
+        )

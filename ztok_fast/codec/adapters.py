@@ -103,6 +103,7 @@ class AdaptedBase(nn.Module):
         self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer)]
         self.patch = patch(model)
         """Runs the adapted layers through ``ops.lora_linear``; ``patch.undo()`` gives them PEFT's forward pass back."""
+        self._active: str | None = None
         self.activate("compressor")
 
     @property
@@ -129,11 +130,15 @@ class AdaptedBase(nn.Module):
 
     def activate(self, name: str) -> None:
         """Make ``name`` the adapter of every layer that has it; layers without it run as the base."""
+        # A step of decoding comes here too, and PEFT's switch takes longer than the products of a small base.
+        if self._active == name and all(layer.active_adapter == [name] for layer in self._tuned):
+            return
         for layer in self._tuned:
             layer.set_adapter(name)
         # PEFT freezes the adapters it switches away from; training needs the gradients of all three.
         for _, parameter in self.adapter_parameters():
             parameter.requires_grad_(True)
+        self._active = name
 
     def forward(
         self,
@@ -178,6 +183,7 @@ class AdaptedBase(nn.Module):
         if not disable:
             yield
             return
+        self._active = None  # PEFT freezes what it disables, and more when it enables it again
         with self.peft.disable_adapter():
             yield
 

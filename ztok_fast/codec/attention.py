@@ -84,7 +84,10 @@ def masked_attention(query, key, value, mask, scaling: float | None):
     groups = heads // kv_heads
     folded = query.reshape(batch, kv_heads, groups * rows, width)
     if mask is not None and groups > 1:
-        mask = mask.expand(batch, 1, rows, mask.shape[-1]).repeat(1, 1, groups, 1)
+        if rows == 1:
+            mask = mask.expand(batch, 1, groups, mask.shape[-1])  # a step of decoding: nothing to copy
+        else:
+            mask = mask.expand(batch, 1, rows, mask.shape[-1]).repeat(1, 1, groups, 1)
     out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, rows, width)
 

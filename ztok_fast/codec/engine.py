@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from ztok_fast.codec.adapters import AdaptedBase
@@ -18,8 +20,11 @@ class DecodeCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
-        """Write ``[B, H, T, d]`` at the current position; returns views of all that is filled."""
-        count = keys.shape[2]
+        """Write ``[B, H, T, d]`` at the current position; returns views of all that is filled.
+
+        Later writes may have fewer rows: those of the first sequences.
+        """
+        rows, _, count, _ = keys.shape
         if layer not in self._layers:
             shape = (*keys.shape[:2], self.capacity, keys.shape[3])
             self._layers[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
@@ -28,8 +33,8 @@ class DecodeCache:
             raise ValueError(f"decode cache: expected at most {self.capacity} rows, got {stop}")
         buffers = self._layers[layer]
         for buffer, new in zip(buffers, (keys, values)):
-            buffer[:, :, self.filled : stop] = new
-        return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
+            buffer[:rows, :, self.filled : stop] = new
+        return buffers[0][:rows, :, :stop], buffers[1][:rows, :, :stop]
 
     def advance(self, count: int) -> None:
         """Move the write position; called once every layer has been written."""
@@ -79,8 +84,11 @@ class DecodeSession:
         """Hidden state ``[B, D]`` of every sequence's last row."""
 
     def step(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Append one row ``[B, D]`` at ``position_ids [B]``; returns its hidden states ``[B, D]``."""
-        mask = self.valid[:, None, None, : self.cache.filled + 1]
+        """Append one row ``[b, D]`` at ``position_ids [b]``; returns its hidden states ``[b, D]``.
+
+        The first b sequences go on, b at most that of the step before; the others have ended.
+        """
+        mask = self.valid[: len(embeds), None, None, : self.cache.filled + 1]
         hidden = self.adapted(
             embeds[:, None], position_ids[:, None], mask=mask, cache=self.cache, adapter=self.adapter, layers=self.layers
         )
@@ -105,7 +113,7 @@ def decode_text(
 
     Args:
         embeds, position_ids, cu_seqlens: packed decompressor prefixes, the start row last.
-        lengths: int64 ``[B]`` tokens to write; first_position: position id of the start row.
+        lengths: int64 ``[B]`` tokens to write, none more than those before it; first_position: position id of the start row.
         forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none.
         conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
             in ``embeds`` have theirs already).
@@ -114,20 +122,27 @@ def decode_text(
     Returns:
         int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
     """
-    longest = int(lengths.max())
+    counts = lengths.tolist()
+    if any(a < b for a, b in itertools.pairwise(counts)):
+        raise ValueError("decode_text: lengths must be in falling order, got one above the one before it")
+    longest, going = counts[0], len(counts)
     session = DecodeSession(adapted, "decompressor", embeds, position_ids, cu_seqlens, longest - 1)
     written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
     hidden = session.last
     for column in range(longest):
-        token = adapted.logits(hidden if evidence is None else hidden + evidence[:, column]).argmax(-1)
+        token = adapted.logits(hidden if evidence is None else hidden + evidence[:going, column]).argmax(-1)
         if forced is not None:
-            token = torch.where(forced[:, column] >= 0, forced[:, column], token)
-        written[:, column] = token
+            token = torch.where(forced[:going, column] >= 0, forced[:going, column], token)
+        written[:going, column] = token
         if column + 1 < longest:
+            # Sequences that are written to their end leave the batch.
+            while counts[going - 1] == column + 1:
+                going -= 1
+            token = token[:going]
             position = torch.full_like(token, first_position + column + 1)
             row = adapted.embedding(token)
             if conditioning is not None:
-                row = row + conditioning[:, column + 1]
+                row = row + conditioning[:going, column + 1]
             hidden = session.step(row, position)
     return written
 
