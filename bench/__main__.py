@@ -4,6 +4,7 @@
     python -m bench --ops codebook_assign z_select --set quick
     python -m bench --cases "M=4096,V=4096" --json docs/results/bench-cpu.json
     python -m bench --device cuda --plots out/figures
+    python -m bench --ops compress decompress               whole runs of the codec, which no other call includes
     python -m bench --list --set full                       the cases and nothing else
 
 Results are added to the JSON file case by case, so a run that is interrupted keeps what it has and several runs make

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of at most nine minutes on a CUDA machine without a network:
 #
-#   OUT=results bench/gpu_run.sh           build, contract tests, compute-sanitizer, benchmarks, profile, Triton tuning
+#   OUT=results bench/gpu_run.sh           build, contract tests, compute-sanitizer, benchmarks, codec, profile, Triton tuning
 #   OUT=results bench/gpu_run.sh --dry     the same steps on the CPU with tiny shapes and nothing built
 #
 # Needs torch with CUDA, Triton, nvcc, g++, CMake >= 3.24, pytest, hypothesis; ninja, compute-sanitizer, matplotlib and the
 # benchmark peers are used where they are there. Every step has a time budget and none stops the others. A table comes
 # last; the exit status is 0 only when no step failed. In $OUT: summary.txt, log.txt, bench-cuda.json with its plots,
-# profile.txt, trace.json.gz, tuning.txt.
+# bench-codec-cuda.json, profile.txt, trace.json.gz, tuning.txt.
 #
-# --steps a,b   only these steps (build tests memcheck bench profile racecheck tune)
+# --steps a,b   only these steps (build tests memcheck bench codec profile racecheck tune)
 # --seconds N   time of the whole run (default 540)
 # PYTHON=... picks the interpreter. In a tree without .git, BENCH_COMMIT=... is recorded as its commit.
 set -uo pipefail
@@ -119,6 +119,16 @@ bench() {
     "$python" -m bench --device cuda --seconds 0.3 --limit 140 --json "$OUT/bench-cuda.json" "${plots[@]}"
 }
 
+codec() {
+    if [ $dry = 1 ]; then
+        "$python" -m bench --set tiny --seconds 0.01 --json "$OUT/bench-codec-cpu.json" --ops compress decompress
+        return
+    fi
+    "$python" -c 'import peft, transformers' 2> /dev/null || { echo "transformers and peft are not installed"; return 77; }
+    "$python" -m bench --device cuda --ops compress decompress --cases documents=8 "characters=150]" \
+        --seconds 1 --limit 40 --json "$OUT/bench-codec-cuda.json"
+}
+
 profile() {
     if [ $dry = 1 ]; then
         "$python" -m bench.profile_codec --documents 1 --out "$OUT" --text requirements/test.txt
@@ -137,7 +147,7 @@ tune() {
     "$python" -m bench.tune_triton | tee "$OUT/tuning.txt"
 }
 
-export -f build tests sanitize bench profile tune
+export -f build tests sanitize bench codec profile tune
 export python dry OUT
 
 run=(bash -c '"$@"' gpu_run)
@@ -145,13 +155,15 @@ step build     120 "${run[@]}" build
 step tests     110 "${run[@]}" tests
 step memcheck   60 "${run[@]}" sanitize memcheck
 step bench     170 "${run[@]}" bench
+step codec      70 "${run[@]}" codec
 step profile    40 "${run[@]}" profile
 step racecheck  50 "${run[@]}" sanitize racecheck
 step tune       60 "${run[@]}" tune
 
 {
     if [ -f "$OUT/bench-cuda.json" ]; then
-        "$python" -m bench.performance --targets --cpu /dev/null --cuda "$OUT/bench-cuda.json" 2>&1
+        "$python" -m bench.performance --targets --cpu /dev/null \
+            --cuda "$OUT/bench-cuda.json" "$OUT/bench-codec-cuda.json" 2>&1
         echo
     fi
     printf '%-10s %-52s %6s %6s\n' step result took budget

@@ -126,6 +126,9 @@ class Op:
         peers: peers and marks.
         companions: ops that `run` also calls, whose backend is to be the same where it exists.
         flops_of_reference: how many times the flops of `work` the reference does in float64, for a guess of its time.
+        whole: a run of the whole codec (`bench.codec`). It has no row in the requirements table and one contender of its
+            own, "ours", in which every op chooses its backend; `main` is not asked, one input set is made, no graph.
+        needs: (case) -> what the machine lacks for it, or None.
     """
 
     name: str
@@ -139,6 +142,8 @@ class Op:
     peers: tuple[Peer, ...] = ()
     companions: tuple[str, ...] = ()
     flops_of_reference: float = 1.0
+    whole: bool = False
+    needs: Callable[[Case], str | None] = always
 
 
 def with_gradients(outputs: Iterable[Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
+from bench.codec import runs
 from bench.micro import halting, lora, nearest, quantize, ragged, zhead
 from bench.micro.case import SETS, Case, Op
 
@@ -21,6 +22,14 @@ OPS: dict[str, Op] = {
         lora.OP,
     )
 }
+
+RUNS: dict[str, Op] = {op.name: op for op in (runs.COMPRESS, runs.DECOMPRESS)}
+"""Runs of the whole codec; measured when they are named."""
+
+
+def entry(name: str) -> Op:
+    """An op or a run of the whole codec by its name."""
+    return OPS[name] if name in OPS else RUNS[name]
 
 
 def in_set(case: Case, chosen: str) -> bool:
@@ -40,7 +49,7 @@ def interleave(cases: list[Case]) -> list[Case]:
 
 
 def select(ops: list[str] | None, chosen: str, device_type: str, contains: list[str] | None = None) -> list[Case]:
-    """Cases of the named ops (None: all) in a set for a device type.
+    """Cases of the named ops and runs (None: all ops) in a set for a device type.
 
     Args:
         contains: keep only cases whose key contains one of these texts.
@@ -51,12 +60,12 @@ def select(ops: list[str] | None, chosen: str, device_type: str, contains: list[
     if chosen not in SETS:
         raise ValueError(f"set: expected one of {', '.join(SETS)}, got {chosen!r}")
     for name in ops or ():
-        if name not in OPS:
-            raise ValueError(f"ops: expected some of {', '.join(OPS)}, got {name!r}")
+        if name not in OPS and name not in RUNS:
+            raise ValueError(f"ops: expected some of {', '.join((*OPS, *RUNS))}, got {name!r}")
     return [
         case
         for name in ops or OPS
-        for case in OPS[name].cases
+        for case in entry(name).cases
         if in_set(case, chosen)
         and device_type in case.devices
         and (not contains or any(text in case.key for text in contains))

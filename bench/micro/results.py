@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 SCHEMA = 1
@@ -40,6 +41,24 @@ def load(path: str | Path) -> dict:
         raise ResultsError(f"{path}: not JSON ({error})") from None
     validate(results)
     return results
+
+
+def load_all(paths: Sequence[str | Path]) -> dict | None:
+    """The results files among `paths` that exist, as one; None when there is none.
+
+    Raises:
+        ResultsError: as `load`, or two files have the same case.
+    """
+    found = [load(path) for path in paths if Path(path).is_file()]
+    if not found:
+        return None
+    joined = {
+        "schema": SCHEMA,
+        "runs": {name: facts for own in found for name, facts in own["runs"].items()},
+        "cases": [case for own in found for case in own["cases"]],
+    }
+    validate(joined)
+    return joined
 
 
 def validate(results: dict) -> None:

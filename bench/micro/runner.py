@@ -21,6 +21,10 @@ SLOW_CALL_SECONDS = 3.0
 FLOAT64_GFLOPS = {"cpu": 30.0, "cuda": 10_000.0}
 """Rough speed of the float64 reference, for that guess alone."""
 MAX_INPUT_SETS = 64
+OURS = "ours"
+"""Name of a run of the whole codec among its contenders."""
+MIN_ROUNDS, MIN_ROUNDS_WHOLE = 5, 3
+"""Rounds that are timed whatever they take; a round of whole runs takes seconds."""
 
 
 @dataclass
@@ -81,7 +85,10 @@ def _family(op: Op, backend: str, device: torch.device) -> dict[str, str]:
 
 
 def backend_entrants(op: Op, case: Case, sets: Sequence[dict], device, chosen: Sequence[str] | None) -> list[Entrant]:
-    """One entrant per backend in the requirements table."""
+    """One entrant per backend in the requirements table; of a run of the whole codec the run alone."""
+    if op.whole:
+        entrant = Entrant(OURS, "backend", default=True, calls=[_op_call(op, case, inputs) for inputs in sets])
+        return [entrant] if chosen is None or OURS in chosen else []
     main = op.main(sets[0])
     try:
         default = dispatch.choose(op.name, device, main.dtype, main.shape[-1] if main.ndim > 1 else None).backend
@@ -171,7 +178,7 @@ def input_sets(op: Op, case: Case, device: torch.device) -> list[dict]:
     """Random inputs of a fixed seed; several sets where the case is to find the last cache cold."""
     sets: list[dict] = []
     moved, enough = 0, 4 * last_cache_bytes(device)
-    cold = case.cold or device.type == "cuda"
+    cold = (case.cold or device.type == "cuda") and not op.whole
     while len(sets) < (MAX_INPUT_SETS if cold else 1):
         # crc32 and not hash(): the same inputs in every process
         generator = torch.Generator(device).manual_seed(zlib.crc32(case.key.encode()) + len(sets))
@@ -225,8 +232,9 @@ def measure(
         racing = [Contender(e.name, e.calls, e.context) for e in everyone if e.calls]
         say(f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}")
         with Disturbance() as disturbance:
-            times = take_turns(racing, seconds, cuda) if racing else {}
-        graphs, refused = _graph_times(racing, seconds) if cuda and racing else ({}, {})
+            least = MIN_ROUNDS_WHOLE if op.whole else MIN_ROUNDS
+            times = take_turns(racing, seconds, cuda, least) if racing else {}
+        graphs, refused = _graph_times(racing, seconds) if cuda and racing and not op.whole else ({}, {})
     work = op.work(case, sets[0])
     floor = floor_seconds(work, case, device, marks)
     contenders = []
@@ -252,7 +260,7 @@ def measure(
         "direction": case.direction,
         "device": device.type,
         "set": case.set,
-        "cold": case.cold or cuda,
+        "cold": (case.cold or cuda) and not op.whole,
         "input_sets": len(sets),
         "marks": marks,
         "disturbance": disturbance.shares,

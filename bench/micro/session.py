@@ -15,7 +15,7 @@ from bench.environment import summary
 from bench.micro import results
 from bench.micro.case import Case
 from bench.micro.machine import facts, marks
-from bench.micro.registry import OPS
+from bench.micro.registry import entry as entry_of
 from bench.micro.runner import measure, wrong_backends
 from bench.tables import percent, table
 
@@ -62,6 +62,9 @@ class Session:
                 if limit is not None and time.monotonic() - started > limit:
                     print(f"--limit {limit:g}: {len(cases) - number + 1} of {len(cases)} cases were not started")
                     break
+                if reason := entry_of(case.op).needs(case):
+                    print(f"\n[{number}/{len(cases)}] {case.key}: skipped: {reason}", flush=True)
+                    continue
                 entry = self.measured(case, f"\n[{number}/{len(cases)}]")
                 entry["run"] = self.run_id
                 results.put(self.results, self.run_id, self.environment, entry)
@@ -83,7 +86,7 @@ class Session:
         for attempt in range(3 if self.options.undisturbed is not None else 1):
             now = marks(self.device, **(self.small or SHORT_MARKS[self.device.type]))
             entry = measure(
-                OPS[case.op], case, self.device, self.options.seconds, now, self.options.backends,
+                entry_of(case.op), case, self.device, self.options.seconds, now, self.options.backends,
                 self.options.peers, say=lambda text: print(f"{place if not attempt else '  again,'} {text}", flush=True),
             )
             if best is None or results.disturbed(entry) < results.disturbed(best):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     shutil.which("bash") is None or shutil.which("timeout") is None, reason="the script is for bash and GNU timeout"
 )
-STEPS = ["build", "tests", "memcheck", "bench", "profile", "racecheck", "tune"]
+STEPS = ["build", "tests", "memcheck", "bench", "codec", "profile", "racecheck", "tune"]
 
 # An interpreter that does nothing, but fails in the tests and hangs in the profile.
 STUB = """#!/usr/bin/env bash
@@ -112,6 +112,7 @@ def test_the_whole_dry_run(tmp_path):
     assert list(found) == STEPS
     assert all(result == "ok" or result.startswith("skipped") for result in found.values())
     assert {case["op"] for case in results.load(tmp_path / "bench-cpu.json")["cases"]} == {"ragged_pack", "z_select"}
+    assert {case["op"] for case in results.load(tmp_path / "bench-codec-cpu.json")["cases"]} == {"compress", "decompress"}
     assert "text tokens/s" in (tmp_path / "profile.txt").read_text()
     assert (tmp_path / "trace.json.gz").stat().st_size > 1000
 

@@ -1,0 +1,268 @@
+"""The codec as one writes it without this library: Hugging Face and PEFT layers, padded batches, plain torch.
+
+It reads the same files and follows the same definitions (`ztok_fast.codec.model`), but runs none of this package's ops,
+attention or decoding. Only what the shipped codecs use is written here; others are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from bench.codec import files
+from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.codec.emission import SEGMENT_SPREAD, mass_floor
+from ztok_fast.codec.model import EVIDENCE_LOGIT, MASS_STEP
+from ztok_fast.codec.weights import load_weights
+from ztok_fast.ops.quantize.reference import RMS_EPS
+
+ONE = 1 << 20
+"""Halting mass is counted in 2^-20 of a unit (the definition), so that its sums are exact integers."""
+BISECTIONS = 16
+ROWS = 128
+"""Segments that are decoded side by side at most, as in `ZTokCodec.decompress`."""
+
+
+@dataclass
+class Parts:
+    """A base under one adapter, and the codec's own weights by name."""
+
+    config: ZTokConfig
+    model: nn.Module
+    tokenizer: object
+    weights: dict[str, Tensor]
+
+
+@functools.cache
+def load(name: str, adapter: str, merged: bool, device: str) -> Parts:
+    """Load a codec's base with one of its adapters as PEFT layers, or merged into the base's weights.
+
+    Raises:
+        ValueError: a codec with settings that are not written here.
+    """
+    config = ZTokConfig.load(files.folder(name))
+    settings = {"emission": "fire", "context_segments": 0, "z_position": "start", "unit_conditioning": True}
+    for setting, wanted in settings.items():
+        if getattr(config, setting) != wanted:
+            raise ValueError(f"codec {name}: {setting} must be {wanted!r}, got {getattr(config, setting)!r}")
+    base, weights = files.base(name), load_weights(files.folder(name))
+    decoder = base.model.model
+    if adapter == "compressor" and config.compressor_layers:
+        decoder.layers = decoder.layers[: config.compressor_layers]
+    linear = [n for n, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)]
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=[f"layers.{n}" for n in linear])
+    peft = get_peft_model(base.model, lora, adapter_name=adapter)
+    with torch.no_grad():
+        for parameter_name, parameter in peft.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.copy_(weights[f"adapters.{parameter_name}"])
+    model = peft.merge_and_unload() if merged else peft.get_base_model()
+    model = model.to(device).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None  # as many tokens as are asked for, whatever they are
+    own = {key: value.float().to(device) for key, value in weights.items() if not key.startswith("adapters.")}
+    return Parts(config, model, base.tokenizer, own)
+
+
+def fire(mass: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrate and fire along the last dimension; padding has mass 0.
+
+    Args:
+        mass: `[..., S]`; last: bool, the last token of every segment.
+
+    Returns:
+        bool `[..., S]` where a unit ends, and each token's share in its own and in the next unit.
+    """
+    quanta = torch.round(mass.double() * ONE).clamp(0, ONE).long()
+    prefix = quanta.cumsum(-1)
+    before = prefix - quanta
+    fired = (prefix >> 20) > (before >> 20)
+    own = torch.where(fired, ONE - (before & (ONE - 1)), quanta)
+    carried = torch.where(fired & ~last, prefix & (ONE - 1), 0)
+    return fired | last, (own / ONE).float(), (carried / ONE).float()
+
+
+def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[tuple[Tensor, Tensor]]:
+    """Compress documents in one padded batch.
+
+    Args:
+        tight: pad segments and not documents: a document contributes as many rows of one segment as it has. Else every
+            document is padded to the longest.
+
+    Returns:
+        unit lengths `[K]` and codes `[K, L]` of every document, on the CPU.
+    """
+    config, weights, device = parts.config, parts.weights, parts.model.device
+    documents = parts.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    S, B = config.segment_length, len(documents)
+    most = max(-(-len(d) // S) for d in documents)
+    ids = torch.zeros(B, most * S, dtype=torch.int64)
+    lengths = torch.tensor([len(d) for d in documents])
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.tensor(document)
+    valid = torch.arange(most * S) < lengths[:, None]
+    ids, valid = ids.to(device).view(-1, S), valid.to(device).view(-1, S)
+    document_of_row = torch.arange(B, device=device).repeat_interleave(most)
+    index = torch.arange(most, device=device).repeat(B)  # of the segment in its document
+    if tight:
+        used = valid.any(1)
+        ids, valid, document_of_row, index = ids[used], valid[used], document_of_row[used], index[used]
+
+    embeds = parts.model.get_input_embeddings()(ids)
+    told = torch.tensor([1.0, ratio], device=device)
+    told[1] = told[1].log2() - 1
+    positions = torch.arange(S, device=device).expand_as(ids)
+    hidden = parts.model.model(
+        inputs_embeds=embeds + told @ weights["budget_embedding"], attention_mask=valid.long(), position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+
+    linear, silu = nn.functional.linear, nn.functional.silu
+    density = silu(linear(hidden, weights["halting.hidden.weight"], weights["halting.hidden.bias"]))
+    density = linear(density, weights["halting.out.weight"], weights["halting.out.bias"])
+    floor = mass_floor(config.max_unit_length)
+    mass = (density[..., 0].clamp(-4, 4).exp() / ratio).clamp(floor, 1.0)
+    last = valid & ~torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
+    wanted = (lengths.to(device) / ratio).clamp(min=1.0)
+    factor = (1 + SEGMENT_SPREAD * ((index * 0.6180339887) % 1 - 0.5))[:, None]
+    spread = mass * factor
+    low = torch.full((B,), -max(4.0, float(torch.tensor(config.max_unit_length).log2())), device=device)
+    high = -low
+    for _ in range(BISECTIONS):  # the most units that the budget allows each document
+        middle = (low + high) / 2
+        ends = fire((spread * middle.exp2()[document_of_row, None]).clamp(floor, 1.0) * valid, last)[0]
+        over = torch.zeros(B, device=device).index_add_(0, document_of_row, ends.sum(1).float()) > wanted
+        high, low = torch.where(over, middle, high), torch.where(over, low, middle)
+    # In the order of the definition: rounding decides where a unit ends.
+    scale = factor * low.exp2()[document_of_row, None]
+    ends = fire((mass * scale).clamp(floor, 1.0) * valid, last)[0]
+
+    # From here on without padding.
+    ended = ends[valid]
+    unit = ended.cumsum(0) - ended.long()
+    length = torch.bincount(unit)
+    offset = torch.arange(len(unit), device=device) - (length.cumsum(0) - length)[unit]
+    gate = weights["binding"][(length[unit] - 1) * config.max_unit_length + offset]
+    words = nn.functional.normalize(embeds[valid], dim=-1) * embeds.shape[-1] ** 0.5
+    rows = (weights["hidden_gain"] * hidden[valid] + weights["embedding_gain"] * words) * gate
+    even = torch.zeros_like(mass)
+    even[valid] = (1.0 / length[unit] + MASS_STEP).clamp(max=1.0)
+    _, own, carried = (share[valid] for share in fire(even, last))
+    sums = rows.new_zeros(len(length) + 1, rows.shape[1]).index_add_(0, unit, rows * own[:, None])
+    sums.index_add_(0, unit + 1, rows * carried[:, None])
+    shares = rows.new_zeros(len(length) + 1).index_add_(0, unit, own).index_add_(0, unit + 1, carried)
+    means = sums[:-1] / shares[:-1, None]
+    latents = rows[ended] @ weights["end_projection"].T + means @ weights["mean_projection"].T
+    residual = latents * torch.rsqrt(latents.square().mean(1, keepdim=True) + RMS_EPS)
+    codes = []
+    for book in weights["codebooks"]:
+        code = torch.addmm(book.square().sum(1), residual, book.T, alpha=-2).argmin(1)
+        residual = residual - book[code]
+        codes.append(code)
+    of_document = torch.zeros(B, dtype=torch.int64, device=device).index_add_(0, document_of_row, ends.sum(1)).tolist()
+    return list(zip(length.cpu().split(of_document), torch.stack(codes, 1).cpu().split(of_document)))
+
+
+class _Conditioning:
+    """Gives the base's decoder stack, by forward hooks, what `generate` has no argument for: position ids of the
+    prefix, what each text row is told of its unit, and the direct evidence at the last hidden states."""
+
+    def __init__(self, parts: Parts, positions: Tensor, told: Tensor, evidence: Tensor | None) -> None:
+        self.parts, self.positions, self.told, self.evidence, self.column = parts, positions, told, evidence, 0
+
+    def __enter__(self) -> _Conditioning:
+        stack = self.parts.model.model
+        self._hooks = [
+            stack.register_forward_pre_hook(self._before, with_kwargs=True), stack.register_forward_hook(self._after)
+        ]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module, args, kwargs):
+        if self.column == 0:
+            kwargs["position_ids"] = self.positions
+        else:
+            row = self.parts.model.get_input_embeddings()(kwargs["input_ids"])
+            kwargs |= {"input_ids": None, "inputs_embeds": row + self.told[:, self.column, None]}
+            kwargs["position_ids"] = torch.full_like(self.positions[:, :1], self.column)
+        return args, kwargs
+
+    def _after(self, module, args, output):
+        if self.evidence is not None:
+            last = output.last_hidden_state[:, -1:] + self.evidence[:, self.column, None]
+            output.last_hidden_state = last
+        self.column += 1
+        return output
+
+
+def _padded(rows: Tensor, bounds: list[tuple[int, int]], left: bool = False) -> Tensor:
+    side = "left" if left else "right"
+    return nn.utils.rnn.pad_sequence([rows[a:b] for a, b in bounds], batch_first=True, padding_side=side)
+
+
+def write_segments(parts: Parts, segments: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
+    """The text tokens of segments, given as unit lengths `[K]` and codes `[K, L]`, by one call of `generate`."""
+    config, weights, model = parts.config, parts.weights, parts.model
+    device = model.device
+    length = torch.cat([own for own, _ in segments]).long().to(device)
+    codes = torch.cat([own for _, own in segments]).long().to(device)
+    vectors = sum(book[code] for book, code in zip(weights["codebooks"], codes.T))
+    embeddings = vectors @ weights["z_projection.weight"].T + weights["z_projection.bias"]
+    embeddings = embeddings + weights["length_embedding.weight"][length]
+    counts, tokens = [len(own) for own, _ in segments], [int(own.sum()) for own, _ in segments]
+    z_bounds, text_bounds = _bounds(counts), _bounds(tokens)
+    start_of_unit = length.cumsum(0) - length
+    unit = torch.arange(len(length), device=device).repeat_interleave(length)
+    offset = torch.arange(len(unit), device=device) - start_of_unit[unit]
+    unbound = embeddings[unit] * weights["unbinding"][(length[unit] - 1) * config.max_unit_length + offset]
+    told, evidence = unbound + weights["offset_embedding.weight"][offset], None
+    if config.copy_path:
+        rms = model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
+        told = weights["copy_gains"][1] * unbound + weights["offset_embedding.weight"][offset]
+        evidence = (EVIDENCE_LOGIT / (rms**2 * unbound.shape[1])) * weights["copy_gains"][0] * unbound
+        evidence = _padded(evidence, text_bounds)
+    told = _padded(told, text_bounds)
+    start = weights["start_embedding"] + told[:, :1]
+    prefix = torch.cat([_padded(embeddings, z_bounds, left=True), start], 1)
+    first = torch.cat([start_of_unit[a:b] - start_of_unit[a] for a, b in z_bounds])
+    positions = nn.functional.pad(_padded(first, z_bounds, left=True), (0, 1))  # the start row is at 0
+    counts = torch.tensor(counts, device=device)
+    mask = torch.arange(prefix.shape[1], device=device) >= (prefix.shape[1] - 1 - counts)[:, None]
+    settings = GenerationConfig(max_new_tokens=max(tokens), do_sample=False, pad_token_id=0, eos_token_id=None)
+    with _Conditioning(parts, positions, told, evidence):
+        written = model.generate(inputs_embeds=prefix, attention_mask=mask.long(), generation_config=settings)
+    return [row[:count] for row, count in zip(written.tolist(), tokens)]
+
+
+def _bounds(counts: list[int]) -> list[tuple[int, int]]:
+    stops = torch.tensor(counts).cumsum(0).tolist()
+    return [(stop - count, stop) for stop, count in zip(stops, counts)]
+
+
+def decompress(
+    parts: Parts, segments: list[list[tuple[Tensor, Tensor]]], batched: bool
+) -> tuple[list[list[int]], list[str]]:
+    """Tokens and texts of documents, each given by its segments.
+
+    Args:
+        batched: the segments of all documents side by side, at most `ROWS`, padded on the left. Else one document after
+            another, its segments side by side.
+    """
+    if batched:
+        flat = [segment for own in segments for segment in own]
+        written = [row for i in range(0, len(flat), ROWS) for row in write_segments(parts, flat[i : i + ROWS])]
+    else:
+        written = [row for own in segments for row in write_segments(parts, own)]
+    tokens, at = [], 0
+    for own in segments:
+        tokens.append([token for row in written[at : at + len(own)] for token in row])
+        at += len(own)
+    decode = functools.partial(parts.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokens, [decode(own) for own in tokens]

@@ -1,0 +1,168 @@
+"""Whole runs of the codec against Hugging Face and PEFT: right and timed on tiny shapes; wrong answers are refused."""
+
+import contextlib
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench.codec import files, huggingface, oracle, runs
+from bench.micro import results, runner
+from bench.micro.case import Mismatch
+from bench.micro.registry import OPS, RUNS, select
+from ztok_fast.codec.codec import ZTokCodec
+
+CPU = torch.device("cpu")
+MARKS = {"mm_gflops": {"float32": 100.0}, "copy_gbs": 20.0}
+(COMPRESS,) = select(["compress"], "tiny", "cpu")
+(DECOMPRESS,) = select(["decompress"], "tiny", "cpu")
+
+
+def inputs_of(case):
+    return RUNS[case.op].make(case, CPU, torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def compressed():
+    inputs = inputs_of(COMPRESS)
+    return inputs, runs.run_compress(COMPRESS, inputs)
+
+
+@pytest.fixture(scope="module")
+def decompressed():
+    inputs = inputs_of(DECOMPRESS)
+    return inputs, runs.run_decompress(DECOMPRESS, inputs)
+
+
+@pytest.mark.parametrize("case", [COMPRESS, DECOMPRESS], ids=lambda case: case.op)
+def test_every_contender_is_right_and_timed(case):
+    entry = runner.measure(RUNS[case.op], case, CPU, 0.01, MARKS)
+    entry["run"] = "r"
+    results.validate({"schema": results.SCHEMA, "runs": {"r": {}}, "cases": [json.loads(json.dumps(entry))]})
+    assert [contender["name"] for contender in entry["contenders"]] == ["ours", *(p.name for p in RUNS[case.op].peers)]
+    for contender in entry["contenders"]:
+        assert (contender["status"], contender["checked"]) == ("ok", True), contender["reason"]
+        assert contender["seconds"]["rounds"] >= runner.MIN_ROUNDS_WHOLE
+    assert results.default_backend(entry)["name"] == "ours"
+
+
+def test_padded_and_packed_documents_give_the_same_codes(compressed):
+    inputs, z = compressed
+    assert len({len(own) for own in inputs["tokens"]}) > 1
+    for peer in runs.COMPRESS.peers:
+        found = peer.prepare(COMPRESS, inputs)()
+        for (lengths, codes), (own_lengths, own_codes) in zip(runs._units(z), found, strict=True):
+            assert lengths.tolist() == own_lengths.tolist() and codes.tolist() == own_codes.tolist()
+
+
+def test_generate_writes_the_same_text(decompressed):
+    inputs, texts = decompressed
+    for peer in runs.DECOMPRESS.peers:
+        tokens, found = peer.prepare(DECOMPRESS, inputs)()
+        assert found == texts and tokens == inputs["codec"].decompress_tokens(inputs["z"])
+
+
+@pytest.mark.parametrize("part", ["codes", "unit_lengths"])
+def test_the_check_sees_one_wrong_code_or_unit(compressed, part):
+    inputs, z = compressed
+    runs.check_compress(COMPRESS, inputs, z)
+    wrong = getattr(z, part).clone()
+    wrong.view(-1)[-1] = (wrong.view(-1)[-1] + 1) % 8
+    with pytest.raises(Mismatch, match="not the nearest" if part == "codes" else "units of other lengths"):
+        runs.check_compress(COMPRESS, inputs, dataclasses.replace(z, **{part: wrong}))
+
+
+@pytest.mark.parametrize("part", ["a token", "a text", "the length"])
+def test_the_check_sees_a_wrong_token_or_text(decompressed, part):
+    inputs, texts = decompressed
+    tokens = inputs["codec"].decompress_tokens(inputs["z"])
+    runs.check_decompress_peer(DECOMPRESS, inputs, (tokens, texts))
+    tokens, texts = [list(own) for own in tokens], list(texts)
+    if part == "a token":
+        tokens[1][-1] = (tokens[1][-1] + 1) % 256
+        texts[1] = inputs["codec"].tokenizer.decode(tokens[1])
+        message = "not the arg-max"
+    elif part == "a text":
+        texts[0] += "?"
+        message = "texts: 1 of 3"
+    else:
+        tokens[2].pop()
+        message = "tokens: expected"
+    with pytest.raises(Mismatch, match=message):
+        runs.check_decompress_peer(DECOMPRESS, inputs, (tokens, texts))
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "right"), [(1e-7, 0, True), (1e-7, 1, True), (1e-7, 2, False), (0.1, 0, True), (0.1, 1, False)]
+)
+def test_of_two_codes_within_rounding_either_is_right(monkeypatch, first, code, right):
+    books = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [5.0, 5.0]]], dtype=torch.float64)
+    monkeypatch.setattr(oracle, "_codec", lambda name, device: SimpleNamespace(model=SimpleNamespace(codebooks=books)))
+    latents, length = torch.tensor([[first, 0.5]], dtype=torch.float64), torch.tensor([1])
+    with contextlib.nullcontext() if right else pytest.raises(Mismatch, match="1 codes of level 0 are not the nearest"):
+        oracle.check_codes("any", [(length, latents)], [(length, torch.tensor([[code]]))])
+
+
+def bench(tmp_path, *arguments):
+    argv = ["--set", "tiny", "--seconds", "0.01", "--json", str(tmp_path / "out.json"), *arguments]
+    return command.run(command.parse(argv), argv)
+
+
+def entries(tmp_path):
+    return {e["name"]: e for case in results.load(tmp_path / "out.json")["cases"] for e in case["contenders"]}
+
+
+def test_a_wrong_peer_gets_no_speed(tmp_path, monkeypatch):
+    right = huggingface.compress
+
+    def wrong(parts, texts, ratio, tight):
+        found = right(parts, texts, ratio, tight)
+        return [(lengths, codes.roll(1, 0)) for lengths, codes in found] if tight else found
+
+    monkeypatch.setattr(huggingface, "compress", wrong)
+    assert bench(tmp_path, "--ops", "compress") == 0
+    found = entries(tmp_path)
+    assert found["ours"]["status"] == found[runs.PADDED]["status"] == "ok"
+    assert found[runs.TIGHT]["status"] == "wrong" and "seconds" not in found[runs.TIGHT]
+
+
+def test_a_wrong_result_of_ours_gets_no_speed_and_fails_the_command(tmp_path, monkeypatch, capsys):
+    right = ZTokCodec.decompress
+    monkeypatch.setattr(ZTokCodec, "decompress", lambda self, z, **options: [t[::-1] for t in right(self, z, **options)])
+    assert bench(tmp_path, "--ops", "decompress") == 1
+    found = entries(tmp_path)
+    assert found["ours"]["status"] == "wrong" and "seconds" not in found["ours"]
+    assert found[runs.BATCHED]["status"] == "ok"
+    assert "ours: wrong: Mismatch: texts" in capsys.readouterr().err
+
+
+def test_a_codec_whose_base_is_absent_is_skipped_with_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "missing", lambda name: "no base here")
+    assert bench(tmp_path, "--ops", "compress") == 0
+    printed = capsys.readouterr().out
+    assert f"{COMPRESS.key}: skipped: no base here" in printed and "0 cases in" in printed
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_runs_are_measured_when_they_are_named_and_not_else():
+    assert not set(OPS) & set(RUNS)
+    assert {case.op for case in select(None, "full", "cpu")} == set(OPS)
+    assert {case.op for case in select(list(RUNS), "default", "cuda")} == set(RUNS)
+
+
+def test_documents_are_of_mixed_lengths_and_the_same_everywhere():
+    cut = [files.documents(8, 200, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert cut[0] == cut[1] and len(set(cut[0])) == 8
+    assert max(map(len, cut[0])) == len(cut[0][0]) == 200 and min(map(len, cut[0])) < 100
+    with pytest.raises(ValueError, match="longest must be below"):
+        files.documents(1, 10**6, torch.Generator())
+
+
+def test_settings_that_the_peer_does_not_have_are_refused(monkeypatch):
+    other = dataclasses.replace(huggingface.ZTokConfig.load(files.folder(files.TINY)), emission="stop")
+    monkeypatch.setattr(huggingface.ZTokConfig, "load", classmethod(lambda cls, folder: other))
+    with pytest.raises(ValueError, match="emission must be 'fire', got 'stop'"):
+        huggingface.load.__wrapped__(files.TINY, "compressor", False, "cpu")
