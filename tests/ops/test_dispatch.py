@@ -218,6 +218,20 @@ def test_backend_is_let_go_after_an_error(marked):
     assert assign() == MARKED
 
 
+def test_what_is_forced_is_kept_as_long_as_it_is_and_no_longer():
+    """torch 2.11 does not count its reference: a few blocks, and Python's memory was corrupt."""
+    forced = {None: "reference"}
+    references = sys.getrefcount(forced)
+    for _ in range(3):
+        dispatch._stash(forced)
+        assert sys.getrefcount(forced) == references + 1
+    dispatch._stash({})
+    assert sys.getrefcount(forced) == references
+    for _ in range(10_000):
+        with ztok_fast.backend("reference"), ztok_fast.backend("cpp", ops=["z_select"]):
+            assert (dispatch.forced_backend("z_select"), dispatch.forced_backend("ragged_pack")) == ("cpp", "reference")
+
+
 def test_other_threads_are_not_forced(marked):
     results = []
     with ztok_fast.backend("reference"):

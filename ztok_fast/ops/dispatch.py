@@ -11,8 +11,10 @@ decides for it, not the one in which the forward pass ran, and not the thread th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -25,6 +27,26 @@ from ztok_fast.ops import requirements
 # objects of torch and not in a ContextVar, because autograd takes those along into the threads that run the backward
 # passes of a GPU.
 _FORCED = "ztok_forced_backend"
+
+
+def _stash_takes_a_reference() -> bool:
+    """Whether torch counts a reference to what it stores. torch 2.11 does not, and gives up one that it never had."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("ztok_probe", probe)
+    counted = sys.getrefcount(probe) > before
+    if not counted:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return counted
+
+
+_STASH_TAKES_A_REFERENCE = _stash_takes_a_reference()
+
+
+def _stash(forced: dict[str | None, str]) -> None:
+    if not _STASH_TAKES_A_REFERENCE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(forced))
+    torch._C._stash_obj_in_tls(_FORCED, forced)
 
 
 def _forced() -> dict[str | None, str]:
@@ -67,11 +89,11 @@ def backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
                 raise ValueError(f"backend: ops must name ops of {', '.join(requirements.ops())}, got {op!r}")
             forced[op] = forced[f"{op}_backward"] = name
     outer = _forced()
-    torch._C._stash_obj_in_tls(_FORCED, forced)
+    _stash(forced)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_FORCED, outer)
+        _stash(outer)
 
 
 def forced_backend(op: str) -> str | None:
