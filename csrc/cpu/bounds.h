@@ -16,19 +16,14 @@ inline float length_bound(float square, int64_t width) {
   return __builtin_sqrtf(square) * (1 + (n + 16) * kUnit) + __builtin_sqrtf(n) * 0x1p-63f;
 }
 
-inline float sum_of_squares(const float* x, int64_t width) {
-  Vec sum = zeros(), other = zeros();
-  int64_t k = 0;
-  for (; k + 2 * kWidth <= width; k += 2 * kWidth) {
-    const Vec left = load(x + k), right = load(x + k + kWidth);
-    sum = fma(left, left, sum);
-    other = fma(right, right, other);
+// No vector with one of these sums of squares is longer; infinity if float32 cannot hold them, or one is not finite.
+inline float longest_of(const float* squares, int64_t count, int64_t width) {
+  float largest = 0, sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (squares[i] > largest) largest = squares[i];
+    sum += squares[i];  // a maximum alone loses NaN
   }
-  for (; k < width; k += kWidth) {
-    const Vec rest = load_first(x + k, static_cast<int>(smaller(kWidth, width - k)));
-    sum = fma(rest, rest, sum);
-  }
-  return reduce_add(sum + other);
+  return sum < __builtin_inff() ? length_bound(largest, width) : __builtin_inff();
 }
 
 }  // namespace ZTOK_ISA

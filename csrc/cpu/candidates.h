@@ -1,5 +1,9 @@
 // Nearest-code search in float32 with a rigorous bound on its error, and the choice among what the bound leaves open.
 //
+// Squared distances do not change when rows and codes are taken less one vector, the centre; their products and the
+// bound on the products' error do, so l2 is searched around a vector amid the codes. A float32 difference is off by a
+// rounding at most, relative to itself: it counts as one more rounding of each factor.
+//
 // A score is what the nearest code maximises: x.c - |c|^2 / 2 for l2, x.c for dot, x.c / |c| for cosine. Each float32
 // score of a code block is within `slack` of the true one, so a code can be the best only if its score reaches
 // lower - slack, with `lower` the largest score seen less its slack. That is rare: per register tile the search costs
@@ -109,10 +113,11 @@ inline void search_exactly(Search& search, int64_t slot) {
 
 // The bounds of all rows for the codes of one block.
 inline void begin_block(Search& search, const CodeBlock& block, int64_t width, Metric metric) {
-  search.suspect |= block.suspect;
+  search.suspect |= !(block.longest < __builtin_inff());
   // A score is a sum of `width` products and the bias, each of which takes part in at most width + 1 roundings; the
-  // bias is itself a sum of that many squares. 32 more and a per cent cover what is done with bounds here, in float32.
-  const Vec rounding = broadcast(1.01f * kUnit * static_cast<float>(2 * width + 32));
+  // bias is itself a sum of that many squares. The factors may be differences, rounded once each. 32 more and a per cent
+  // cover what is done with bounds here, in float32.
+  const Vec rounding = broadcast(1.01f * kUnit * static_cast<float>(2 * width + 36));
   const Vec underflow = broadcast(kLeast * static_cast<float>(2 * width + 32)), one = broadcast(1.0f);
   const Vec longest = broadcast(block.longest);
   const Vec bias = broadcast(metric == Metric::l2 ? block.longest * block.longest / 2 : 0.0f);

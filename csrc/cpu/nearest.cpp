@@ -17,8 +17,14 @@ namespace {
 
 // Packed rows of a block, or those of one part of the width: half of a 512 KB L2 cache.
 constexpr int64_t kRowBytes = 256 * 1024;
-constexpr int64_t kUnpackedRows = 3;
 constexpr int64_t kMaxBlockRows = 192;  // beyond this a code panel in L1 is used often enough
+
+// Up to so many rows, codes are read where they lie: packing them would take longer than it saves. Wide codes are read
+// from a cache further away, and 16-bit ones are converted each time.
+int64_t unpacked_rows(const Matrix& codes) {
+  const bool wide = codes.width >= 256;
+  return codes.element == Element::float32 ? (wide ? 36 : 9) : (wide ? 12 : 6);
+}
 
 int64_t blocks_of(int64_t codes) { return (codes + kBlockCodes - 1) / kBlockCodes; }
 
@@ -46,14 +52,18 @@ struct RowBlock {
     ZTOK_SELECT(to_floats)(problem.rows, first, count, rows.get());
   }
 
-  // Rows that use a level, packed.
-  int64_t pack(const Problem& problem, int64_t level) {
-    int64_t active = 0;
+  // Finds the rows that use a level.
+  int64_t choose(const Problem& problem, int64_t level) {
+    active = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (problem.levels.of(first + i, problem.codebooks.levels) > level) index[active++] = static_cast<int32_t>(i);
     }
-    ZTOK_SELECT(pack_tiles)(rows.get(), index.get(), active, problem.rows.width, tiles.get());
     return active;
+  }
+
+  // Packs them.
+  void pack(const Problem& problem, const float* centre) {
+    ZTOK_SELECT(pack_tiles)(rows.get(), index.get(), active, problem.rows.width, centre, tiles.get());
   }
 
   Settled settled(const Problem& problem, int64_t level) const {
@@ -65,7 +75,7 @@ struct RowBlock {
 
   Buffer<float> rows, tiles;
   Buffer<int32_t> index;
-  int64_t first = 0, count = 0;
+  int64_t first = 0, count = 0, active = 0;
 };
 
 // The state of one search of a row block.
@@ -77,8 +87,8 @@ struct SearchState {
         scratch(kBlockCodes * search_slots(capacity)),
         slots(search_slots(capacity)) {}
 
-  void begin(const RowBlock& block, int64_t active, int64_t width) {
-    search = {block.rows.get(), block.index.get(), block.tiles.get(), active};
+  void begin(const RowBlock& block, const float* centre, int64_t width) {
+    search = {block.rows.get(), block.index.get(), block.tiles.get(), centre, block.active};
     search.norm = floats.get();
     search.lower = floats.get() + slots;
     search.slack = floats.get() + 2 * slots;
@@ -103,15 +113,43 @@ struct Packer {
         staging(problem.metric == Metric::cosine ? block_floats(problem.rows.width) : 0),
         bias(kBlockCodes) {}
 
-  CodeBlock& pack(const Problem& problem, const Matrix& codes, int64_t number, float* panels_out, float* bias_out) {
+  CodeBlock& pack(const Problem& problem, const Matrix& codes, const float* centre, int64_t number, float* panels_out,
+                  float* bias_out) {
     const int64_t first = number * kBlockCodes;
-    block = {panels_out, bias_out, 0, first, std::min<int64_t>(kBlockCodes, codes.rows - first), false};
-    ZTOK_SELECT(pack_codes)(codes, problem.metric, staging.get(), block);
+    block = {panels_out, bias_out, 0, first, std::min<int64_t>(kBlockCodes, codes.rows - first)};
+    ZTOK_SELECT(pack_codes)(codes, problem.metric, centre, staging.get(), block);
     return block;
   }
 
   Buffer<float> panels, staging, bias;
   CodeBlock block{};
+};
+
+// A vector amid the codes of each level, for l2: the mean of some. Any would do; see candidates.h.
+class Centres {
+ public:
+  explicit Centres(const Problem& problem)
+      : width_(problem.metric == Metric::l2 ? problem.rows.width : 0), values_(problem.codebooks.levels * width_) {
+    if (width_ == 0) return;
+    constexpr int64_t kSamples = 32;
+    Buffer<float> code(width_);
+    for (int64_t l = 0; l < problem.codebooks.levels; ++l) {
+      const Matrix codes = problem.codebooks.level(l);
+      const int64_t samples = std::min(kSamples, codes.rows);
+      float* mean = values_.get() + l * width_;
+      std::fill_n(mean, width_, 0.0f);
+      for (int64_t i = 0; i < samples; ++i) {
+        ZTOK_SELECT(to_floats)(codes, i * codes.rows / samples, 1, code.get());
+        for (int64_t k = 0; k < width_; ++k) mean[k] += code[k] / static_cast<float>(samples);
+      }
+    }
+  }
+
+  const float* of(int64_t level) const { return width_ > 0 ? values_.get() + level * width_ : nullptr; }
+
+ private:
+  int64_t width_;
+  Buffer<float> values_;
 };
 
 bool all_finite(const Codebooks& codebooks) {
@@ -134,15 +172,17 @@ bool search_many(const Problem& problem, int64_t block_rows) {
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
   Buffer<float> panels(levels * blocks * block_floats(width)), bias(levels * blocks * kBlockCodes);
   std::vector<CodeBlock> packed(levels * blocks);
+  const Centres centres(problem);
   const double elements = static_cast<double>(levels) * blocks * block_floats(width);
   share(levels * blocks, 1, 8 * elements / kBytesPerNanosecond, [&](int64_t begin, int64_t end) {
     Packer packer(problem, false);
     for (int64_t i = begin; i < end; ++i) {
-      packed[i] = packer.pack(problem, problem.codebooks.level(i / blocks), i % blocks,
+      packed[i] = packer.pack(problem, problem.codebooks.level(i / blocks), centres.of(i / blocks), i % blocks,
                               panels.get() + i * block_floats(width), bias.get() + i * kBlockCodes);
     }
   });
-  const bool suspect = std::any_of(packed.begin(), packed.end(), [](const CodeBlock& b) { return b.suspect; });
+  const bool suspect = std::any_of(packed.begin(), packed.end(),
+                                   [](const CodeBlock& b) { return !(b.longest < HUGE_VALF); });
   if (suspect && !all_finite(problem.codebooks)) return false;
   // Blocks of equal size, whole register tiles each.
   const int64_t tiles = (problem.rows.rows + kTileRows - 1) / kTileRows, most = block_rows / kTileRows;
@@ -156,7 +196,9 @@ bool search_many(const Problem& problem, int64_t block_rows) {
       block.load(problem, first, std::min(last, problem.rows.rows) - first);
       for (int64_t level = 0; level < levels; ++level) {
         const Matrix codes = problem.codebooks.level(level);
-        state.begin(block, block.pack(problem, level), width);
+        block.choose(problem, level);
+        block.pack(problem, centres.of(level));
+        state.begin(block, centres.of(level), width);
         for (int64_t b = 0; b < blocks; ++b) {
           ZTOK_SELECT(search_block)(state.search, packed[level * blocks + b], codes, problem.metric,
                                     state.scratch.get());
@@ -170,7 +212,7 @@ bool search_many(const Problem& problem, int64_t block_rows) {
 }
 
 // Few rows: they are one block, and the threads share the codes, each packing a block of its own just before it is
-// used. For very few, packing would take longer than the search. False if a code is not finite.
+// used, or for very few rows none at all. False if a code is not finite.
 bool search_few(const Problem& problem) {
   const int64_t width = problem.rows.width, num_rows = problem.rows.rows;
   const int64_t blocks = blocks_of(problem.codebooks.first.rows);
@@ -180,7 +222,8 @@ bool search_few(const Problem& problem) {
   const int64_t threads = std::min(threads_for(nanoseconds), blocks);
   RowBlock block(problem, num_rows);
   block.load(problem, 0, num_rows);
-  const bool may_unpack = num_rows <= kUnpackedRows && problem.metric != Metric::cosine;
+  const Centres centres(problem);
+  const bool may_unpack = num_rows <= unpacked_rows(problem.codebooks.first) && problem.metric != Metric::cosine;
   std::vector<SearchState> states;
   std::vector<Packer> packers;
   for (int64_t thread = 0; thread < threads; ++thread) {
@@ -191,21 +234,26 @@ bool search_few(const Problem& problem) {
   bool suspect = false;
   for (int64_t level = 0; level < problem.codebooks.levels; ++level) {
     const Matrix codes = problem.codebooks.level(level);
-    const int64_t active = block.pack(problem, level);
-    const bool unpacked = may_unpack && active == num_rows;
+    const float* centre = centres.of(level);
+    const bool unpacked = block.choose(problem, level) == num_rows && may_unpack;
+    if (!unpacked) {
+      block.pack(problem, centre);
+    } else if (centre) {
+      ZTOK_SELECT(centre_rows)(block.rows.get(), num_rows, width, centre, block.tiles.get());
+    }
     const auto search = [&](int64_t thread, const auto& claims) {
       SearchState& state = states[thread];
       Packer& packer = packers[thread];
-      state.begin(block, active, width);
+      state.begin(block, centre, width);
       claims([&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
           if (unpacked) {
             CodeBlock block_of_codes{nullptr, nullptr, 0, b * kBlockCodes,
-                                     std::min<int64_t>(kBlockCodes, codes.rows - b * kBlockCodes), false};
+                                     std::min<int64_t>(kBlockCodes, codes.rows - b * kBlockCodes)};
             ZTOK_SELECT(search_unpacked)(state.search, block_of_codes, codes, problem.metric, state.scratch.get());
             continue;
           }
-          CodeBlock& packed = packer.pack(problem, codes, b, packer.panels.get(), packer.bias.get());
+          CodeBlock& packed = packer.pack(problem, codes, centre, b, packer.panels.get(), packer.bias.get());
           ZTOK_SELECT(search_block)(state.search, packed, codes, problem.metric, state.scratch.get());
         }
       });
@@ -216,7 +264,7 @@ bool search_few(const Problem& problem) {
     } else {
       share_among(threads, blocks, 4, search);
     }
-    ZTOK_SELECT(settle)(searches.data(), threads, 0, active, codes, problem.metric, block.rows.get(),
+    ZTOK_SELECT(settle)(searches.data(), threads, 0, block.active, codes, problem.metric, block.rows.get(),
                         block.settled(problem, level));
     for (const Search& search : searches) suspect |= search.suspect;
   }

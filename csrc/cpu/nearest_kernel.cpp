@@ -11,6 +11,23 @@ namespace ztok {
 namespace ZTOK_ISA {
 namespace {
 
+inline float sum_of_squares(const float* x, const float* centre, int64_t width) {
+  Vec sum = zeros(), other = zeros();
+  int64_t k = 0;
+  for (; k + 2 * kWidth <= width; k += 2 * kWidth) {
+    const Vec left = load(x + k) - centre_at(centre, k, kWidth);
+    const Vec right = load(x + k + kWidth) - centre_at(centre, k + kWidth, kWidth);
+    sum = fma(left, left, sum);
+    other = fma(right, right, other);
+  }
+  for (; k < width; k += kWidth) {
+    const int rest = static_cast<int>(smaller(kWidth, width - k));
+    const Vec last = load_first(x + k, rest) - centre_at(centre, k, rest);
+    sum = fma(last, last, sum);
+  }
+  return reduce_add(sum + other);
+}
+
 // Below this many floats the codes stay in a shared cache, where asking for them early only costs.
 constexpr int64_t kCached = 2 << 20;
 
@@ -74,23 +91,26 @@ void sweep_first(Search& search, const CodeBlock& block, const Matrix& codes, Me
 template <typename T>
 void search_dots(Search& search, const T* book, CodeBlock& block, const Matrix& codes, Metric metric, float* scratch) {
   alignas(64) float squares[kBlockCodes];
-  dot_block(search.rows, search.count, book + block.first * codes.stride, codes.stride, block.count, codes.width,
-            scratch, squares);
-  float largest = 0, sum = 0;
-  for (int64_t i = 0; i < block.count; ++i) {
-    if (!(squares[i] <= largest)) largest = squares[i];
-    sum += squares[i];
+  const T* first = book + block.first * codes.stride;
+  if (search.centre) {
+    dot_block<true>(search.tiles, search.count, first, codes.stride, block.count, codes.width, search.centre, scratch,
+                    squares);
+  } else {
+    dot_block<false>(search.rows, search.count, first, codes.stride, block.count, codes.width, nullptr, scratch,
+                     squares);
   }
-  block.longest = length_bound(largest, codes.width);
-  block.suspect = !(sum < __builtin_inff());
+  block.longest = longest_of(squares, block.count, codes.width);
   begin_block(search, block, codes.width, metric);
-  for (int64_t slot = 0; slot < kTileRows; ++slot) {
+  const int64_t slots = round_up(search.count, kTileRows);
+  for (int64_t slot = 0; slot < slots; ++slot) {
     float* scores = scratch + slot * kBlockCodes;
     for (int64_t i = slot < search.count ? block.count : 0; i < kBlockCodes; ++i) scores[i] = -FLT_MAX;
     if (metric != Metric::l2 || slot >= search.count) continue;
     for (int64_t i = 0; i < block.count; ++i) scores[i] -= squares[i] / 2;
   }
-  keep_block(search, 0, block.first, scratch, panels_of(block.count), codes, metric);
+  for (int64_t slot = 0; slot < slots; slot += kTileRows) {
+    keep_block(search, slot, block.first, scratch + slot * kBlockCodes, panels_of(block.count), codes, metric);
+  }
 }
 
 template <typename T>
@@ -144,10 +164,16 @@ void begin_search(Search& search, int64_t width) {
     search.lower[slot] = search.reach[slot] = kNotANumber;
     if (slot >= search.count) continue;
     const float* row = search.rows + search.index[slot] * width;
-    const float square = sum_of_squares(row, width);
+    // of what is multiplied: the row less the centre
+    const float square = sum_of_squares(row, search.centre, width);
     float norm = length_bound(square, width);
     if (!(square < __builtin_inff())) {  // of a large row, or of one that is not finite
-      norm = static_cast<float>(__builtin_sqrt(squared_norm(row, width)) * (1 + 4 * kUnit));
+      double squares = 0;
+      for (int64_t k = 0; k < width; ++k) {
+        const double value = search.centre ? row[k] - search.centre[k] : row[k];
+        squares += value * value;
+      }
+      norm = static_cast<float>(__builtin_sqrt(squares) * (1 + 4 * kUnit));
     }
     search.candidate_counts[slot] = 0;
     search.norm[slot] = norm;

@@ -20,7 +20,8 @@ struct Candidate {
 struct Search {
   const float* rows = nullptr;     // [*, width], what the levels before left over
   const int32_t* index = nullptr;  // [count]: which of them
-  const float* tiles = nullptr;    // the same, packed
+  const float* tiles = nullptr;    // the same less the centre, packed; not packed for `search_unpacked`
+  const float* centre = nullptr;   // [width] or null: what is taken off rows and codes before they are multiplied
   int64_t count = 0;
   float* norm = nullptr;   // length, 0 where the row is not searched in float32
   float* lower = nullptr;  // the best true score is at least this; NaN where the row is not searched in float32
@@ -29,7 +30,7 @@ struct Search {
   int32_t* candidate_counts = nullptr;
   Candidate* candidates = nullptr;  // [count, kCandidates], by ascending code
   bool begun = false;    // has seen a block
-  bool suspect = false;  // has seen one that is suspect
+  bool suspect = false;  // has seen a code whose square is no float32, be it very long or not finite
 };
 
 struct Settled {
@@ -51,8 +52,8 @@ ZTOK_KERNEL(void, begin_search, Search& search, int64_t width)
 ZTOK_KERNEL(void, search_block, Search& search, const CodeBlock& block, const Matrix& codes, Metric metric,
             float* scratch)
 
-// The same without packing, for at most kTileRows rows that are rows 0 to count - 1, and for l2 and dot. Of the block,
-// `first` and `count` are given. `scratch` holds kTileRows * kBlockCodes floats.
+// The same without packing, for rows that are rows 0 to count - 1, and for l2 and dot. Of the block, `first` and `count`
+// are given. With a centre, `search.tiles` holds the rows less the centre, one after another.
 ZTOK_KERNEL(void, search_unpacked, Search& search, CodeBlock& block, const Matrix& codes, Metric metric,
             float* scratch)
 

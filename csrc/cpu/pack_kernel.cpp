@@ -28,36 +28,31 @@ void unit_codes(const T* codes, int64_t stride, int64_t count, int64_t width, fl
 }
 
 template <typename T>
-void pack_typed(const T* codes, const Matrix& matrix, Metric metric, float* staging, CodeBlock& block) {
+void pack_typed(const T* codes, const Matrix& matrix, Metric metric, const float* centre, float* staging,
+                CodeBlock& block) {
   alignas(64) float squares[kBlockCodes];
   codes += block.first * matrix.stride;
   if (metric == Metric::cosine) {
     unit_codes(codes, matrix.stride, block.count, matrix.width, staging);
-    pack_panels(staging, matrix.width, block.count, matrix.width, block.panels, squares);
+    pack_panels(staging, matrix.width, block.count, matrix.width, nullptr, block.panels, squares);
   } else {
-    pack_panels(codes, matrix.stride, block.count, matrix.width, block.panels, squares);
+    pack_panels(codes, matrix.stride, block.count, matrix.width, centre, block.panels, squares);
   }
-  float largest = 0, sum = 0;
-  for (int64_t i = 0; i < block.count; ++i) {
-    if (!(squares[i] <= largest)) largest = squares[i];
-    sum += squares[i];
-    block.bias[i] = metric == Metric::l2 ? -squares[i] / 2 : 0.0f;
-  }
+  for (int64_t i = 0; i < block.count; ++i) block.bias[i] = metric == Metric::l2 ? -squares[i] / 2 : 0.0f;
   for (int64_t i = block.count; i < panels_of(block.count) * kPanel; ++i) block.bias[i] = -FLT_MAX;
-  block.longest = length_bound(largest, matrix.width);
-  block.suspect = !(sum < __builtin_inff());
+  block.longest = longest_of(squares, block.count, matrix.width);
 }
 
 }  // namespace
 
-void pack_codes(const Matrix& codes, Metric metric, float* staging, CodeBlock& block) {
+void pack_codes(const Matrix& codes, Metric metric, const float* centre, float* staging, CodeBlock& block) {
   switch (codes.element) {
     case Element::float16:
-      return pack_typed(static_cast<const Half*>(codes.data), codes, metric, staging, block);
+      return pack_typed(static_cast<const Half*>(codes.data), codes, metric, centre, staging, block);
     case Element::bfloat16:
-      return pack_typed(static_cast<const BFloat16*>(codes.data), codes, metric, staging, block);
+      return pack_typed(static_cast<const BFloat16*>(codes.data), codes, metric, centre, staging, block);
     default:
-      return pack_typed(static_cast<const float*>(codes.data), codes, metric, staging, block);
+      return pack_typed(static_cast<const float*>(codes.data), codes, metric, centre, staging, block);
   }
 }
 
@@ -77,8 +72,15 @@ void to_floats(const Matrix& matrix, int64_t first, int64_t count, float* rows) 
   }
 }
 
-void pack_tiles(const float* rows, const int32_t* index, int64_t count, int64_t width, float* tiles) {
-  pack_rows(rows, index, count, width, tiles);
+void pack_tiles(const float* rows, const int32_t* index, int64_t count, int64_t width, const float* centre,
+                float* tiles) {
+  pack_rows(rows, index, count, width, centre, tiles);
+}
+
+void centre_rows(const float* rows, int64_t count, int64_t width, const float* centre, float* centred) {
+  for (int64_t i = 0; i < count; ++i, rows += width, centred += width) {
+    for (int64_t k = 0; k < width; ++k) centred[k] = rows[k] - centre[k];
+  }
 }
 
 }  // namespace ZTOK_ISA

@@ -23,9 +23,8 @@ constexpr int kMaxDepth = 256;    // elements of a code in one go
 struct CodeBlock {
   float* panels;  // blocks_floats(width) floats
   float* bias;    // [kBlockCodes]: where scores start, -|c|^2 / 2 for l2, else 0; for what is no code the least float
-  float longest;  // no code of the block is longer
+  float longest;  // no code of the block is longer; infinity if the square of a length is no float32
   int64_t first, count;
-  bool suspect = false;  // the square of a code's length is no float32: it is very long, or not finite
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -62,9 +62,16 @@ inline void store_tile(float* scores, const Tile& tile) {
   }
 }
 
-// Packs rows[index[i]], i < count, of `width` floats each; what is missing in the last tile is 0. `tiles` holds
-// tiles * kTileRows * width + kWidth floats: for each part of the width, for each tile, for each k, kTileRows numbers.
-inline void pack_rows(const float* rows, const int32_t* index, int64_t count, int64_t width, float* tiles) {
+// The first n elements of the centre from k on; without one zeros, which change no number they are taken from.
+inline Vec centre_at(const float* centre, int64_t k, int n) {
+  return centre == nullptr ? zeros() : n >= kWidth ? load(centre + k) : load_first(centre + k, n);
+}
+
+// Packs rows[index[i]], i < count, of `width` floats each, less `centre` [width] unless it is null; what is missing in
+// the last tile is 0. `tiles` holds tiles * kTileRows * width + kWidth floats: for each part of the width, for each tile,
+// for each k, kTileRows numbers.
+inline void pack_rows(const float* rows, const int32_t* index, int64_t count, int64_t width, const float* centre,
+                      float* tiles) {
   const int64_t part = part_depth(width);
   float* target = tiles;
   for (int64_t first = 0; first < width; first += part) {
@@ -77,24 +84,29 @@ inline void pack_rows(const float* rows, const int32_t* index, int64_t count, in
       if constexpr (kWidth >= kTileRows) {
         for (; k + kWidth <= depth; k += kWidth) {
           Vec square[kWidth];
-          for (int r = 0; r < kWidth; ++r) square[r] = r < present ? load(source[r < kTileRows ? r : 0] + k) : zeros();
+          const Vec less = centre_at(centre, first + k, kWidth);
+          for (int r = 0; r < kWidth; ++r) {
+            square[r] = r < present ? load(source[r < kTileRows ? r : 0] + k) - less : zeros();
+          }
           transpose(square);
           // Each store reaches past its kTileRows numbers; the next one, or that of the next tile, sets this right.
           for (int i = 0; i < kWidth; ++i, target += kTileRows) store(target, square[i]);
         }
       }
       for (; k < depth; ++k, target += kTileRows) {
-        for (int r = 0; r < kTileRows; ++r) target[r] = r < present ? source[r][k] : 0.0f;
+        const float c = centre ? centre[first + k] : 0.0f;
+        for (int r = 0; r < kTileRows; ++r) target[r] = r < present ? source[r][k] - c : 0.0f;
       }
     }
   }
 }
 
-// Packs `count` codes, rows of `width` elements `stride` apart, into panels: for each part of the width, for each
-// panel, for each k, kPanel numbers; what is missing in the last panel is 0. `squares` [panels * kPanel] gets the sums of the
-// squares of the elements, in float32.
+// Packs `count` codes, rows of `width` elements `stride` apart, less `centre`, into panels: for each part of the width,
+// for each panel, for each k, kPanel numbers; what is missing in the last panel is 0. `squares` [panels * kPanel] gets
+// the sums of the squares of what is packed, in float32.
 template <typename T>
-void pack_panels(const T* codes, int64_t stride, int64_t count, int64_t width, float* panels, float* squares) {
+void pack_panels(const T* codes, int64_t stride, int64_t count, int64_t width, const float* centre, float* panels,
+                 float* squares) {
   const int64_t num_panels = panels_of(count), part = part_depth(width);
   for (int64_t group = 0; group < num_panels * 2; ++group) {  // kWidth codes: half a panel
     const int present = static_cast<int>(smaller(kWidth, count - group * kWidth));
@@ -105,11 +117,12 @@ void pack_panels(const T* codes, int64_t stride, int64_t count, int64_t width, f
       for (int64_t k = 0; k < depth; k += kWidth) {
         const int columns = static_cast<int>(smaller(kWidth, depth - k));
         const T* source = codes + group * kWidth * stride + first + k;
+        const Vec less = centre_at(centre, first + k, columns);
         Vec block[kWidth];
         for (int i = 0; i < kWidth; ++i) {
           block[i] = i >= present       ? zeros()
-                         : columns < kWidth ? load_first(source + i * stride, columns)
-                                            : load(source + i * stride);
+                     : columns < kWidth ? load_first(source + i * stride, columns) - less
+                                        : load(source + i * stride) - less;
         }
         transpose(block);
         for (int i = 0; i < columns; ++i) {

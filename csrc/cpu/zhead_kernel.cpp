@@ -3,6 +3,7 @@
 // logarithm; the two logarithms of the true noise are taken only where that bound reaches the best score.
 #include "zhead_kernel.h"
 
+#include "bounds.h"
 #include "dot_tile.h"
 #include "exact_score.h"
 
@@ -10,7 +11,7 @@ namespace ztok {
 namespace ZTOK_ISA {
 namespace {
 
-constexpr float kUnit = 0x1p-24f, kLeast = 0x1p-126f, kLargest = 0x1p100f;
+constexpr float kLeast = 0x1p-126f, kLargest = 0x1p100f;
 constexpr float kMostNoise = 32;  // |noise| is below 23
 
 uint32_t word_of(const DrawKey& key, int64_t code) {
@@ -115,14 +116,10 @@ void block_of(const ZQuery& query, const T* codes, int64_t first, ZRow* rows, ZM
               float* scores) {
   const int64_t width = query.codes.width, count = smaller(kBlockCodes, query.codes.rows - first);
   alignas(64) float squares[kBlockCodes];
-  dot_block(query.hidden, query.rows, codes + first * query.codes.stride, query.codes.stride, count, width, scores,
-            squares);
-  float square = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(squares[i] <= square)) square = squares[i];  // NaN stays, and stands for too large
-  }
+  dot_block<false>(query.hidden, query.rows, codes + first * query.codes.stride, query.codes.stride, count, width,
+                   nullptr, scores, squares);
+  const float longest = longest_of(squares, count, width);
   const float n = static_cast<float>(width), inverse = query.temperature == 0 ? 1.0f : 1.0f / query.temperature;
-  const float longest = __builtin_sqrtf(square) * (1 + (n + 16) * kUnit) + __builtin_sqrtf(n) * 0x1p-63f;
   for (int64_t r = 0; r < query.rows; ++r) {
     ZRow& row = rows[r];
     if (row.count < 0) continue;

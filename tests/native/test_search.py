@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not native.status("cpu").available, reason=nativ
 
 HALVES = (torch.bfloat16, torch.float16)
 METRICS = ("l2", "cosine", "dot")
-# rows, codes, width, levels: without packing (up to 3 rows); codes in several blocks of 128, the last one not full; tiles
+# rows, codes, width, levels: without packing (few rows, more of them if wide); codes in several blocks of 128, the last one not full; tiles
 # of 6 rows and vectors of 8 or 16 elements not full; the width in parts of at most 256; rows in several blocks
-SHAPES = [(1, 1, 1, 1), (3, 131, 45, 2), (7, 129, 300, 2), (50, 257, 700, 1), (701, 300, 40, 3), (400, 128, 1000, 1)]
+SHAPES = [(1, 1, 1, 1), (3, 131, 45, 2), (7, 129, 300, 2), (11, 200, 40, 2), (50, 257, 700, 1), (701, 300, 40, 3), (400, 128, 1000, 1)]
 
 
 @contextmanager
@@ -228,3 +228,22 @@ def test_memory_grows_with_rows_and_codes_but_not_with_their_product():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     scores = 60000 * 4096 * 4
     assert int(run.stdout) * 1024 < scores / 50, f"{run.stdout} KiB"
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 10, 36, 37, 400])
+@pytest.mark.parametrize("width", [20, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_shared_offsets_and_outliers(rows, width, dtype, metric):
+    """Hidden states of language models: a few dimensions are large, and much alike in all rows and codes."""
+    generator = torch.Generator().manual_seed(rows + width)
+    shift = torch.zeros(width)
+    shift[3], shift[width - 1] = 1000.0, -250.0
+    x = torch.randn(rows, width, generator=generator) + shift
+    books = (torch.randn(2, 200, width, generator=generator) + shift * torch.tensor([1.0, 0.0])[:, None, None]).to(dtype)
+    with ztok_fast.backend("cpp"):
+        found = ops.codebook_assign(x, books, metric)
+    with ztok_fast.backend("reference"):
+        expected = ops.codebook_assign(x, books, metric)
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.distances, expected.distances)

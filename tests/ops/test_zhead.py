@@ -234,6 +234,17 @@ def test_rows_without_finite_logits(backend, device, temperature, top_p, bad):
 
 
 @pytest.mark.op("z_select")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("code", [0, 4, 130, 139])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_code_without_finite_logits_is_every_rows(backend, device, temperature, code, bad):
+    hidden, rows = torch.randn(3, 4, device=device), torch.randn(140, 4, device=device)
+    rows[code, 2] = bad
+    actual = ops.z_select(hidden, rows, temperature)
+    assert actual.codes.tolist() == [0, 0, 0] and bool(actual.log_probs.isnan().all())
+
+
+@pytest.mark.op("z_select")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("row_ids", [None, torch.tensor([5, 3, 8])], ids=["default-ids", "given-ids"])
 def test_opcheck(backend, device, temperature, row_ids):
