@@ -139,7 +139,7 @@ COMPRESS = Op(
         Peer(TIGHT_MERGED, functools.partial(_compress_peer, True, True), lambda found: found,
              note="the same with the adapter merged into a copy of the base, which then serves compression alone"),
     ),
-    needs=needs, whole=True,
+    companions=("halting_units", "lora_linear", "quantize_ragged"), needs=needs, whole=True,
 )
 
 
@@ -215,5 +215,5 @@ DECOMPRESS = Op(
         Peer(BATCHED_MERGED, functools.partial(_decompress_peer, True, True), lambda found: found,
              note="the same with the adapter merged into a copy of the base, which then serves decompression alone"),
     ),
-    needs=needs, whole=True,
+    companions=("lora_linear", "ragged_gather"), needs=needs, whole=True,
 )

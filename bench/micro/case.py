@@ -124,7 +124,8 @@ class Op:
         check_peer: the same for what a peer's `read` returns; may be looser (a peer promises less).
         work: (case, inputs) -> `Work`.
         peers: peers and marks.
-        companions: ops that `run` also calls, whose backend is to be the same where it exists.
+        companions: ops that `run` also calls, whose backend is to be the same where it exists; of a whole run those
+            whose backends are recorded.
         flops_of_reference: how many times the flops of `work` the reference does in float64, for a guess of its time.
         whole: a run of the whole codec (`bench.codec`). It has no row in the requirements table and one contender of its
             own, "ours", in which every op chooses its backend; `main` is not asked, one input set is made, no graph.

@@ -88,6 +88,8 @@ def backend_entrants(op: Op, case: Case, sets: Sequence[dict], device, chosen: S
     """One entrant per backend in the requirements table; of a run of the whole codec the run alone."""
     if op.whole:
         entrant = Entrant(OURS, "backend", default=True, calls=[_op_call(op, case, inputs) for inputs in sets])
+        # a library that is missing or stale leaves the reference: it is to be seen in the results
+        entrant.with_backends = {name: dispatch.choose(name, device, case.dtype).backend for name in op.companions}
         return [entrant] if chosen is None or OURS in chosen else []
     main = op.main(sets[0])
     try:
@@ -230,7 +232,7 @@ def measure(
     with gradient_mode(case):
         everyone = verified_entrants(op, case, sets, device, backends, peers)
         racing = [Contender(e.name, e.calls, e.context) for e in everyone if e.calls]
-        say(f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}")
+        say(f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}{_used(everyone)}")
         with Disturbance() as disturbance:
             least = MIN_ROUNDS_WHOLE if op.whole else MIN_ROUNDS
             times = take_turns(racing, seconds, cuda, least) if racing else {}
@@ -267,6 +269,12 @@ def measure(
         "work": {"flops": work.flops, "bytes": work.bytes, "floor_seconds": floor},
         "contenders": contenders,
     }
+
+
+def _used(everyone: Sequence[Entrant]) -> str:
+    """The backends inside a run of the whole codec, for the terminal."""
+    used = {name: own for entrant in everyone if entrant.name == OURS for name, own in entrant.with_backends.items()}
+    return "".join(f"; {name}: {own}" for name, own in used.items())
 
 
 def floor_seconds(work, case: Case, device: torch.device, marks: dict) -> float:

@@ -14,6 +14,7 @@ from bench.micro import results, runner
 from bench.micro.case import Mismatch
 from bench.micro.registry import OPS, RUNS, select
 from ztok_fast.codec.codec import ZTokCodec
+from ztok_fast.ops import dispatch
 
 CPU = torch.device("cpu")
 MARKS = {"mm_gflops": {"float32": 100.0}, "copy_gbs": 20.0}
@@ -46,7 +47,9 @@ def test_every_contender_is_right_and_timed(case):
     for contender in entry["contenders"]:
         assert (contender["status"], contender["checked"]) == ("ok", True), contender["reason"]
         assert contender["seconds"]["rounds"] >= runner.MIN_ROUNDS_WHOLE
-    assert results.default_backend(entry)["name"] == "ours"
+    ours = results.default_backend(entry)
+    assert ours["name"] == "ours"
+    assert ours["with"] == {name: dispatch.choose(name, CPU, torch.float32).backend for name in RUNS[case.op].companions}
 
 
 def test_padded_and_packed_documents_give_the_same_codes(compressed):
