@@ -138,13 +138,13 @@ profile() {
 }
 
 tune() {
-    [ -f bench/tune_triton.py ] || { echo "bench/tune_triton.py is not in this tree"; return 77; }
+    [ -d bench/tune ] || { echo "bench/tune is not in this tree"; return 77; }
     if [ $dry = 1 ]; then
-        "$python" -m bench.tune_triton --help
+        "$python" -m bench.tune --help
         return
     fi
     set -o pipefail
-    "$python" -m bench.tune_triton | tee "$OUT/tuning.txt"
+    "$python" -m bench.tune | tee "$OUT/tuning.txt"
 }
 
 export -f build tests sanitize bench codec profile tune

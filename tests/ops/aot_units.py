@@ -1,6 +1,6 @@
-"""Compile cases of the halting, integration and quantise kernels, with the tiles that their launchers give them."""
+"""Compile cases of the halting, integration and quantise kernels, from the tables' entries."""
 
-from dataclasses import replace
+from tests.ops.aot_case import ANY, Case, capability_of, text_of
 
 HALTING = "ztok_fast.ops.halting.triton_kernels"
 INTEGRATION = "ztok_fast.ops.halting.triton_integration"
@@ -14,6 +14,8 @@ POINTERS = {
     "grad_latents": "*fp32", "from_codes": "*fp32",
 }  # fmt: skip
 NUMBERS = {name: "i32" for name in ("T", "B", "L", "M", "total_units")} | {"bits": "i64"}
+# whether the mode is "stop", and the dtype of the mass
+MODES = ((False, "*bf16"), (True, "*fp32"), (False, "*fp64"))
 
 
 def signature(names, **types):
@@ -21,104 +23,147 @@ def signature(names, **types):
     return {name: {**POINTERS, **NUMBERS, **types}[name] for name in names.split()}
 
 
-# the others are left to the slow tests
-QUICK = {"halting-rows-fire-bf16", "mass-gradient-fire-bf16", "unit-means-bf16", "row-gradients-bf16", "project-units-fp32-96"}
-
-
-def unit_cases(case):
-    """All cases; `case` is the class `Case`."""
-    return [replace(c, slow=c.name not in QUICK) for c in _cases(case)]
-
-
-def _cases(case):
-    from ztok_fast.ops.halting import triton as halting
-    from ztok_fast.ops.quantize import triton as quantize
-
-    tile = {"BT": halting.TILE}
-    later = {"BT": 512}
-    for stop, dtype in ((False, "*bf16"), (True, "*fp32"), (False, "*fp64")):
-        mode = f"{'stop' if stop else 'fire'}-{dtype[1:]}"
+def _modes():
+    for stop, dtype in MODES:
         shares = "*fp64" if dtype == "*fp64" else "*fp32"
-        of_mass = {"mass": dtype, "weights": shares, "weight_grads": shares, "grad": dtype}
-        yield case(
-            f"tile-sums-{mode}", f"{HALTING}:tile_sums_kernel", signature("mass sums T bits", **of_mass),
-            {"STOP": stop, **tile},
+        types = {"mass": dtype, "weights": shares, "weight_grads": shares, "grad": dtype}
+        yield f"{'stop' if stop else 'fire'}-{dtype[1:]}", stop, types
+
+
+def scan(arch, key, tile):
+    """The kernels over tiles of rows."""
+    name, launch = f"{text_of(key)}-{arch}", {"num_warps": tile.warps, "capabilities": (capability_of(arch),)}
+    for mode, stop, types in _modes():
+        yield Case(
+            f"tile-sums-{mode}-{name}", f"{HALTING}:tile_sums_kernel", signature("mass sums T bits", **types),
+            {"STOP": stop, "BT": tile.rows}, **launch,
         )  # fmt: skip
-        yield case(
-            f"prefix-{mode}", f"{HALTING}:prefix_kernel", signature("mass sums prefix T bits", **of_mass),
-            {"STOP": stop, **tile, "BS": halting.SUMS},
+        yield Case(
+            f"prefix-{mode}-{name}", f"{HALTING}:prefix_kernel", signature("mass sums prefix T bits", **types),
+            {"STOP": stop, "BT": tile.rows, "BS": tile.sums}, **launch,
         )  # fmt: skip
-        yield case(
-            f"unit-offsets-{mode}", f"{HALTING}:offsets_kernel", signature("prefix cu_seqlens counts cu_units B"),
-            {"STOP": stop, "BB": halting.TILE},
-        )  # fmt: skip
-        yield case(
-            f"halting-rows-{mode}", f"{HALTING}:rows_kernel",
+        yield Case(
+            f"halting-rows-{mode}-{name}", f"{HALTING}:rows_kernel",
             signature(
-                "mass prefix cu_seqlens cu_units weights ends unit first_rows end_rows T B total_units bits", **of_mass
+                "mass prefix cu_seqlens cu_units weights ends unit first_rows end_rows T B total_units bits", **types
             ),
-            {"STOP": stop, "TABLE": True, **tile},
+            {"STOP": stop, "TABLE": True, "BT": tile.rows}, **launch,
         )  # fmt: skip
-        yield case(
-            f"mass-gradient-{mode}", f"{HALTING}:mass_gradient_kernel",
-            signature("weight_grads prefix cu_seqlens tails grad T B", **of_mass),
-            {"STOP": stop, **later, "BS": halting.SUMS},
+    yield Case(
+        f"unit-rows-{name}", f"{INTEGRATION}:unit_rows_kernel",
+        signature("unit ends cu_units first_rows end_rows T B total_units"), {"BT": tile.rows}, **launch,
+    )  # fmt: skip
+
+
+def later(arch, key, tile):
+    """The backward scan."""
+    name, launch = f"{text_of(key)}-{arch}", {"num_warps": tile.warps, "capabilities": (capability_of(arch),)}
+    for mode, stop, types in _modes():
+        yield Case(
+            f"mass-gradient-{mode}-{name}", f"{HALTING}:mass_gradient_kernel",
+            signature("weight_grads prefix cu_seqlens tails grad T B", **types),
+            {"STOP": stop, "BT": tile.rows, "BS": tile.sums}, **launch,
         )  # fmt: skip
-    yield case(
-        "tails", f"{HALTING}:tails_kernel", signature("weight_grads prefix cu_seqlens tails T B", cu_seqlens="*i32"), later
-    )
-    yield case(
-        "unit-rows", f"{INTEGRATION}:unit_rows_kernel",
-        signature("unit ends cu_units first_rows end_rows T B total_units"), tile,
+    yield Case(
+        f"tails-{name}", f"{HALTING}:tails_kernel",
+        signature("weight_grads prefix cu_seqlens tails T B", cu_seqlens="*i32"), {"BT": tile.rows}, **launch,
     )  # fmt: skip
-    yield case(
-        "unit-totals", f"{INTEGRATION}:unit_totals_kernel",
-        signature("weights first_rows end_rows cu_units inverse B total_units"),
-        {"WIDE": False, "BU": halting.UNITS, "BR": halting.ROWS},
-    )  # fmt: skip
-    for dtype, wide, width in (("*bf16", False, 576), ("*fp32", False, 64), ("*fp64", True, 576)):
+
+
+def offsets(arch, key, block):
+    """`offsets_kernel` in both modes."""
+    for stop in (False, True):
+        yield Case(
+            f"unit-offsets-{'stop' if stop else 'fire'}-{text_of(key)}-{arch}", f"{HALTING}:offsets_kernel",
+            signature("prefix cu_seqlens counts cu_units B"), {"STOP": stop, "BB": block.sequences}, block.warps,
+            capabilities=(capability_of(arch),),
+        )  # fmt: skip
+
+
+def totals(arch, key, block):
+    """`unit_totals_kernel`."""
+    for wide in (False, True):
         shares = "*fp64" if wide else "*fp32"
-        types = {
-            "rows": dtype, "means": dtype, "grad": dtype, "grad_rows": dtype, "weights": shares, "inverse": shares,
-            "grad_weights": shares,
-        }  # fmt: skip
-        columns = min(halting.MEAN_COLUMNS, 1 << (width - 1).bit_length())
-        yield case(
-            f"unit-means-{dtype[1:]}", f"{INTEGRATION}:unit_means_kernel",
-            signature("rows weights first_rows end_rows cu_units means B total_units", **types),
-            {"D": width, "WIDE": wide, "BR": halting.MEAN_ROWS, "BC": columns}, 4 if columns > 128 else 1,
+        yield Case(
+            f"unit-totals-{shares[1:]}-{text_of(key)}-{arch}", f"{INTEGRATION}:unit_totals_kernel",
+            signature("weights first_rows end_rows cu_units inverse B total_units", weights=shares, inverse=shares),
+            {"WIDE": wide, "BU": block.units, "BR": block.rows}, block.warps, capabilities=(capability_of(arch),),
         )  # fmt: skip
-        yield case(
-            f"row-gradients-{dtype[1:]}", f"{INTEGRATION}:row_gradients_kernel",
+
+
+def _types(dtype):
+    shares = "*fp64" if dtype == "*fp64" else "*fp32"
+    return {
+        "rows": dtype, "means": dtype, "grad": dtype, "grad_rows": dtype, "weights": shares, "inverse": shares,
+        "grad_weights": shares,
+    }  # fmt: skip
+
+
+def means(arch, key, tile):
+    """`unit_means_kernel`."""
+    width = 576 if key[0] == ANY else key[0]
+    for dtype in ("*fp64",) if key[1] else ("*bf16", "*fp32"):
+        yield Case(
+            f"unit-means-{dtype[1:]}-{text_of(key)}-{arch}", f"{INTEGRATION}:unit_means_kernel",
+            signature("rows weights first_rows end_rows cu_units means B total_units", **_types(dtype)),
+            {"D": width, "WIDE": key[1], "BR": tile.rows, "BC": tile.columns}, tile.warps,
+            capabilities=(capability_of(arch),),
+        )  # fmt: skip
+
+
+def gradients(arch, key, tile):
+    """`row_gradients_kernel` of integration."""
+    for dtype in ("*fp64",) if key[1] else ("*bf16", "*fp32"):
+        yield Case(
+            f"unit-row-gradients-{dtype[1:]}-{text_of(key)}-{arch}", f"{INTEGRATION}:row_gradients_kernel",
             signature(
                 "rows weights unit ends first_rows cu_units inverse means grad grad_end_rows grad_rows grad_weights "
-                "T B total_units", **types
+                "T B total_units", **_types(dtype)
             ),
-            {
-                "D": width, "WIDE": wide, "END_ROWS": not wide, "BR": halting.GRADIENT_ROWS,
-                "BC": min(halting.WIDE_GRADIENT_COLUMNS if wide else halting.GRADIENT_COLUMNS, columns),
-            },
+            {"D": 576, "WIDE": key[1], "END_ROWS": not key[1], "BR": tile.rows, "BC": tile.columns}, tile.warps,
+            capabilities=(capability_of(arch),),
         )  # fmt: skip
-    for dtype, width in (("*bf16", 96), ("*fp32", 96), ("*fp32", 1024)):
-        columns = min(quantize.PROJECT_WIDTH, 1 << (width - 1).bit_length())
-        yield case(
-            f"project-units-{dtype[1:]}-{width}", f"{QUANTIZE}:project_units_kernel",
-            signature(
-                "hidden weights first_rows end_rows cu_units end_weight mean_weight levels latents scales unit_levels "
-                "B L total_units", hidden=dtype, end_weight=dtype, mean_weight=dtype
-            ),
-            {
-                "HIDDEN": 576, "D": width, "LEVELS": True, "WHOLE": columns >= width, "BM": quantize.PROJECT_UNITS,
-                "BN": columns, "BK": quantize.PROJECT_STEP,
-            },
-            quantize.PROJECT_WARPS, 2,
-        )  # fmt: skip
-    block = quantize.row_block(1024)
-    yield case(
-        "unnormalise", f"{QUANTIZE}:unnormalise_kernel", signature("latents scales grad_latents from_codes grad M"),
-        {"D": 1024, **block}, quantize.ROW_WARPS,
+
+
+def project(arch, key, tile):
+    """`project_units_kernel`: latents as wide as the bound, or wider than a tile."""
+    for dtype in ("*bf16", "*fp32"):
+        for width in (96, 1024) if key[0] == ANY else (key[0],):
+            columns = min(tile.columns, 1 << (width - 1).bit_length())
+            yield Case(
+                f"project-units-{dtype[1:]}-{width}-{text_of(key)}-{arch}", f"{QUANTIZE}:project_units_kernel",
+                signature(
+                    "hidden weights first_rows end_rows cu_units end_weight mean_weight levels latents scales "
+                    "unit_levels B L total_units", hidden=dtype, end_weight=dtype, mean_weight=dtype
+                ),
+                {
+                    "HIDDEN": 576, "D": width, "LEVELS": True, "WHOLE": columns >= width, "BM": tile.units,
+                    "BN": columns, "BK": tile.width,
+                },
+                tile.warps, tile.stages, capabilities=(capability_of(arch),),
+            )  # fmt: skip
+
+
+def rows(arch, key, tile):
+    """Normalisation and its backward pass; 4096 stands for the widest latents."""
+    width = 4096 if key[0] == ANY else key[0]
+    block = {"D": width, "BM": tile.rows, "BD": width}
+    launch = {"num_warps": tile.warps, "capabilities": (capability_of(arch),)}
+    yield Case(
+        f"normalise-{text_of(key)}-{arch}", f"{QUANTIZE}:normalise_kernel", signature("latents scales M"), block,
+        **launch,
     )  # fmt: skip
-    yield case(
-        "normalise", f"{QUANTIZE}:normalise_kernel", signature("latents scales M"),
-        {"D": 1024, **block}, quantize.ROW_WARPS,
+    yield Case(
+        f"unnormalise-{text_of(key)}-{arch}", f"{QUANTIZE}:unnormalise_kernel",
+        signature("latents scales grad_latents from_codes grad M"), block, **launch,
     )  # fmt: skip
+
+
+HALTING_TABLES = {
+    "SCAN": scan, "LATER": later, "OFFSETS": offsets, "TOTALS": totals, "MEANS": means, "GRADIENTS": gradients,
+}  # fmt: skip
+QUANTIZE_TABLES = {"PROJECT": project, "ROWS": rows}
+QUICK = (
+    "halting-rows-fire-bf16-any-sm_90", "mass-gradient-fire-bf16-any-sm_100", "unit-means-bf16-any-false-sm_80",
+    "unit-row-gradients-bf16-any-false-sm_100", "project-units-fp32-96-any-sm_90", "unnormalise-any-sm_80",
+)  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from tests.ops.test_nearest import check_against_float64
 from ztok_fast.ops import requirements
 from ztok_fast.ops.quantize import reference
+from ztok_fast.ops.triton_tables import capability_of
 
 ROW = next(row for row in requirements.rows_of("codebook_assign") if row.backend == "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +132,7 @@ def test_blocks_without_a_level_are_not_scanned(monkeypatch):
     levels = torch.zeros(600, dtype=torch.int32, device=DEVICE)
     levels[:100] = 2
     levels[130:135] = 1
-    block = configs.step_tile(2, 2, triton._capability(x)).rows
+    block = configs.step_tile(600, 2, 2, capability_of(x)).rows
     expected = triton.search(x, codebooks, "l2", levels, quantize=True)
     kept = []
 

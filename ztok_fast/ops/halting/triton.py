@@ -13,26 +13,17 @@ import torch
 import triton
 from torch import Tensor
 
+from ztok_fast.ops.halting import triton_configs as configs
 from ztok_fast.ops.halting import triton_integration as integration
 from ztok_fast.ops.halting import triton_kernels as kernels
 from ztok_fast.ops.requirements import triton_is_interpreted
-
-# rows of a tile of the scan, tile sums or sequences added up at a time
-TILE, SUMS = 1024, 256
-# rows of a tile of the backward scan; for the interpreter small, as it goes through a tile element by element
-LATER_TILE = 16 if triton_is_interpreted() else 512
-# units of a tile of sums of weights, rows added up at a time
-UNITS, ROWS = 128, 4
-# columns of the mean of one unit and rows of it that are loaded together
-MEAN_ROWS, MEAN_COLUMNS = 4, 512
-# rows and columns of a step of the gradients
-GRADIENT_ROWS, GRADIENT_COLUMNS, WIDE_GRADIENT_COLUMNS = 16, 128, 16
-
+from ztok_fast.ops.triton_tables import capability_of, look_up
 
 class Prefix(NamedTuple):
-    """int64 [T + 1] prefix sums, and the grid over tiles of rows."""
+    """int64 [T + 1] prefix sums, the tile of rows, and the grid over such tiles."""
 
     sums: Tensor
+    tile: configs.Scan
     grid: tuple[int]
 
 
@@ -52,13 +43,16 @@ def prefix_sums(mass: Tensor, threshold: float, mode: str) -> Prefix:
     """Prefix sums of the fixed-point mass, or for "stop" of the rows whose mass reaches the threshold."""
     rows, stop = mass.shape[0], mode == "stop"
     bits = _bits(threshold if stop else kernels.ONE.value / threshold)
-    grid = (max(1, triton.cdiv(rows, TILE)),)
+    tile = look_up(configs.SCAN, capability_of(mass), rows)
+    grid = (max(1, triton.cdiv(rows, tile.rows)),)
     prefix = torch.empty(rows + 1, dtype=torch.int64, device=mass.device)
     sums = torch.empty(grid[0], dtype=torch.int64, device=mass.device)
     if grid[0] > 1:
-        kernels.tile_sums_kernel[grid](mass, sums, rows, bits, STOP=stop, BT=TILE, num_warps=4)
-    kernels.prefix_kernel[grid](mass, sums, prefix, rows, bits, STOP=stop, BT=TILE, BS=SUMS, num_warps=4)
-    return Prefix(prefix, grid)
+        kernels.tile_sums_kernel[grid](mass, sums, rows, bits, STOP=stop, BT=tile.rows, num_warps=tile.warps)
+    kernels.prefix_kernel[grid](
+        mass, sums, prefix, rows, bits, STOP=stop, BT=tile.rows, BS=tile.sums, num_warps=tile.warps
+    )
+    return Prefix(prefix, tile, grid)
 
 
 def find_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str, total_units: int | None = None):
@@ -72,11 +66,15 @@ def find_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str, to
     cu_units = mass.new_empty(sequences + 1, dtype=torch.int32)
     table = None if total_units is None else _new_table(mass, total_units)
     prefix = prefix_sums(mass, threshold, mode)
-    kernels.offsets_kernel[(1,)](prefix.sums, cu_seqlens, counts, cu_units, sequences, STOP=stop, BB=TILE, num_warps=4)
+    block = look_up(configs.OFFSETS, capability_of(mass), sequences)
+    kernels.offsets_kernel[(1,)](
+        prefix.sums, cu_seqlens, counts, cu_units, sequences, STOP=stop, BB=block.sequences, num_warps=block.warps
+    )
     first_rows, end_rows = table or (unit, unit)  # not used without a table
     kernels.rows_kernel[prefix.grid](
         mass, prefix.sums, cu_seqlens, cu_units, weights, ends, unit, first_rows, end_rows, rows, sequences,
-        total_units or 0, _bits(threshold / kernels.ONE.value), STOP=stop, TABLE=table is not None, BT=TILE, num_warps=4,
+        total_units or 0, _bits(threshold / kernels.ONE.value), STOP=stop, TABLE=table is not None,
+        BT=prefix.tile.rows, num_warps=prefix.tile.warps,
     )  # fmt: skip
     return (weights, ends, unit, counts, cu_units), table
 
@@ -97,13 +95,14 @@ def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
     if rows == 0:
         return grad
     prefix = prefix_sums(mass, threshold, mode)
-    tiles = triton.cdiv(rows, LATER_TILE)
+    tile = configs.later_tile(rows, capability_of(mass), triton_is_interpreted())
+    tiles = triton.cdiv(rows, tile.rows)
     tails = torch.empty(tiles, dtype=torch.float64, device=mass.device)
     shared = grad_weights, prefix.sums, cu_seqlens, tails
     if mode == "fire" and tiles > 1:
-        kernels.tails_kernel[(tiles,)](*shared, rows, sequences, BT=LATER_TILE, num_warps=4)
+        kernels.tails_kernel[(tiles,)](*shared, rows, sequences, BT=tile.rows, num_warps=tile.warps)
     kernels.mass_gradient_kernel[(tiles,)](
-        *shared, grad, rows, sequences, STOP=mode == "stop", BT=LATER_TILE, BS=SUMS, num_warps=4
+        *shared, grad, rows, sequences, STOP=mode == "stop", BT=tile.rows, BS=tile.sums, num_warps=tile.warps
     )
     return grad
 
@@ -113,8 +112,9 @@ def unit_rows(unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int) ->
     table = _new_table(unit, total_units)
     rows = unit.shape[0]
     if rows:
-        integration.unit_rows_kernel[(triton.cdiv(rows, TILE),)](
-            unit, ends, cu_units, *table, rows, cu_units.shape[0] - 1, total_units, BT=TILE, num_warps=4
+        tile = look_up(configs.SCAN, capability_of(unit), rows)
+        integration.unit_rows_kernel[(triton.cdiv(rows, tile.rows),)](
+            unit, ends, cu_units, *table, rows, cu_units.shape[0] - 1, total_units, BT=tile.rows, num_warps=tile.warps
         )
     return table
 
@@ -124,11 +124,12 @@ def unit_means(rows: Tensor, weights: Tensor, table: UnitRows, cu_units: Tensor,
     total_units, width = means.shape
     if means.numel() == 0:
         return
-    columns = min(MEAN_COLUMNS, triton.next_power_of_2(width))
+    wide = torch.float64 in (rows.dtype, weights.dtype)
+    tile = look_up(configs.MEANS, capability_of(rows), width, wide)
+    columns = min(tile.columns, triton.next_power_of_2(width))
     integration.unit_means_kernel[(total_units, triton.cdiv(width, columns))](
         rows, weights, *table, cu_units, means, cu_units.shape[0] - 1, total_units,
-        D=width, WIDE=torch.float64 in (rows.dtype, weights.dtype), BR=MEAN_ROWS, BC=columns,
-        num_warps=4 if columns > 128 else 1,
+        D=width, WIDE=wide, BR=tile.rows, BC=columns, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -149,14 +150,18 @@ def row_gradients(rows, weights, unit, ends, cu_units, table, means, grad, grad_
     wide = torch.float64 in (rows.dtype, weights.dtype)
     inverse = rows.new_empty(max(1, total_units), dtype=torch.float64 if wide else torch.float32)
     if total_units:
-        integration.unit_totals_kernel[(triton.cdiv(total_units, UNITS),)](
-            weights, *table, cu_units, inverse, sequences, total_units, WIDE=wide, BU=UNITS, BR=ROWS, num_warps=4
-        )
-    columns = min(WIDE_GRADIENT_COLUMNS if wide else GRADIENT_COLUMNS, triton.next_power_of_2(max(width, 1)))
-    integration.row_gradients_kernel[(triton.cdiv(count, GRADIENT_ROWS),)](
+        block = look_up(configs.TOTALS, capability_of(rows), total_units)
+        integration.unit_totals_kernel[(triton.cdiv(total_units, block.units),)](
+            weights, *table, cu_units, inverse, sequences, total_units,
+            WIDE=wide, BU=block.units, BR=block.rows, num_warps=block.warps,
+        )  # fmt: skip
+    tile = look_up(configs.GRADIENTS, capability_of(rows), width, wide)
+    columns = min(tile.columns, triton.next_power_of_2(max(width, 1)))
+    integration.row_gradients_kernel[(triton.cdiv(count, tile.rows),)](
         rows, weights, unit, ends, table.first_rows, cu_units, inverse, means, grad, grad_end_rows, grad_rows,
         grad_weights, count, sequences, total_units,
-        D=width, WIDE=wide, END_ROWS=grad_end_rows is not None, BR=GRADIENT_ROWS, BC=columns, num_warps=4,
+        D=width, WIDE=wide, END_ROWS=grad_end_rows is not None, BR=tile.rows, BC=columns,
+        num_warps=tile.warps,
     )  # fmt: skip
     return grad_rows, grad_weights
 

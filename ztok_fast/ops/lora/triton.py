@@ -13,10 +13,7 @@ from torch import Tensor
 from ztok_fast.ops.lora import triton_configs as configs
 from ztok_fast.ops.lora import triton_kernels as kernels
 from ztok_fast.ops.requirements import triton_is_interpreted
-
-
-def _capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+from ztok_fast.ops.triton_tables import capability_of, look_up
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -35,7 +32,7 @@ def row_adapters(x: Tensor, num_adapters: int, adapters: Tensor | None, cu_seqle
     """int32 [M], or None where every row uses adapter 0."""
     if adapters is None or cu_seqlens is None:
         return None if adapters is None else adapters.contiguous()
-    rows, block = x.shape[0], 256
+    rows, block = x.shape[0], configs.ADAPTER_ROWS
     out = torch.empty(rows, dtype=torch.int32, device=x.device)
     kernels.row_adapters_kernel[(triton.cdiv(rows, block),)](
         adapters.contiguous(), cu_seqlens.contiguous(), out, rows, adapters.shape[0], num_adapters, block
@@ -48,8 +45,8 @@ def _shrink(x: Tensor, down: Tensor, scaling: Tensor, adapters: Tensor | None) -
     rows, width = x.shape
     num_adapters, rank, _ = down.shape
     exact = torch.float32 in (x.dtype, down.dtype)
-    tile = configs.shrink_tile(rows, exact)
-    ranks = _ranks(rank, configs.SHRINK_RANKS)
+    tile = look_up(configs.SHRINK, capability_of(x), rows, exact)
+    ranks = _ranks(rank, tile.ranks)
     low_rank = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
     kernels.shrink_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(rank, ranks))](
         x, down, scaling, adapters, low_rank, rows, width, rank, num_adapters, x.stride(0), *down.stride(),
@@ -64,7 +61,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Tensor, up
     rows, inner = x.shape
     columns, rank = weight.shape[1], low_rank.shape[1]
     float32 = x.dtype == torch.float32
-    tile = configs.linear_tile(rows, float32, adapters is not None, _capability(x))
+    tile = look_up(configs.LINEAR, capability_of(x), rows, float32, adapters is not None)
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     kernels.lora_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
         x, weight, bias, low_rank, up, adapters, y, rows, columns, inner, rank, up.shape[0],
@@ -84,9 +81,11 @@ def _outer(low_rank: Tensor, right: Tensor, adapters: Tensor | None, out: Tensor
     """
     rows, rank = low_rank.shape
     num_adapters, _, columns = out.shape
-    ranks = _ranks(rank, configs.OUTER_RANKS)
-    grid = triton.cdiv(columns, configs.OUTER_COLUMNS), triton.cdiv(rank, ranks)
-    chunks = triton.cdiv(rows, configs.OUTER_CHUNK)
+    exact = right.dtype == torch.float32
+    tile = look_up(configs.OUTER, capability_of(right), columns, exact)
+    ranks = _ranks(rank, tile.ranks)
+    grid = triton.cdiv(columns, tile.columns), triton.cdiv(rank, ranks)
+    chunks = triton.cdiv(rows, tile.chunk)
     parts = configs.outer_parts(
         grid[0] * grid[1] * num_adapters, chunks, _multiprocessors(right), most_floats // out.numel()
     )
@@ -94,9 +93,8 @@ def _outer(low_rank: Tensor, right: Tensor, adapters: Tensor | None, out: Tensor
     kernels.outer_kernel[(*grid, num_adapters * parts)](
         low_rank, right, adapters, sums, rows, columns, rank, num_adapters, triton.cdiv(chunks, parts),
         right.stride(0), *sums.stride(),
-        SINGLE=adapters is None, EXACT=right.dtype == torch.float32, UPCAST=triton_is_interpreted(),
-        CHUNK=configs.OUTER_CHUNK, BM=configs.OUTER_ROWS, BN=configs.OUTER_COLUMNS, BR=ranks,
-        num_warps=configs.OUTER_WARPS, num_stages=configs.OUTER_STAGES,
+        SINGLE=adapters is None, EXACT=exact, UPCAST=triton_is_interpreted(),
+        CHUNK=tile.chunk, BM=tile.rows, BN=tile.columns, BR=ranks, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         out.copy_(sums.sum(0))

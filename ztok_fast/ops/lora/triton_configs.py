@@ -1,17 +1,20 @@
-"""Which tiles the LoRA kernels are launched with: a small table, no search at the user's first call.
+"""Which tiles the LoRA kernels are launched with; `ztok_fast/ops/triton_tables.py` says how tables are read.
 
-Chosen from the resource reports of the ahead-of-time compilation (registers, shared memory, no spills) and from what
-keeps the tensor cores fed on paper, not from timings: no GPU was at hand. Rows enter by a few steps, so that the number
-of compiled variants does not grow with the batches that are seen.
+Chosen by what `python -m bench.tune --dry` reports (no spills, registers, shared memory) and by what keeps the tensor
+cores fed on paper, not by timings: no GPU was at hand. Rows enter by a few steps, so that the number of compiled
+variants does not grow with the batches that are seen.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from ztok_fast.ops.triton_tables import ANY, Table, for_all
+
 
 class Tile(NamedTuple):
-    """Tile of rows x columns, step through the inner dimension, ranks per low-rank step, and launch options.
+    """Tile of rows x columns of `lora_linear_kernel`, step through the inner dimension, ranks per low-rank step, and
+    launch options.
 
     `ranks` is for adapters that are taken as they are; ones that are split into two terms take half of it.
     """
@@ -24,52 +27,73 @@ class Tile(NamedTuple):
     stages: int
 
 
-# row blocks that share the columns of the weight in L2
-GROUP = 8
-
-# (compute capability, float32, several adapters) -> ((at most so many rows, tile), ...). Several adapters need room for
-# a second accumulator, hence the smaller tile.
-_TILES: dict[tuple[int, bool, bool], tuple[tuple[float, Tile], ...]] = {
-    (8, False, False): ((512, Tile(64, 128, 32, 32, 4, 4)), (float("inf"), Tile(128, 128, 32, 32, 8, 4))),
-    (8, False, True): ((512, Tile(64, 64, 64, 32, 4, 3)), (float("inf"), Tile(128, 64, 32, 32, 8, 4))),
-    (8, True, False): ((float("inf"), Tile(64, 64, 32, 16, 4, 3)),),
-    (8, True, True): ((float("inf"), Tile(64, 64, 32, 16, 8, 3)),),
-    (9, False, False): ((512, Tile(64, 128, 64, 32, 4, 4)), (float("inf"), Tile(128, 256, 64, 32, 8, 3))),
-    (9, False, True): ((512, Tile(64, 128, 64, 32, 8, 4)), (float("inf"), Tile(128, 128, 64, 32, 8, 3))),
-    (9, True, False): ((float("inf"), Tile(64, 64, 32, 32, 4, 3)),),
-    (9, True, True): ((float("inf"), Tile(64, 64, 32, 32, 8, 3)),),
-}
-
-
-def linear_tile(rows: int, float32: bool, several: bool, capability: tuple[int, int]) -> Tile:
-    """Tile of `lora_linear_kernel`; capabilities above 9 take the tiles of 9."""
-    return next(tile for limit, tile in _TILES[min(capability[0], 9), float32, several] if rows <= limit)
-
-
-def low_rank_step(tile: Tile, split: bool) -> int:
-    """Most ranks per low-rank step."""
-    return max(16, tile.ranks // 2) if split else tile.ranks
-
-
 class Shrink(NamedTuple):
-    """Tile of `shrink_kernel`."""
+    """Rows and most ranks of a program of `shrink_kernel`, step through the inner dimension, launch options."""
 
     rows: int
+    ranks: int
     inner: int
     warps: int
     stages: int
 
 
-def shrink_tile(rows: int, exact: bool) -> Shrink:
-    """The inner dimension is long and the ranks are few, so it takes many row blocks to occupy the device."""
-    inner = 32 if exact else 64
-    return Shrink(16, inner, 4, 4) if rows <= 4096 else Shrink(64, inner, 4, 3)
+class Outer(NamedTuple):
+    """Most ranks and columns of a program of `outer_kernel`, rows of a step, rows that are looked through at once for
+    an adapter, launch options."""
+
+    ranks: int
+    columns: int
+    rows: int
+    chunk: int
+    warps: int
+    stages: int
 
 
-# most ranks of a program of `shrink_kernel` and `outer_kernel`
-SHRINK_RANKS, OUTER_RANKS = 64, 64
-# rows that are looked through at once for an adapter, rows of a step, columns, warps, stages
-OUTER_CHUNK, OUTER_ROWS, OUTER_COLUMNS, OUTER_WARPS, OUTER_STAGES = 512, 32, 64, 4, 3
+# row blocks that share the columns of the weight in L2
+GROUP = 8
+# rows of a program of `row_adapters_kernel`
+ADAPTER_ROWS = 256
+
+# (rows at most, float32, several adapters) -> tile. Several adapters need room for a second accumulator, hence the
+# smaller tile.
+LINEAR: Table = {
+    "sm_80": {
+        (512, False, False): Tile(64, 128, 32, 32, 4, 4),
+        (512, False, True): Tile(64, 64, 64, 32, 4, 3),
+        (ANY, False, False): Tile(128, 128, 32, 32, 8, 4),
+        (ANY, False, True): Tile(128, 64, 32, 32, 8, 4),
+        (ANY, True, False): Tile(64, 64, 32, 16, 4, 3),
+        (ANY, True, True): Tile(64, 64, 32, 16, 8, 3),
+    },
+    **{
+        name: {
+            (512, False, False): Tile(64, 128, 64, 32, 4, 4),
+            (512, False, True): Tile(64, 128, 64, 32, 8, 4),
+            (ANY, False, False): Tile(128, 256, 64, 32, 8, 3),
+            (ANY, False, True): Tile(128, 128, 64, 32, 8, 3),
+            (ANY, True, False): Tile(64, 64, 32, 32, 4, 3),
+            (ANY, True, True): Tile(64, 64, 32, 32, 8, 3),
+        }
+        for name in ("sm_90", "sm_100")
+    },
+}
+# (rows at most, exact products) -> tile. The inner dimension is long and the ranks are few, so it takes many row blocks
+# to occupy the device.
+SHRINK: Table = for_all(
+    {
+        (4096, False): Shrink(16, 64, 64, 4, 4),
+        (4096, True): Shrink(16, 64, 32, 4, 4),
+        (ANY, False): Shrink(64, 64, 64, 4, 3),
+        (ANY, True): Shrink(64, 64, 32, 4, 3),
+    }
+)
+# (columns at most, exact products) -> tile
+OUTER: Table = for_all({(ANY, False): Outer(64, 64, 32, 512, 4, 3), (ANY, True): Outer(64, 64, 32, 512, 4, 3)})
+
+
+def low_rank_step(tile: Tile, split: bool) -> int:
+    """Most ranks per low-rank step."""
+    return max(16, tile.ranks // 2) if split else tile.ranks
 
 
 def outer_parts(programs: int, chunks: int, multiprocessors: int, most: int) -> int:

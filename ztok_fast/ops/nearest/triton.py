@@ -17,6 +17,7 @@ from ztok_fast.ops.nearest import triton_configs as configs
 from ztok_fast.ops.nearest import triton_kernels as kernels
 from ztok_fast.ops.nearest.triton_error import relative_error
 from ztok_fast.ops.requirements import triton_is_interpreted
+from ztok_fast.ops.triton_tables import FUSION, capability_of, look_up
 
 
 class Codes(NamedTuple):
@@ -50,10 +51,11 @@ def prepare_codes(x: Tensor, codebook: Tensor, metric: str, levels: int) -> Code
     if code_terms == 2:
         term_dtype = torch.float32 if triton_is_interpreted() else torch.bfloat16
         terms = torch.empty((2, *codebook.shape), dtype=term_dtype, device=x.device)
-    block, step = 32, min(64, triton.next_power_of_2(width))
-    kernels.prepare_codes_kernel[(triton.cdiv(size, block), num_levels)](
-        codebook, terms, offsets, longest, size, width, metric, code_terms, block, step, num_warps=4, **configs.FUSION
-    )
+    tile = look_up(configs.PREPARE, capability_of(x), width)
+    kernels.prepare_codes_kernel[(triton.cdiv(size, tile.rows), num_levels)](
+        codebook, terms, offsets, longest, size, width, metric, code_terms,
+        tile.rows, _step(tile.width, width), num_warps=tile.warps, **FUSION,
+    )  # fmt: skip
     return Codes(terms, offsets, longest, row_terms, code_terms)
 
 
@@ -78,9 +80,9 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     # the first level leaves its residual in a copy, which is then the row that the others search
     source = x if levels == 1 else x.float() if x.dtype != torch.float32 else x.clone()
     rel = relative_error(width, prepared.row_terms, prepared.code_terms)
-    kind, capability = (prepared.row_terms, prepared.code_terms), _capability(source)
-    whole, wide = configs.whole_tile(width, *kind, capability), configs.wide_tile(*kind, capability)
-    tile = whole or wide
+    shape = width, prepared.row_terms, prepared.code_terms, capability_of(source)
+    whole = configs.whole_tile(*shape)
+    tile = whole or configs.wide_tile(*shape)
     if triton.cdiv(rows, tile.rows) >= configs.FULL_BLOCKS:
         _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, tile, whole is not None)
     else:
@@ -88,8 +90,9 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     return found
 
 
-def _settle_sizes(width: int, step: int, codes: int) -> dict[str, int]:
-    return {"BV": codes, "BK": min(step, triton.next_power_of_2(width))}
+def _step(most: int, width: int) -> int:
+    """A step of the width: no longer than the width needs."""
+    return min(most, triton.next_power_of_2(width))
 
 
 def _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, tile, lanes):
@@ -101,8 +104,9 @@ def _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, t
         found.codes, found.distances, found.usage, found.quantized, rows, size, levels,
         REL=rel, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
         UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=found.usage is not None,
-        LANES=lanes, BM=tile.rows, BN=tile.codes, BD=tile.width, **_settle_sizes(width, configs.SETTLE_WIDTH_INSIDE, configs.SETTLE_CODES_INSIDE),
-        num_warps=tile.warps, num_stages=tile.stages, **configs.FUSION,
+        LANES=lanes, BM=tile.rows, BN=tile.codes, BD=tile.width,
+        BV=tile.settle_codes, BK=_step(tile.settle_width, width),
+        num_warps=tile.warps, num_stages=tile.stages, **FUSION,
     )  # fmt: skip
 
 
@@ -119,14 +123,16 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
     rows, width = source.shape
     levels, size, _ = codebook.shape
     quantize = found.usage is not None
-    tile = configs.step_tile(prepared.row_terms, prepared.code_terms, _capability(source))
+    capability = capability_of(source)
+    tile = configs.step_tile(rows, prepared.row_terms, prepared.code_terms, capability)
+    settle = look_up(configs.SETTLE, capability, width)
     blocks, tiles = triton.cdiv(rows, tile.rows), triton.cdiv(size, tile.codes)
     parts = max(1, min(tiles, configs.MOST_PARTS, configs.FULL_BLOCKS // blocks))
     tiles_per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, tiles_per_part)
     scores, indices = _part_scores(parts, source)
-    sizes = _settle_sizes(width, configs.SETTLE_WIDTH, configs.SETTLE_CODES)
-    settle_grid = (triton.cdiv(rows, configs.SETTLE_ROWS),)
+    step = _step(settle.width, width)
+    settle_grid = (triton.cdiv(rows, settle.rows),)
     for level in range(levels):
         kernels.scan_kernel[(blocks, parts)](
             source, prepared.terms[..., level, :, :] if prepared.code_terms == 1 else prepared.terms[0, level],
@@ -135,24 +141,19 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
             D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
             UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None,
             BM=tile.rows, BN=tile.codes, BK=tile.width,
-            num_warps=tile.warps, num_stages=tile.stages, **configs.FUSION,
+            num_warps=tile.warps, num_stages=tile.stages, **FUSION,
         )  # fmt: skip
         kernels.settle_kernel[settle_grid](
             source, codebook, prepared.longest, scores, indices, row_levels, source, found.codes, found.distances,
             found.usage, rows, size, levels, level, parts,
             REL=rel, D=width, METRIC=metric, LEVELS=row_levels is not None, QUANTIZE=quantize,
-            BM=configs.SETTLE_ROWS, **sizes, num_warps=configs.SETTLE_WARPS, **configs.FUSION,
+            BM=settle.rows, BV=settle.codes, BK=step, num_warps=settle.warps, **FUSION,
         )  # fmt: skip
     if quantize:
         kernels.sum_codes_kernel[settle_grid](
             codebook, found.codes, found.quantized, rows, size, levels,
-            D=width, BM=configs.SETTLE_ROWS, BK=sizes["BK"], num_warps=configs.SETTLE_WARPS, **configs.FUSION,
+            D=width, BM=settle.rows, BK=step, num_warps=settle.warps, **FUSION,
         )  # fmt: skip
-
-
-def _capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability of the device; of the interpreter, none."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
 def codebook_assign(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ztok_fast.ops.nearest.triton_configs import FUSION
+from ztok_fast.ops.nearest.triton_configs import GRADIENTS
 from ztok_fast.ops.nearest.triton_scan import finish_score, load_codes, load_rows, term_of
+from ztok_fast.ops.triton_tables import FUSION, capability_of, look_up
 
+# rows that one program adds up: it divides the sum, so it is the same everywhere and in no table
 PIECE = 64
-ROWS, WIDTH = 16, 64
+
+
+def tile_of(like: Tensor, width: int) -> tuple[int, int, int]:
+    """Rows, step of the width, and warps for rows of this width."""
+    tile = look_up(GRADIENTS, capability_of(like), width)
+    return tile.rows, min(tile.width, triton.next_power_of_2(width)), tile.warps
 
 
 @triton.jit
@@ -173,15 +180,15 @@ def sum_by_code(values: Tensor, codes: Tensor, codebook: Tensor, factor: Tensor 
     first_piece = torch.cat([pieces.new_zeros(1), torch.cumsum(pieces, 0)])
     most = min(runs, run.shape[0]) + triton.cdiv(run.shape[0], PIECE)
     run_of_piece = torch.searchsorted(first_piece[1:], torch.arange(most, device=run.device), right=True)
-    step = min(WIDTH, triton.next_power_of_2(width))
+    block, step, warps = tile_of(values, width)
     sums = torch.empty((most, width), dtype=torch.float32, device=values.device)
     if most > 0:
         sum_piece_kernel[(most, triton.cdiv(width, step))](
             values, order, starts, first_piece, run_of_piece, sums, runs,
-            D=width, PIECE=PIECE, BM=ROWS, BK=step, **FUSION,
+            D=width, PIECE=PIECE, BM=block, BK=step, num_warps=warps, **FUSION,
         )  # fmt: skip
     sum_run_kernel[(runs, triton.cdiv(width, step))](
-        sums, first_piece, factor, grad, D=width, FACTOR=factor is not None, BK=step, **FUSION
+        sums, first_piece, factor, grad, D=width, FACTOR=factor is not None, BK=step, num_warps=warps, **FUSION
     )
     return grad
 
@@ -194,16 +201,17 @@ def row_gradients(x, codebook, codes, weights, metric, add=None, factor=None) ->
     to_codes = torch.empty((levels, rows, width), dtype=torch.float32, device=x.device)
     if rows == 0:
         return grad_x, to_codes
-    blocks, step = triton.cdiv(rows, ROWS), min(WIDTH, triton.next_power_of_2(width))
+    block, step, warps = tile_of(x, width)
+    blocks = triton.cdiv(rows, block)
     parts = None
     if metric == "cosine":
         parts = torch.empty((3, levels, rows), dtype=torch.float32, device=x.device)
         cosine_parts_kernel[(blocks, levels)](
-            x, codebook, codes, parts, rows, size, levels, D=width, BM=ROWS, BK=step, **FUSION
+            x, codebook, codes, parts, rows, size, levels, D=width, BM=block, BK=step, num_warps=warps, **FUSION
         )
     row_gradients_kernel[(blocks, triton.cdiv(width, step))](
         x, codebook, codes, weights, parts, add, factor, grad_x, to_codes, rows, size, levels,
-        D=width, METRIC=metric, QUANTIZE=weights is None, BM=ROWS, BK=step, **FUSION,
+        D=width, METRIC=metric, QUANTIZE=weights is None, BM=block, BK=step, num_warps=warps, **FUSION,
     )  # fmt: skip
     return grad_x, to_codes
 

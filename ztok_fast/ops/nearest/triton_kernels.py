@@ -130,7 +130,7 @@ def scan_steps(
     D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of codes [begin, end) for BM rows, the width in steps of BK; the lanes of a row meet after every tile."""
+    """The tiles of codes [begin, end) for BM rows, the width in steps of BK; a row's lanes meet after every tile."""
     first = tl.full([BM], float("inf"), tl.float32)
     second, third = first, first
     i = tl.zeros([BM], tl.int32)

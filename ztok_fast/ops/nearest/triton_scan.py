@@ -195,8 +195,8 @@ def settle(
 ):
     """Codes int32 [BM] and distances float64 [BM] of rows of x from what the scan found, see the head of this file.
 
-    Rows with NaN or infinity get code 0 and distance NaN. `longest` is the length of the longest code. Only rows that are
-    `used` are searched a second time; what the others get has no meaning.
+    Rows with NaN or infinity get code 0 and distance NaN. `longest` is the length of the longest code. Only rows that
+    are `used` are searched a second time; what the others get has no meaning.
     """
     best, i, second, j, third = found
     score_i, score_j, x_norm, bad = candidate_scores(x, rows, i, j, book, M, V, D, METRIC, BM, BK)

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from ztok_fast.ops.halting import triton as halting
 from ztok_fast.ops.nearest import triton as nearest
+from ztok_fast.ops.quantize import triton_configs as configs
 from ztok_fast.ops.quantize import triton_kernels as kernels
 from ztok_fast.ops.quantize.triton_residual import mean_error, residual_quantize_backward
-
-# units of a block of the projection, step of the width, the widest latent that one tile holds, and warps
-PROJECT_UNITS, PROJECT_STEP, PROJECT_WIDTH, PROJECT_WARPS = 32, 32, 128, 8
-# elements of a tile of rows that are normalised or differentiated, and warps
-ROW_ELEMENTS, ROW_WARPS = 4096, 8
-
-
-def row_block(width: int) -> dict[str, int]:
-    """Rows and columns of a tile over the whole width."""
-    columns = triton.next_power_of_2(width)
-    return {"BM": max(1, min(32, ROW_ELEMENTS // columns)), "BD": columns}
-
+from ztok_fast.ops.triton_tables import capability_of, look_up
 
 def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, num_levels, total_units):
     """Normalised latents float32 [K, d], the factors that normalised them, and the residual levels of units."""
@@ -37,20 +27,35 @@ def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, n
     unit_levels = hidden.new_empty(total_units, dtype=torch.int32)
     if total_units == 0:
         return latents, scale, unit_levels
-    columns = min(PROJECT_WIDTH, max(16, triton.next_power_of_2(width)))
+    capability = capability_of(hidden)
+    tile = look_up(configs.PROJECT, capability, width)
+    columns = min(tile.columns, max(16, triton.next_power_of_2(width)))
     whole = columns >= width
-    kernels.project_units_kernel[(triton.cdiv(total_units, PROJECT_UNITS), triton.cdiv(width, columns))](
+    kernels.project_units_kernel[(triton.cdiv(total_units, tile.units), triton.cdiv(width, columns))](
         hidden, weights, *table, cu_units, end_weight, mean_weight, levels, latents, scale, unit_levels,
         sequences, num_levels, total_units,
         HIDDEN=hidden.shape[1], D=width, LEVELS=levels is not None, WHOLE=whole,
-        BM=PROJECT_UNITS, BN=columns, BK=PROJECT_STEP, num_warps=PROJECT_WARPS, num_stages=2,
+        BM=tile.units, BN=columns, BK=tile.width, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
-        block = row_block(width)
-        kernels.normalise_kernel[(triton.cdiv(total_units, block["BM"]),)](
-            latents, scale, total_units, D=width, **block, num_warps=ROW_WARPS
+        rows = look_up(configs.ROWS, capability, width)
+        kernels.normalise_kernel[(triton.cdiv(total_units, rows.rows),)](
+            latents, scale, total_units, D=width, BM=rows.rows, BD=triton.next_power_of_2(width), num_warps=rows.warps
         )
     return latents, scale, unit_levels
+
+
+def unnormalise(latents: Tensor, scale: Tensor, grad_latents: Tensor, from_codes: Tensor) -> Tensor:
+    """Gradient of what was normalised to `latents` [K, d], from both of their gradients."""
+    total_units, width = latents.shape
+    grad = torch.empty_like(latents)
+    if total_units:
+        tile = look_up(configs.ROWS, capability_of(latents), width)
+        kernels.unnormalise_kernel[(triton.cdiv(total_units, tile.rows),)](
+            latents, scale, grad_latents, from_codes, grad, total_units,
+            D=width, BM=tile.rows, BD=triton.next_power_of_2(width), num_warps=tile.warps,
+        )  # fmt: skip
+    return grad
 
 
 def quantize_ragged(
@@ -79,16 +84,11 @@ def quantize_ragged_backward(
 
     The means are made again and the end rows gathered; four matrix products over the units; one pass over the rows.
     """
-    total_units, width = latents.shape
+    total_units = latents.shape[0]
     from_codes, grad_codebooks = residual_quantize_backward(
         latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
     )
-    grad = torch.empty_like(latents)
-    if total_units:
-        block = row_block(width)
-        kernels.unnormalise_kernel[(triton.cdiv(total_units, block["BM"]),)](
-            latents, scale, grad_latents, from_codes, grad, total_units, D=width, **block, num_warps=ROW_WARPS
-        )
+    grad = unnormalise(latents, scale, grad_latents, from_codes)
     table = halting.unit_rows(unit, ends, cu_units, total_units)
     means = hidden.new_empty((total_units, hidden.shape[1]), dtype=torch.float32)
     halting.unit_means(hidden, weights, table, cu_units, means)
