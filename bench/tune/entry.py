@@ -12,6 +12,21 @@ from ztok_fast.ops.triton_tables import ANY
 FAMILIES = ("nearest", "quantize", "halting", "lora", "zhead")
 
 
+@dataclass
+class Place:
+    """Where inputs are made and the most that a dimension of theirs may be; tests make small ones on the CPU."""
+
+    device: str = "cuda"
+    most: int | None = None
+
+    def few(self, size: int) -> int:
+        """The size of a dimension."""
+        return size if self.most is None else min(size, self.most)
+
+
+PLACE = Place()
+
+
 @dataclass(frozen=True)
 class Entry:
     """A key of a table, for every architecture that has it.
@@ -21,8 +36,8 @@ class Entry:
         table: its name there.
         key: (size at most, *kind).
         candidates: configurations to choose from.
-        prepare: makes inputs on the CUDA device and returns what is timed: a call of the family's host side, which
-            looks the configuration up in the table.
+        prepare: makes inputs at `PLACE` and returns what is timed: a call of the family's host side, which looks the
+            configuration up in the table.
     """
 
     family: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.tune.entry import Entry, size_of
+from bench.tune.entry import PLACE, Entry, size_of
 from ztok_fast.ops.halting.triton_configs import Offsets, Rows, Scan, Totals
 from ztok_fast.ops.triton_tables import ANY
 
@@ -13,8 +13,9 @@ def _inputs(rows, sequences):
     """Mass of which every fourth row ends a unit, and offsets."""
     import torch
 
-    cu_seqlens = torch.linspace(0, rows, sequences + 1, device="cuda").long()
-    return torch.full((rows,), 0.25, device="cuda"), cu_seqlens
+    rows = PLACE.few(rows)
+    cu_seqlens = torch.linspace(0, rows, PLACE.few(sequences) + 1, device=PLACE.device).long()
+    return torch.full((rows,), 0.25, device=PLACE.device), cu_seqlens
 
 
 def _units(rows, sequences):
@@ -22,7 +23,7 @@ def _units(rows, sequences):
         from ztok_fast.ops.halting import triton as halting
 
         mass, cu_seqlens = _inputs(rows, sequences)
-        return lambda: halting.find_units(mass, cu_seqlens, 1.0, "fire", rows // 2)
+        return lambda: halting.find_units(mass, cu_seqlens, 1.0, "fire", mass.shape[0] // 2)
 
     return prepare
 
@@ -34,7 +35,7 @@ def _later(rows):
         from ztok_fast.ops.halting import triton as halting
 
         mass, cu_seqlens = _inputs(rows, 16)
-        grad = torch.randn(rows, 2, device="cuda")
+        grad = torch.randn(mass.shape[0], 2, device=PLACE.device)
         return lambda: halting.halting_units_backward(mass, cu_seqlens, grad, 1.0, "fire")
 
     return prepare
@@ -46,12 +47,12 @@ def _integration(width, wide, backward):
 
         from ztok_fast.ops.halting import triton as halting
 
-        count = 65536
-        mass, cu_seqlens = _inputs(count, 64)
+        mass, cu_seqlens = _inputs(65536, 64)
+        count, columns = mass.shape[0], PLACE.few(width)
         dtype = torch.float64 if wide else torch.bfloat16
-        rows = torch.randn(count, width, device="cuda").to(dtype)
+        rows = torch.randn(count, columns, device=PLACE.device).to(dtype)
         (weights, ends, unit, _, cu_units), table = halting.find_units(mass, cu_seqlens, 1.0, "fire", count // 4)
-        means = torch.empty(count // 4, width, device="cuda", dtype=dtype)
+        means = torch.empty(count // 4, columns, device=PLACE.device, dtype=dtype)
         halting.unit_means(rows, weights, table, cu_units, means)
         if not backward:
             return lambda: halting.unit_means(rows, weights, table, cu_units, means)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.tune.entry import Entry, size_of
+from bench.tune.entry import PLACE, Entry, size_of
 from ztok_fast.ops.lora.triton_configs import Outer, Shrink, Tile
 from ztok_fast.ops.triton_tables import ANY
 
@@ -23,10 +23,10 @@ def _arguments(rows, float32, several):
     """x [rows, 4096], a weight of 4096 x 4096 and four adapters of rank 16, in their order over the rows."""
     import torch
 
-    width, rank, dtype = 4096, 16, torch.float32 if float32 else torch.bfloat16
-    make = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
-    adapters = (torch.arange(rows, device="cuda") * 4 // rows).int() if several else None
-    scaling = torch.ones(4, device="cuda")
+    rows, width, rank, dtype = PLACE.few(rows), PLACE.few(4096), 16, torch.float32 if float32 else torch.bfloat16
+    make = lambda *shape: torch.randn(*shape, device=PLACE.device).to(dtype)  # noqa: E731
+    adapters = (torch.arange(rows, device=PLACE.device) * 4 // rows).int() if several else None
+    scaling = torch.ones(4, device=PLACE.device)
     return make(rows, width), make(width, width), make(4, rank, width), make(4, width, rank), scaling, adapters
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.tune.entry import Entry, size_of
+from bench.tune.entry import PLACE, Entry, size_of
 from ztok_fast.ops.nearest.triton_configs import Rows, Scan, Search, Settle
 from ztok_fast.ops.triton_tables import ANY
 
@@ -16,9 +16,10 @@ def _inputs(rows, size, width, terms):
     """Rows and one codebook whose dtypes make that many terms."""
     import torch
 
+    rows, size, width = map(PLACE.few, (rows, size, width))
     row_type, code_type = (torch.bfloat16 if term == 1 else torch.float32 for term in terms)
-    x = torch.randn(rows, width, device="cuda").to(row_type)
-    return x, torch.randn(1, size, width, device="cuda").to(code_type)
+    x = torch.randn(rows, width, device=PLACE.device).to(row_type)
+    return x, torch.randn(1, size, width, device=PLACE.device).to(code_type)
 
 
 def _search(rows, size, width, terms):
@@ -48,8 +49,8 @@ def _gradients(width):
         from ztok_fast.ops.nearest import triton_gradients as gradients
 
         x, book = _inputs(32768, 1024, width, (2, 2))
-        codes = torch.randint(0, 1024, (32768, 1), dtype=torch.int32, device="cuda")
-        weights = torch.randn(32768, 1, device="cuda")
+        codes = torch.randint(0, book.shape[1], (x.shape[0], 1), dtype=torch.int32, device=PLACE.device)
+        weights = torch.randn(x.shape[0], 1, device=PLACE.device)
         return lambda: gradients.codebook_assign_backward(x, book, codes, weights, "l2")
 
     return prepare

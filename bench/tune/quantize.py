@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.tune.entry import Entry, size_of
+from bench.tune.entry import PLACE, Entry, size_of
 from ztok_fast.ops.quantize.triton_configs import Project, Rows
 from ztok_fast.ops.triton_tables import ANY
 
@@ -16,11 +16,11 @@ def _project(width):
         from ztok_fast.ops.halting import triton as halting
         from ztok_fast.ops.quantize import triton as quantize
 
-        rows, hidden_width, total_units = 32768, 576, 8192
-        hidden = torch.randn(rows, hidden_width, device="cuda").bfloat16()
-        cu_seqlens = torch.arange(0, rows + 1, 1024, device="cuda")
-        weights = [torch.randn(width, hidden_width, device="cuda").bfloat16() for _ in range(2)]
-        mass = torch.full((rows,), 0.25, device="cuda")
+        rows, hidden_width, total_units, columns = map(PLACE.few, (32768, 576, 8192, width))
+        hidden = torch.randn(rows, hidden_width, device=PLACE.device).bfloat16()
+        cu_seqlens = torch.linspace(0, rows, 33, device=PLACE.device).long()
+        weights = [torch.randn(columns, hidden_width, device=PLACE.device).bfloat16() for _ in range(2)]
+        mass = torch.full((rows,), 0.25, device=PLACE.device)
         (shares, *_, cu_units), table = halting.find_units(mass, cu_seqlens, 1.0, "fire", total_units)
         return lambda: quantize.project(hidden, shares, table, cu_units, *weights, None, 4, total_units)
 
@@ -33,8 +33,9 @@ def _rows(width):
 
         from ztok_fast.ops.quantize import triton as quantize
 
-        latents, grad_latents, from_codes = (torch.randn(16384, width, device="cuda") for _ in range(3))
-        scale = torch.rand(16384, device="cuda")
+        shape = PLACE.few(16384), PLACE.few(width)
+        latents, grad_latents, from_codes = (torch.randn(shape, device=PLACE.device) for _ in range(3))
+        scale = torch.rand(shape[0], device=PLACE.device)
         return lambda: quantize.unnormalise(latents, scale, grad_latents, from_codes)
 
     return prepare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.tune.entry import Entry, size_of
+from bench.tune.entry import PLACE, Entry, size_of
 from ztok_fast.ops.triton_tables import ANY
 from ztok_fast.ops.zhead.triton_configs import Scan, Select
 
@@ -16,8 +16,9 @@ def _select(batch, width, size):
         from ztok_fast.ops.zhead import triton as zhead
 
         dtype = {2: torch.bfloat16, 4: torch.float32}[size]
-        hidden = torch.randn(batch, width, device="cuda").to(dtype)
-        rows = torch.randn(8192, width, device="cuda").to(dtype)
+        columns = PLACE.few(width)
+        hidden = torch.randn(PLACE.few(batch), columns, device=PLACE.device).to(dtype)
+        rows = torch.randn(PLACE.few(8192), columns, device=PLACE.device).to(dtype)
         return lambda: zhead.z_select(hidden, rows, 1.0, 1.0, 0, None, 0)
 
     return prepare

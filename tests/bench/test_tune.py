@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.tune import entry as tune
 from bench.tune.__main__ import main
 from bench.tune.measure import measure
 from tests.ops.aot_cases import MAKERS, tables_of
-from ztok_fast.ops import triton_tables
+from ztok_fast.ops import requirements, triton_tables
 from ztok_fast.ops.nearest import triton_configs as nearest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +159,36 @@ def test_keys_that_an_architecture_has_not_are_said():
     assert list(measure([entry], "sm_80", 1.0, None, clock=Clock())) == [
         "# nearest.WHOLE[(256, 2, 2)]: not timed: sm_80 has no such entry"
     ]
+
+
+ONE_PER_TABLE = {(entry.family, entry.table): entry for entry in ENTRIES}.values()
+
+
+@pytest.mark.parametrize(
+    "entry", [pytest.param(e, id=e.name, marks=() if e in ONE_PER_TABLE else pytest.mark.slow) for e in ENTRIES]
+)
+def test_what_is_timed_runs_and_looks_the_entry_s_table_up(entry, monkeypatch):
+    """With small inputs, in Triton's interpreter where there is no GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    row = next(row for row in requirements.rows_of("codebook_assign") if row.backend == "triton")
+    if missing := requirements.unmet(row, device, forced=True):
+        pytest.skip("; ".join(missing))
+    monkeypatch.setattr(tune.PLACE, "device", device.type)
+    # rows for WIDE must not fit a tile of WHOLE
+    monkeypatch.setattr(tune.PLACE, "most", 300 if entry.table == "WIDE" else 64)
+    asked = []
+    find = triton_tables.find
+
+    def noted(table, *arguments):
+        asked.append(table)
+        return find(table, *arguments)
+
+    monkeypatch.setattr(triton_tables, "find", noted)
+    monkeypatch.setattr(nearest, "find", noted)
+    entry.prepare()()
+    # where the interpreter has a tile of its own, it is in no table
+    if not ((entry.family, entry.table) == ("halting", "LATER") and requirements.triton_is_interpreted()):
+        assert any(table is tables_of(entry.family)[entry.table] for table in asked)
 
 
 def test_without_a_gpu_or_dry_there_is_help(capsys):
