@@ -39,6 +39,8 @@ def environment() -> dict:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # names the build, "+cu130" say, which the package's metadata need not
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -142,6 +142,7 @@ def _convert(path: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     model.tie_weights()
+    _name_ends(tokenizer, fields)
     split = fields.get("tokenizer.ggml.pre")
     if split is not None and split.contents() == "smollm":
         _split_digits(tokenizer)
@@ -155,6 +156,14 @@ def _convert(path: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # else another process converted the same file meanwhile
             raise
+
+
+def _name_ends(tokenizer, fields) -> None:
+    """Give the tokenizer the file's own bos and eos: transformers 5.17 takes the first of them for both."""
+    for end in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{end}_token_id")
+        if field is not None and getattr(tokenizer, f"{end}_token_id") != field.contents():
+            setattr(tokenizer, f"{end}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def _split_digits(tokenizer) -> None:
