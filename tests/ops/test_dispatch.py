@@ -168,8 +168,25 @@ def test_too_old_a_library_is_said(monkeypatch):
         assert requirements._triton_missing.__wrapped__() == reason
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"), [("3.6.0", "2.4.1", True), ("3.6.0", "2.3.5", False), ("3.9.0", "2.4.1", False)]
+)
+def test_an_interpreter_that_runs_no_loops_is_said(monkeypatch, triton, numpy, fails):
+    versions = {"triton": triton, "numpy": numpy}
+    requirements._interpreter_fails.cache_clear()
+    monkeypatch.setattr(requirements.metadata, "version", versions.__getitem__)
+    monkeypatch.setitem(requirements.LIBRARIES, "triton", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    row = requirements.rows_of("z_select")[1]
+    assert row.backend == "triton"
+    reasons = requirements.unmet(row, CPU, forced=True)
+    requirements._interpreter_fails.cache_clear()
+    assert bool(reasons) == fails and all(f"numpy 2.4 and newer, {numpy}" in reason for reason in reasons)
+
+
 def test_interpreted_kernels_run_only_when_forced(monkeypatch):
     monkeypatch.setitem(requirements.LIBRARIES, "triton", lambda: None)
+    monkeypatch.setattr(requirements, "_interpreter_fails", lambda: None)
     kernel = "tests.ops.test_dispatch:marked_codebook_assign"
     row = Requirement("codebook_assign", "tiles", kernel, ("cuda",), library="triton")
     monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))

@@ -91,6 +91,15 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def _interpreter_fails() -> str | None:
+    """Why Triton's interpreter cannot run the kernels; compiled kernels are not concerned."""
+    version, numpy = metadata.version("triton"), metadata.version("numpy")
+    if version.startswith("3.6.") and tuple(int(part) for part in numpy.split(".")[:2]) >= (2, 4):
+        return f"the interpreter of triton {version} runs no loops with numpy 2.4 and newer, {numpy} is installed"
+    return None
+
+
 def _interpreted(row: Requirement) -> bool:
     return row.library == "triton" and triton_is_interpreted()
 
@@ -282,6 +291,8 @@ def _needs_not_met(
             )
     if row.library is not None:
         missing = LIBRARIES[row.library]()
+        if missing is None and forced and _interpreted(row):
+            missing = _interpreter_fails()
         if missing is not None:
             yield missing
 
