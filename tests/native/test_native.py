@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -22,11 +23,10 @@ def other_library_dir(tmp_path, monkeypatch):
     """The package as if its libraries lay in an empty folder, with nothing tried yet and no sources beside it."""
     monkeypatch.setattr(native, "LIBRARY_DIR", tmp_path)
     monkeypatch.setattr(sources, "CSRC", tmp_path / "csrc")
-    native._load.cache_clear()
-    requirements._cpu_library_missing.cache_clear()
-    yield tmp_path
-    native._load.cache_clear()
-    requirements._cpu_library_missing.cache_clear()
+    # caches of their own: what this process has loaded stays loaded, and is not loaded again
+    monkeypatch.setattr(native, "_load", functools.cache(native._load.__wrapped__))
+    monkeypatch.setitem(requirements.LIBRARIES, "cpu", requirements._cpu_library_missing.__wrapped__)
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", native.PARTS)
