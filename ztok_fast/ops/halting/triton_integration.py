@@ -85,11 +85,13 @@ def unit_totals_kernel(
     there = unit < tl.minimum(tl.load(cu_units + B), total_units)
     first, start, end = rows_of_unit(first_rows, end_rows, unit, there)
     dtype = tl.float64 if WIDE else tl.float32
-    total = tl.zeros([BU], dtype)
+    # Summed over BR after the loop: Triton 3.6 does not compile a loop that carries a row sum which is used twice.
+    totals = tl.zeros([BU, BR], dtype)
     for block in range(0, tl.cdiv(tl.max(end - start, 0), BR)):
         row = start[:, None] + block * BR + tl.arange(0, BR)[None, :]
         offset = 2 * row + (row < first[:, None]).to(tl.int64)
-        total += tl.sum(tl.load(weights + offset, mask=row < end[:, None], other=0.0).to(dtype), 1)
+        totals += tl.load(weights + offset, mask=row < end[:, None], other=0.0).to(dtype)
+    total = tl.sum(totals, 1)
     one = tl.full([BU], 1.0, dtype)
     tl.store(inverse + unit, divide(one, total, WIDE), mask=unit < total_units)
 
