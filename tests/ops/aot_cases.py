@@ -62,6 +62,7 @@ def _all() -> Iterator[Case]:
                 for key, entry in entries.items():
                     yield from cases_of(family, table, arch, key, entry)
     yield from aot_lora.rest()
+    yield from aot_nearest.losses()
 
 
 CASES = [replace(case, slow=case.name not in QUICK) for case in _all()]

@@ -7,7 +7,7 @@ GRADIENT = "ztok_fast.ops.nearest.triton_gradients"
 # (row terms, code terms) -> types of rows and codebook
 TYPES = {(1, 1): ("*bf16", "*bf16"), (2, 1): ("*fp32", "*bf16"), (2, 2): ("*fp32", "*fp32")}
 METRICS = ("l2", "cosine", "dot")
-OUTPUTS = {"residual": "*fp32", "codes": "*i32", "distances": "*fp32", "usage": "*i64"}
+OUTPUTS = {"residual": "*fp32", "codes": "*i32", "distances": "*fp32", "usage": "*i64", "sums": "*fp64"}
 SIZES = {"M": "i32", "V": "i32", "L": "i32"}
 # the width that stands for all those without a bound
 WIDE = 1024
@@ -82,6 +82,16 @@ def settle(arch, key, tile):
     )  # fmt: skip
 
 
+def losses():
+    """`mean_error_kernel`."""
+    from ztok_fast.ops.nearest.triton_configs import SUMS
+
+    yield Case(
+        "mean-error", f"{SEARCH}:mean_error_kernel",
+        {"sums": "*fp64", "commitment": "*fp32", "codebook_loss": "*fp32", "parts": "i32"}, {"D": WIDE, "BP": SUMS}, 4,
+    )  # fmt: skip
+
+
 def prepare(arch, key, tile):
     """`prepare_codes_kernel`."""
     for terms, (_, codes) in TYPES.items():
@@ -132,5 +142,5 @@ TABLES = {
 QUICK = (
     "residual-search-l2-64-2-2-sm_90", "residual-search-l2-any-2-2-sm_90", "scan-1024-any-1-1-sm_90",
     "scan-1024-64-2-1-sm_80", "settle-l2-2-2-any-sm_100", "prepare-codes-2-2-any-sm_80", "sum-codes-any-sm_90",
-    "row-gradients-quantize-any-sm_90",
+    "row-gradients-quantize-any-sm_90", "mean-error",
 )  # fmt: skip

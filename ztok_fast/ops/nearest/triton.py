@@ -37,6 +37,8 @@ class Found(NamedTuple):
     distances: Tensor  # float32 [M, L]
     usage: Tensor | None  # int64 [L, V]
     quantized: Tensor | None  # [M, d] in the dtype of the rows
+    commitment: Tensor | None  # float32 [], the mean error over pairs of row and used level, and over the width
+    codebook_loss: Tensor | None  # the same once more
 
 
 def prepare_codes(x: Tensor, codebook: Tensor, metric: str, levels: int) -> Codes:
@@ -73,7 +75,8 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     distances = torch.empty((rows, levels), dtype=torch.float32, device=x.device)
     usage = torch.zeros((levels, size), dtype=torch.int64, device=x.device) if quantize else None
     quantized = torch.empty_like(x) if quantize else None
-    found = Found(codes, distances, usage, quantized)
+    losses = [torch.zeros((), dtype=torch.float32, device=x.device) for _ in range(2)] if quantize else (None, None)
+    found = Found(codes, distances, usage, quantized, *losses)
     if rows == 0:
         return found
     prepared = prepare_codes(x, codebook, metric, levels)
@@ -84,10 +87,23 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     whole = configs.whole_tile(*shape)
     tile = whole or configs.wide_tile(*shape)
     if triton.cdiv(rows, tile.rows) >= configs.FULL_BLOCKS:
-        _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, tile, whole is not None)
+        sums = _new_sums(found, triton.cdiv(rows, tile.rows))
+        _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, rel, tile, whole is not None)
     else:
-        _by_level(source, codebook, prepared, metric, row_levels, found, rel)
+        settle = look_up(configs.SETTLE, capability_of(source), width)
+        sums = _new_sums(found, triton.cdiv(rows, settle.rows))
+        _by_level(source, codebook, prepared, metric, row_levels, found, sums, rel, settle)
+    if quantize:
+        parts = levels * sums.shape[2]
+        kernels.mean_error_kernel[(1,)](sums, *losses, parts, D=width, BP=configs.SUMS, num_warps=4, **FUSION)
     return found
+
+
+def _new_sums(found: Found, blocks: int) -> Tensor | None:
+    """Where every block of rows leaves its part of the loss at each level, float64 [2, L, blocks]."""
+    if found.usage is None:
+        return None
+    return torch.empty((2, found.codes.shape[1], blocks), dtype=torch.float64, device=found.codes.device)
 
 
 def _step(most: int, width: int) -> int:
@@ -95,13 +111,13 @@ def _step(most: int, width: int) -> int:
     return min(most, triton.next_power_of_2(width))
 
 
-def _in_one_launch(source, codebook, prepared, metric, row_levels, found, rel, tile, lanes):
+def _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, rel, tile, lanes):
     """All levels in one launch, for enough rows to fill the device. `lanes`: the tile covers the width."""
     rows, width = source.shape
     levels, size, _ = codebook.shape
     kernels.residual_search_kernel[(triton.cdiv(rows, tile.rows),)](
         source, codebook, prepared.terms, prepared.offsets, prepared.longest, row_levels, source,
-        found.codes, found.distances, found.usage, found.quantized, rows, size, levels,
+        found.codes, found.distances, found.usage, found.quantized, sums, rows, size, levels,
         REL=rel, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
         UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=found.usage is not None,
         LANES=lanes, BM=tile.rows, BN=tile.codes, BD=tile.width,
@@ -117,7 +133,7 @@ def _part_scores(parts: int, source: Tensor) -> tuple[Tensor, Tensor]:
     return scores, torch.empty((parts, 2, rows), dtype=torch.int32, device=source.device)
 
 
-def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
+def _by_level(source, codebook, prepared, metric, row_levels, found, sums, rel, settle):
     """Two launches per level (and one for the sum of the codes), for so few rows that the codebook has to be split over
     the device to fill it."""
     rows, width = source.shape
@@ -125,7 +141,6 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
     quantize = found.usage is not None
     capability = capability_of(source)
     tile = configs.step_tile(rows, prepared.row_terms, prepared.code_terms, capability)
-    settle = look_up(configs.SETTLE, capability, width)
     blocks, tiles = triton.cdiv(rows, tile.rows), triton.cdiv(size, tile.codes)
     parts = max(1, min(tiles, configs.MOST_PARTS, configs.FULL_BLOCKS // blocks))
     tiles_per_part = triton.cdiv(tiles, parts)
@@ -145,7 +160,7 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, rel):
         )  # fmt: skip
         kernels.settle_kernel[settle_grid](
             source, codebook, prepared.longest, scores, indices, row_levels, source, found.codes, found.distances,
-            found.usage, rows, size, levels, level, parts,
+            found.usage, sums, rows, size, levels, level, parts,
             REL=rel, D=width, METRIC=metric, LEVELS=row_levels is not None, QUANTIZE=quantize,
             BM=settle.rows, BV=settle.codes, BK=step, num_warps=settle.warps, **FUSION,
         )  # fmt: skip

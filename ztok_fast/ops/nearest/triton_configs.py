@@ -53,6 +53,8 @@ class Rows(NamedTuple):
 # fewer blocks of rows than this leave multiprocessors idle: the codebook is split until there are about as many
 FULL_BLOCKS = 128
 MOST_PARTS = 32
+# what the one program of `mean_error_kernel` adds up at a time
+SUMS = 1024
 
 # (width at most, row terms, code terms) -> tile of `residual_search_kernel` that covers the width. Where an
 # architecture has no entry, rows take a tile of WIDE.

@@ -5,6 +5,7 @@
     scan_kernel             one level; the codebook is split over the second grid axis  (few rows)
     settle_kernel           merges the parts of scan_kernel and makes the next level's residual
     sum_codes_kernel        the sum of a row's codes over the levels
+    mean_error_kernel       the loss from the sums that each block of rows left at each level
 
 Between two levels the residual of a block of rows goes through global memory: its BM x d x 4 bytes are read back by the
 block that wrote them, out of L1 or L2. Registers have no room for it beside the running minima of the scan.
@@ -65,11 +66,20 @@ def prepare_codes_kernel(
 
 
 @triton.jit
+def store_sums(sums, level, L, error, pairs):
+    """What the program's block of rows adds to the loss at a level: float64 sums [2, L, blocks] of errors and pairs."""
+    at = sums + level * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, error)
+    tl.store(at + L * tl.num_programs(0), pairs)
+
+
+@triton.jit
 def write_level(
-    x, rows, code, distance, used, book, residual, codes_out, distances, usage, level, last, M, V, L,
+    x, rows, code, distance, used, book, residual, codes_out, distances, usage, sums, level, last, M, V, L,
     D: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, USAGE: tl.constexpr,
 ):  # fmt: skip
-    """Codes (-1 in rows that do not use the level), distances, usage counts and what a level leaves over."""
+    """Codes (-1 in rows that do not use the level), distances, usage counts, the block's sums for the loss, and what a
+    level leaves over."""
     inside = rows < M
     out = rows.to(tl.int64) * L + level
     tl.store(codes_out + out, tl.where(used, code, -1), mask=inside)
@@ -77,6 +87,8 @@ def write_level(
     if USAGE:  # integer sums: the order of the additions does not matter
         one = tl.full([BM], 1, tl.int64)
         tl.atomic_add(usage + level * V + code, one, mask=inside & used, sem="relaxed")
+        pairs = tl.sum(used.to(tl.float64), 0)
+        store_sums(sums, level, L, tl.sum(tl.where(used, distance, 0.0), 0), pairs)
     if not last:
         for start in range(0, tl.cdiv(D, BK)):
             k = start * BK + tl.arange(0, BK)
@@ -88,11 +100,14 @@ def write_level(
 
 
 @triton.jit
-def write_no_level(rows, codes_out, distances, level, M, L, BM: tl.constexpr):
+def write_no_level(rows, codes_out, distances, sums, level, M, L, BM: tl.constexpr, USAGE: tl.constexpr):
     """What a level gives rows that do not use it, in a block where none does: their residual is not touched."""
     out = rows.to(tl.int64) * L + level
     tl.store(codes_out + out, tl.full([BM], -1, tl.int32), mask=rows < M)
     tl.store(distances + out, tl.zeros([BM], tl.float32), mask=rows < M)
+    if USAGE:
+        zero = tl.sum(tl.zeros([BM], tl.float64), 0)
+        store_sums(sums, level, L, zero, zero)
 
 
 @triton.jit
@@ -153,12 +168,13 @@ def scan_steps(
 
 @triton.jit(do_not_specialize=["M", "V", "L"])
 def residual_search_kernel(
-    x, book, terms, offsets, longest, row_levels, residual, codes, distances, usage, quantized, M, V, L,
+    x, book, terms, offsets, longest, row_levels, residual, codes, distances, usage, quantized, sums, M, V, L,
     REL: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr,
     UPCAST: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr, LANES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """All L levels of BM rows. LEVELS: rows use `row_levels` of them. QUANTIZE: also usage counts and the sum of codes.
+    """All L levels of BM rows. LEVELS: rows use `row_levels` of them. QUANTIZE: also usage counts, the sum of codes
+    and the sums of errors for the loss.
     LANES: BD covers the width (`scan_lanes`); else the width is walked in steps of BD (`scan_steps`).
     `residual` [M, D] float32 is x itself if there is more than one level."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -186,12 +202,12 @@ def residual_search_kernel(
         # every thread has read the residual before any writes it, and has written it before the next level reads it
         tl.debug_barrier()
         write_level(
-            x, rows, code, distance, used, book + at, residual, codes, distances, usage, level, level + 1 == L, M, V, L,
-            D, BM, BK, QUANTIZE,
+            x, rows, code, distance, used, book + at, residual, codes, distances, usage, sums, level, level + 1 == L,
+            M, V, L, D, BM, BK, QUANTIZE,
         )  # fmt: skip
         tl.debug_barrier()
     for level in range(deepest, L):
-        write_no_level(rows, codes, distances, level, M, L, BM)
+        write_no_level(rows, codes, distances, sums, level, M, L, BM, QUANTIZE)
     if QUANTIZE:
         # the codes of the levels above are read back
         tl.debug_barrier()
@@ -254,7 +270,7 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["M", "V", "L", "level", "parts"])
 def settle_kernel(
-    x, book, longest, scores, indices, row_levels, residual, codes, distances, usage, M, V, L, level, parts,
+    x, book, longest, scores, indices, row_levels, residual, codes, distances, usage, sums, M, V, L, level, parts,
     REL: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr,
     BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -282,8 +298,23 @@ def settle_kernel(
         # the residual is read for the last time before any thread writes it
         tl.debug_barrier()
         write_level(
-            x, rows, code, distance, used, book + at, residual, codes, distances, usage, level, level + 1 == L, M, V, L,
-            D, BM, BK, QUANTIZE,
+            x, rows, code, distance, used, book + at, residual, codes, distances, usage, sums, level, level + 1 == L,
+            M, V, L, D, BM, BK, QUANTIZE,
         )  # fmt: skip
     else:
-        write_no_level(rows, codes, distances, level, M, L, BM)
+        write_no_level(rows, codes, distances, sums, level, M, L, BM, QUANTIZE)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def mean_error_kernel(sums, commitment, codebook_loss, parts, D: tl.constexpr, BP: tl.constexpr):
+    """Both losses, float32: the sum of the errors over that of the pairs and over the width; 0 without a pair. `sums`
+    [2, parts] are added in a fixed order by one program."""
+    error = tl.zeros([BP], tl.float64)
+    pairs = tl.zeros([BP], tl.float64)
+    for start in range(0, tl.cdiv(parts, BP)):
+        at = start * BP + tl.arange(0, BP)
+        error += tl.load(sums + at, mask=at < parts, other=0.0)
+        pairs += tl.load(sums + parts + at, mask=at < parts, other=0.0)
+    loss = (tl.sum(error, 0) / (tl.maximum(tl.sum(pairs, 0), 1.0) * D)).to(tl.float32)
+    tl.store(commitment, loss)
+    tl.store(codebook_loss, loss)

@@ -16,7 +16,7 @@ from ztok_fast.ops.halting import triton as halting
 from ztok_fast.ops.nearest import triton as nearest
 from ztok_fast.ops.quantize import triton_configs as configs
 from ztok_fast.ops.quantize import triton_kernels as kernels
-from ztok_fast.ops.quantize.triton_residual import mean_error, residual_quantize_backward
+from ztok_fast.ops.quantize.triton_residual import residual_quantize_backward
 from ztok_fast.ops.triton_tables import capability_of, look_up
 
 def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, num_levels, total_units):
@@ -71,8 +71,7 @@ def quantize_ragged(
         hidden, weights, table, cu_units, end_weight, mean_weight, levels, codebooks.shape[0], total_units
     )
     found = nearest.search(latents, codebooks, "l2", unit_levels, quantize=True)
-    loss = mean_error(found.distances, found.codes, latents.shape[1])
-    losses = loss, loss.clone()
+    losses = found.commitment, found.codebook_loss
     return found.quantized, latents, *losses, weights, found.codes, found.usage, scale, ends, unit, counts, cu_units
 
 
