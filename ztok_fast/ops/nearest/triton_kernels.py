@@ -87,7 +87,7 @@ def write_level(
     if USAGE:  # integer sums: the order of the additions does not matter
         one = tl.full([BM], 1, tl.int64)
         tl.atomic_add(usage + level * V + code, one, mask=inside & used, sem="relaxed")
-        pairs = tl.sum(used.to(tl.float64), 0)
+        pairs = tl.sum(used.to(tl.int32), 0).to(tl.float64)
         store_sums(sums, level, L, tl.sum(tl.where(used, distance, 0.0), 0), pairs)
     if not last:
         for start in range(0, tl.cdiv(D, BK)):
