@@ -161,6 +161,11 @@ _NO_NUCLEUS = Arguments(
     lambda hidden, rows, temperature, top_p, *rest: top_p == 1 or temperature == 0,
 )
 
+_NOT_TRANSPOSED = Arguments(
+    "the weight's inputs lie closer together than its outputs",
+    lambda x, weight, *rest: weight.stride(1) <= weight.stride(0),
+)
+
 REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
     _triton("codebook_assign", "nearest"),
@@ -198,10 +203,10 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     *_everywhere("ragged_gather", "ragged", ANY_DTYPE, checks_values=True),
     *_everywhere("ragged_gather_backward", "ragged"),
     *_everywhere("ragged_scatter_add", "ragged", checks_values=True),
-    # Dispatch by shape: few rows are bound by reading the weight, more by arithmetic. The other dtypes follow from that
-    # of x, so that there is nothing to compare at a call.
+    # Dispatch by shape: few rows are bound by reading the weight, more by arithmetic; a transposed weight would be copied
+    # by the kernel for few. The other dtypes follow from that of x, so that there is nothing to compare at a call.
     _cpp("lora_linear", "lora", UP_TO_FLOAT32),
-    _cuda("lora_linear", "lora", UP_TO_FLOAT32, max_rows=64),
+    _cuda("lora_linear", "lora", UP_TO_FLOAT32, max_rows=64, arguments=_NOT_TRANSPOSED),
     _triton("lora_linear", "lora", argument_dtypes=None),
     _reference("lora_linear", "lora"),
     _cpp("lora_linear_backward", "lora", UP_TO_FLOAT32),

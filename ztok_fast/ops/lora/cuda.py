@@ -21,7 +21,8 @@ def lora_linear(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """As `ztok_fast.ops.lora_linear`. Rows of `x` and `weight` are read in place whatever the distance between them. Of a
-    weight whose rows are themselves strided (a transposed one, as in GPT-2) a contiguous copy is made at every call.
+    weight whose rows are themselves strided a contiguous copy is made at every call; a transposed one, as in GPT-2, the
+    requirements table sends to another backend.
 
     Reads `weight` once, B once per group of rows that share an adapter, A once per 8 rows. Scratch: M r floats and, for
     layers too narrow to occupy the device, up to 16 partial sums of the result in float32.
