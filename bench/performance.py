@@ -171,6 +171,8 @@ def op_part(op, cases: list[dict]) -> tuple[str, int]:
     text = f"### {op.name}\n\n{table(headers, rows)}"
     if used:
         text += f"\n\n{used}"
+    if any(entry.get("threads") for case in cases for entry in case["contenders"]):
+        text += "\n\n¹ with one thread, where it was faster than with all; every contender was tried with both."
     if missing:
         text += f"\n\nNot measured: {', '.join(missing)}."
     if notes:
@@ -186,7 +188,7 @@ def _cell(case: dict, name: str) -> str:
     for entry in case["contenders"]:
         if entry["name"] == name:
             if entry["status"] == "ok":
-                took = milliseconds(results.seconds(entry))
+                took = milliseconds(results.seconds(entry)) + (" ¹" if entry.get("threads") == 1 else "")
                 return f"**{took}**" if entry.get("default") else took
             return entry["status"] if entry["status"] in ("wrong", "failed") else "–"
     return "–"

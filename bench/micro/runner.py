@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +42,7 @@ class Entrant:
     calls: list[Call] = field(default_factory=list)
     context: object = contextlib.nullcontext
     with_backends: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None  # of its own, where contenders choose
 
     def drop(self, status: str, reason: str) -> None:
         self.status, self.reason, self.calls = status, reason, []
@@ -48,7 +51,7 @@ class Entrant:
         entry = {"name": self.name, "kind": self.kind, "status": self.status, "reason": self.reason, "checked": self.checked}
         if self.kind == "backend":
             entry |= {"default": self.default, "with": self.with_backends}
-        return entry
+        return entry | ({} if self.threads is None else {"threads": self.threads})
 
 
 def wanted_backends(op: str) -> list[str]:
@@ -231,6 +234,10 @@ def measure(
     sets = input_sets(op, case, device)
     with gradient_mode(case):
         everyone = verified_entrants(op, case, sets, device, backends, peers)
+        if op.whole and not cuda:
+            for entrant in everyone:
+                if entrant.calls:
+                    choose_threads(entrant)
         racing = [Contender(e.name, e.calls, e.context) for e in everyone if e.calls]
         say(f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}{_used(everyone)}")
         with Disturbance() as disturbance:
@@ -269,6 +276,36 @@ def measure(
         "work": {"flops": work.flops, "bytes": work.bytes, "floor_seconds": floor},
         "contenders": contenders,
     }
+
+
+@contextlib.contextmanager
+def torch_threads(count: int):
+    """So many threads for torch and for the kernels that run in its pool, inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_threads(entrant: Entrant) -> None:
+    """Give a contender one thread or all, whichever its call is faster with.
+
+    A step of decoding is many products of a few rows; libraries that wake a second thread for each lose more than they
+    gain where threads do not spin, and are not to be compared in that state.
+    """
+    everything, took = torch.get_num_threads(), {}
+    for count in {1, everything}:
+        with torch_threads(count):
+            samples = []
+            for _ in range(2):
+                start = time.perf_counter()
+                entrant.calls[0]()
+                samples.append(time.perf_counter() - start)
+            took[count] = min(samples)
+    entrant.threads = min(took, key=took.get)
+    entrant.context = functools.partial(torch_threads, entrant.threads)
 
 
 def _used(everyone: Sequence[Entrant]) -> str:

@@ -102,6 +102,7 @@ def case_table(entry: dict) -> str:
     rows = []
     for contender in entry["contenders"]:
         name = contender["name"] + (" *" if contender.get("default") else "")
+        name += f", {threads} thread{'s' if threads > 1 else ''}" if (threads := contender.get("threads")) else ""
         if contender["status"] != "ok":
             if contender["status"] != "skipped" or contender["kind"] == "backend":
                 rows.append([name, contender["kind"], f"{contender['status']}: {contender['reason']}"[:60], *["–"] * 5])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,22 @@ def test_every_contender_is_right_and_timed(case):
     ours = results.default_backend(entry)
     assert ours["name"] == "ours"
     assert ours["with"] == {name: dispatch.choose(name, CPU, torch.float32).backend for name in RUNS[case.op].companions}
+
+
+def test_a_contender_gets_the_threads_that_it_is_faster_with():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for wanted in (1, 2):
+            slow = lambda wanted=wanted: time.sleep(0.02 * (torch.get_num_threads() != wanted))  # noqa: E731
+            entrant = runner.Entrant("any", "peer", calls=[slow])
+            runner.choose_threads(entrant)
+            assert entrant.as_dict()["threads"] == wanted and torch.get_num_threads() == 2
+            with entrant.context():
+                assert torch.get_num_threads() == wanted
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_padded_and_packed_documents_give_the_same_codes(compressed):
