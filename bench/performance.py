@@ -171,7 +171,7 @@ def op_part(op, cases: list[dict]) -> tuple[str, int]:
     text = f"### {op.name}\n\n{table(headers, rows)}"
     if used:
         text += f"\n\n{used}"
-    if any(entry.get("threads") for case in cases for entry in case["contenders"]):
+    if any(entry.get("threads") == 1 for case in cases for entry in case["contenders"]):
         text += "\n\n¹ with one thread, where it was faster than with all; every contender was tried with both."
     if missing:
         text += f"\n\nNot measured: {', '.join(missing)}."
