@@ -174,6 +174,8 @@ def main(isa: int) -> None:
                 for lengths in ([1], [3, 0, 5], [17, 1, 2, 30]):
                     halting(width, lengths, dtype)
                     ragged(width, lengths, dtype)
+            search(300, 131, 20, dtype)  # wide codes, not packed in float32
+            search(65, 131, 1100, dtype)  # blocks of rows that threads share
     assert wanted == CALLED, f"never called: {wanted - CALLED}"
     print("done")
 

@@ -1,6 +1,7 @@
 """The docstring of every op says what users ask first."""
 
 import inspect
+import re
 
 import pytest
 
@@ -14,8 +15,8 @@ PUBLIC = [name for name in requirements.ops() if not name.endswith("_backward")]
 def test_arguments_shapes_errors_and_complexity_are_said(name):
     function = getattr(ops, name)
     text = inspect.getdoc(function)
-    for part in ("Args:", "Returns:", "Raises:", "ValueError", "O(", "["):
+    for part in ("Args:", "Returns:", "Raises:\n    ValueError", "O("):
         assert part in text, part
     arguments = text.split("Args:")[1].split("Returns:")[0]
-    for argument in inspect.signature(function).parameters:
-        assert argument in arguments, argument
+    said = {name for names in re.findall(r"(?m)^    (\w[\w, ]*):", arguments) for name in names.split(", ")}
+    assert said == set(inspect.signature(function).parameters)
