@@ -75,7 +75,8 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     distances = torch.empty((rows, levels), dtype=torch.float32, device=x.device)
     usage = torch.zeros((levels, size), dtype=torch.int64, device=x.device) if quantize else None
     quantized = torch.empty_like(x) if quantize else None
-    losses = [torch.zeros((), dtype=torch.float32, device=x.device) for _ in range(2)] if quantize else (None, None)
+    new = torch.empty if rows else torch.zeros  # without rows nothing below writes them
+    losses = [new((), dtype=torch.float32, device=x.device) for _ in range(2)] if quantize else (None, None)
     found = Found(codes, distances, usage, quantized, *losses)
     if rows == 0:
         return found

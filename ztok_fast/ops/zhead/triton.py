@@ -29,7 +29,8 @@ def z_select(
 ) -> tuple[Tensor, Tensor]:
     """See `ztok_fast.ops.zhead.contract.z_select`; `top_p` is 1 or the temperature 0, as the requirements table says.
 
-    Work: the rows are read once per tile of 16 or 32 sequences. A logit whose partial sums overflow float32 counts as infinite.
+    Work: the rows are read once per tile of 16 or 32 sequences. A logit whose partial sums overflow float32 counts as
+    infinite.
     """
     batch, width = hidden.shape
     num_codes = rows.shape[0]
