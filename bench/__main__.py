@@ -35,11 +35,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose key contains one of these texts")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--seconds", type=float, default=2.0, help="timing per case, all contenders (default 2)")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further case after this time; ops in turn")
-    parser.add_argument("--undisturbed", type=float, metavar="SHARE",
-                        help="measure a case again, up to three times, while others take more than this share of the processors")
-    parser.add_argument("--disturbed", type=float, metavar="SHARE",
-                        help="only cases that the results file has with a larger share for others, or does not have")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="start no further case after this time; ops in turn"
+    )
+    parser.add_argument(
+        "--undisturbed",
+        type=float,
+        metavar="SHARE",
+        help="measure a case again, up to three times, while others take more than this share of the processors",
+    )
+    parser.add_argument(
+        "--disturbed",
+        type=float,
+        metavar="SHARE",
+        help="only cases that the results file has with a larger share for others, or does not have",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
     parser.add_argument("--plots", metavar="DIR", help="draw plots of the results file into a folder")

@@ -1,6 +1,6 @@
 """Whether a codec gives the same Z-tokens with the backends that run by default as with the reference: a JSON file.
 
-    python -m bench.agreement --codec ztok-mini --files data/dev.jsonl.gz --json docs/results/agreement-ztok-mini.json
+python -m bench.agreement --codec ztok-mini --files data/dev.jsonl.gz --json docs/results/agreement-ztok-mini.json
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from ztok_fast.train.text_data import DataError
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.agreement", description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    parser.add_argument(
+        "--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})"
+    )
     parser.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
     parser.add_argument("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of each document (default 512)")

@@ -28,12 +28,18 @@ from ztok_fast.train.text_data import DataError
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    parser.add_argument(
+        "--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})"
+    )
     parser.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
-    parser.add_argument("--exclude-sources", nargs="*", default=[], metavar="PREFIX", help="rows to leave out, by source")
+    parser.add_argument(
+        "--exclude-sources", nargs="*", default=[], metavar="PREFIX", help="rows to leave out, by source"
+    )
     parser.add_argument("--budgets", nargs="+", type=float, help="ratios to ask for (default: those of the codec)")
     parser.add_argument("--levels", nargs="+", type=int, help="residual levels (default: 1 to the codec's number)")
-    parser.add_argument("--units", nargs="+", choices=tuple(UNIT_KINDS), help="kinds of units (default: the codec's own)")
+    parser.add_argument(
+        "--units", nargs="+", choices=tuple(UNIT_KINDS), help="kinds of units (default: the codec's own)"
+    )
     parser.add_argument("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of each document (default 512)")
     parser.add_argument("--json", required=True, metavar="FILE", help="results")
@@ -139,11 +145,28 @@ def surprisal_by_length(codec: ZTokCodec, documents: list[list[int]], budget: fl
 def accuracy_table(results: dict) -> str:
     """One row per point; the base model's own bits and accuracy stand under it."""
     rows = [
-        [p["units"], p["levels"], f"{p['budget']:g}", number(p["ratio"]), number(p["rate"]),
-         percent(p["teacher_forced"]), percent(p["free_running"]), number(p["loss_bits"])]
+        [
+            p["units"],
+            p["levels"],
+            f"{p['budget']:g}",
+            number(p["ratio"]),
+            number(p["rate"]),
+            percent(p["teacher_forced"]),
+            percent(p["free_running"]),
+            number(p["loss_bits"]),
+        ]
         for p in results["points"]
     ]
-    headers = ["units", "levels", "budget", "ratio", "rate, bits/token", "teacher-forced", "free-running", "loss, bits/token"]
+    headers = [
+        "units",
+        "levels",
+        "budget",
+        "ratio",
+        "rate, bits/token",
+        "teacher-forced",
+        "free-running",
+        "loss, bits/token",
+    ]
     base = results["base"]
     return (
         table(headers, rows)
@@ -156,7 +179,8 @@ def length_table(results: dict) -> str:
     """Mean surprisal by unit length, for every budget."""
     rows = [
         [budget, row["length"], row["units"], number(row["bits_per_token"])]
-        for budget, own in results["unit_lengths"].items() for row in own
+        for budget, own in results["unit_lengths"].items()
+        for row in own
     ]
     return table(["budget", "unit length, tokens", "units", "surprisal, bits/token"], rows)
 
@@ -178,10 +202,25 @@ def draw(results: dict, path: Path) -> None:
             if not own:
                 continue
             rates, color = [p["rate"] for p in own], f"C{number_of}"
-            left.plot(rates, [p["free_running"] for p in own], line, color=color, marker="o", markersize=4,
-                      label=f"r = {budget:g}, {units} units, free-running")
-            left.plot(rates, [p["teacher_forced"] for p in own], line, color=color, alpha=0.4, marker="^", markersize=4,
-                      label=f"r = {budget:g}, {units} units, teacher-forced")
+            left.plot(
+                rates,
+                [p["free_running"] for p in own],
+                line,
+                color=color,
+                marker="o",
+                markersize=4,
+                label=f"r = {budget:g}, {units} units, free-running",
+            )
+            left.plot(
+                rates,
+                [p["teacher_forced"] for p in own],
+                line,
+                color=color,
+                alpha=0.4,
+                marker="^",
+                markersize=4,
+                label=f"r = {budget:g}, {units} units, teacher-forced",
+            )
     base = results["base"]
     left.axvline(base["bits_per_token"], color="black", linewidth=0.8, label="text's own bits per token (base model)")
     left.axhline(base["accuracy"], color="grey", linewidth=0.8, linestyle="--", label="base model without Z-tokens")
@@ -189,8 +228,14 @@ def draw(results: dict, path: Path) -> None:
     left.set_xlim(left=0)
     left.legend(fontsize=6)
     for number_of, (budget, own) in enumerate(results["unit_lengths"].items()):
-        right.plot([r["length"] for r in own], [r["bits_per_token"] for r in own], color=f"C{number_of}", marker="o",
-                   markersize=4, label=f"r = {budget}")
+        right.plot(
+            [r["length"] for r in own],
+            [r["bits_per_token"] for r in own],
+            color=f"C{number_of}",
+            marker="o",
+            markersize=4,
+            label=f"r = {budget}",
+        )
     right.axhline(base["bits_per_token"], color="black", linewidth=0.8, label="mean of all tokens")
     right.set(xlabel="unit length, text tokens", ylabel="mean surprisal of its tokens, bits")
     right.legend(fontsize=7)
@@ -206,11 +251,14 @@ def best_point(results: dict, budget: float, units: str = "learned") -> dict:
         ValueError: the results hold none.
     """
     own = [
-        p for p in results["points"] if (p["units"], p["levels"]) == (units, results["codec"]["num_codebooks"])
-        and math.isclose(p["budget"], budget)
+        p
+        for p in results["points"]
+        if (p["units"], p["levels"]) == (units, results["codec"]["num_codebooks"]) and math.isclose(p["budget"], budget)
     ]
     if len(own) != 1:
-        raise ValueError(f"results: expected one point with all levels and {units} units at r = {budget:g}, got {len(own)}")
+        raise ValueError(
+            f"results: expected one point with all levels and {units} units at r = {budget:g}, got {len(own)}"
+        )
     return own[0]
 
 

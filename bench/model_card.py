@@ -54,8 +54,12 @@ def write_card(run: Path, model: Path, evaluation: Path, words: Path | None = No
         CardError: a file is missing, or the evaluation is of another codec.
     """
     words = words or CARDS / f"{model.name}.md"
-    for what, path in (("codec folder", model / "config.json"), ("run", run / METRICS), ("evaluation", evaluation),
-                       ("words", words)):
+    for what, path in (
+        ("codec folder", model / "config.json"),
+        ("run", run / METRICS),
+        ("evaluation", evaluation),
+        ("words", words),
+    ):
         if not path.is_file():
             raise CardError(f"{what}: expected the file {path}, got none")
     rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -112,8 +116,14 @@ def training_table(rows: list[dict]) -> str:
         for budget, values in row["eval"].items():
             if budget != "base":
                 cells.append(
-                    [row["step"], budget, percent(values["teacher_forced"]), percent(values["free_running"]),
-                     number(values["ratio"]), number(values["rate"])]
+                    [
+                        row["step"],
+                        budget,
+                        percent(values["teacher_forced"]),
+                        percent(values["free_running"]),
+                        number(values["ratio"]),
+                        number(values["rate"]),
+                    ]
                 )
     last = rows[-1]
     headers = ["step", "budget", "teacher-forced", "free-running", "ratio", "rate, bits/token"]

@@ -1,8 +1,8 @@
 """Writes docs/performance.md from the benchmark results.
 
-    python -m bench.performance            from bench-cpu.json, bench-codec-cpu.json and their like of a GPU, as far as
-                                           they are in docs/results
-    python -m bench.performance --check    exit status 1 when the document is not that of the results
+python -m bench.performance            from bench-cpu.json, bench-codec-cpu.json and their like of a GPU, as far as
+                                       they are in docs/results
+python -m bench.performance --check    exit status 1 when the document is not that of the results
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from bench.targets import ELSEWHERE, TARGETS, judge
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results"
-FILES = {device: (RESULTS / f"bench-{device}.json", RESULTS / f"bench-codec-{device}.json") for device in ("cpu", "cuda")}
+FILES = {
+    device: (RESULTS / f"bench-{device}.json", RESULTS / f"bench-codec-{device}.json") for device in ("cpu", "cuda")
+}
 """Of the ops and of whole runs of the codec."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 DISTURBED = 0.1
@@ -34,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", action="store_true", help="print the verdicts on the targets and write nothing")
     parser.add_argument("--out", default=str(DOCUMENT), help="document to write")
     for device, paths in FILES.items():
-        parser.add_argument(f"--{device}", nargs="+", default=paths, metavar="FILE", help=f"results on the {NAMES[device]}")
+        parser.add_argument(
+            f"--{device}", nargs="+", default=paths, metavar="FILE", help=f"results on the {NAMES[device]}"
+        )
     options = parser.parse_args(argv)
     try:
         found = {device: own for device in FILES if (own := results.load_all(getattr(options, device)))}
@@ -65,7 +69,7 @@ def document(found: dict[str, dict]) -> str:
     parts = [
         "# Performance",
         "Written by `python -m bench.performance` from the results files in `docs/results`; do not edit. How things are "
-        "measured, and how to measure them again: [benchmarks.md](benchmarks.md). \"ours\" is always the backend that the "
+        'measured, and how to measure them again: [benchmarks.md](benchmarks.md). "ours" is always the backend that the '
         "op chooses by itself. Every case was verified against a float64 answer before it was timed. Times are medians "
         "in ms, on a GPU those of graph replays where the call can be captured.",
         "## Targets on the CPU (fp32, two threads)",
@@ -100,7 +104,8 @@ def device_part(device: str, found: dict) -> list[str]:
     """Machine, plots and the tables of all ops on one device."""
     parts = [runs_text(found)]
     figures = [
-        f"![{title}](figures/bench-{device}-{name}.png)" for name, title in FIGURES.items()
+        f"![{title}](figures/bench-{device}-{name}.png)"
+        for name, title in FIGURES.items()
         if (DOCUMENT.parent / "figures" / f"bench-{device}-{name}.png").is_file()
     ]
     if figures:
@@ -131,7 +136,9 @@ def runs_text(found: dict) -> str:
         marks = facts["marks"]
         cases = sum(case["run"] == name for case in found["cases"])
         rates = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in marks["mm_gflops"].items())
-        variables = ", ".join(f"{key}={value}" for key, value in sorted(facts["variables"].items()) if value is not None)
+        variables = ", ".join(
+            f"{key}={value}" for key, value in sorted(facts["variables"].items()) if value is not None
+        )
         lines.append(
             f"- {cases} cases, {facts['date'][:10]}: `{facts['command']}`; {summary(facts)}; {variables}; marks: torch.mm of "
             f"{marks['mm_size']}² {rates}, copy {marks['copy_gbs']:,.1f} GB/s"
@@ -141,7 +148,9 @@ def runs_text(found: dict) -> str:
 
 def op_part(op, cases: list[dict]) -> tuple[str, int]:
     """Heading, table and notes of one op; and on how many of its cases a peer is faster."""
-    names = list(dict.fromkeys(entry["name"] for case in cases for entry in case["contenders"] if entry["status"] == "ok"))
+    names = list(
+        dict.fromkeys(entry["name"] for case in cases for entry in case["contenders"] if entry["status"] == "ok")
+    )
     backends = {entry["name"] for case in cases for entry in case["contenders"] if entry["kind"] == "backend"}
     names.sort(key=lambda name: name not in backends)  # backends first, otherwise as they came
     sizes = list(cases[0]["shape"])
@@ -150,7 +159,10 @@ def op_part(op, cases: list[dict]) -> tuple[str, int]:
     for case in cases:
         ours, peer = results.default_backend(case), results.best_peer(case)
         cells = [case["shape"].get(size, "–") for size in sizes]
-        cells += [case["dtype"].replace("float", "fp").replace("bfp", "bf"), "f" if case["direction"] == "forward" else "f+b"]
+        cells += [
+            case["dtype"].replace("float", "fp").replace("bfp", "bf"),
+            "f" if case["direction"] == "forward" else "f+b",
+        ]
         for name in names:
             cells.append(_cell(case, name))
         cells.append(percent(ours["roofline"]) if ours else "–")
@@ -162,12 +174,18 @@ def op_part(op, cases: list[dict]) -> tuple[str, int]:
         rows.append(cells)
         notes += [
             f"{case['key']}: {entry['name']}: {entry['status']}: {entry['reason']}"
-            for entry in case["contenders"] if entry["status"] in ("wrong", "failed")
+            for entry in case["contenders"]
+            if entry["status"] in ("wrong", "failed")
         ]
     used = "\n".join(f"- {peer.name}{_kind(peer)}: {peer.note}" for peer in op.peers if peer.name in names)
-    missing = sorted({
-        f"{entry['name']} ({entry['reason']})" for case in cases for entry in case["contenders"] if entry["status"] == "missing"
-    })
+    missing = sorted(
+        {
+            f"{entry['name']} ({entry['reason']})"
+            for case in cases
+            for entry in case["contenders"]
+            if entry["status"] == "missing"
+        }
+    )
     text = f"### {op.name}\n\n{table(headers, rows)}"
     if used:
         text += f"\n\n{used}"

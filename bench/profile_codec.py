@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", required=True, help="folder for the trace and the table")
     parser.add_argument("--text", help="file with the text (default: the one that ships)")
-    parser.add_argument("--documents", type=int, default=16, help="so many documents, cut from the text at mixed lengths")
+    parser.add_argument(
+        "--documents", type=int, default=16, help="so many documents, cut from the text at mixed lengths"
+    )
     parser.add_argument("--ratio", type=float, default=4.0)
     options = parser.parse_args(argv)
     out = Path(options.out)
@@ -68,7 +70,9 @@ def run(options: argparse.Namespace, out: Path) -> str:
     for name in PHASES:
         busy = _device_seconds(profiler, name) if cuda else None
         share = "–" if busy is None else percent(max(0.0, 1 - busy / wall[name]))
-        rows.append([name, f"{z.tokens:,}", f"{z.ztokens:,}", number(1e3 * wall[name]), f"{z.tokens / wall[name]:,.0f}", share])
+        rows.append(
+            [name, f"{z.tokens:,}", f"{z.ztokens:,}", number(1e3 * wall[name]), f"{z.tokens / wall[name]:,.0f}", share]
+        )
     headers = ["phase", "text tokens", "Z-tokens", "ms", "text tokens/s", "time with an idle GPU"]
     top = profiler.key_averages().table(
         sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=25, max_name_column_width=60
@@ -95,7 +99,8 @@ def _device_seconds(profiler, phase: str) -> float:
     intervals = sorted(
         (e.time_range.start, e.time_range.end)
         for e in events
-        if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in PHASES
+        if e.device_type == torch.autograd.DeviceType.CUDA
+        and e.name not in PHASES
         and span.start <= e.time_range.start <= span.end
     )
     busy, end = 0.0, float("-inf")

@@ -1,8 +1,8 @@
 """Fills the README's blocks: the demo's real output, and the tables of measured numbers.
 
-    python -m bench.readme             run the demo, then write both blocks
-    python -m bench.readme --no-demo   only the tables, from docs/results/*.json
-    python -m bench.readme --check     exit code 1 when the tables are not those of the results
+python -m bench.readme             run the demo, then write both blocks
+python -m bench.readme --no-demo   only the tables, from docs/results/*.json
+python -m bench.readme --check     exit code 1 when the tables are not those of the results
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         filled = fill_block(text, "measured", measured(RESULTS))
         if options.check:
             if filled != text:
-                print("error: README.md: its tables are not those of docs/results; run python -m bench.readme", file=sys.stderr)
+                print(
+                    "error: README.md: its tables are not those of docs/results; run python -m bench.readme",
+                    file=sys.stderr,
+                )
             return int(filled != text)
         if not options.no_demo:
             filled = fill_block(filled, "demo output", f"```text\n{demo_output()}\n```")
@@ -84,9 +87,16 @@ def curve_section(results: dict) -> str:
     """Accuracy with all residual levels, against fixed units and against no Z-tokens at all."""
     levels = max(point["levels"] for point in results["points"])
     rows = [
-        [f"{p['budget']:g}", p["units"], number(p["ratio"]), number(p["rate"]), percent(p["teacher_forced"]),
-         percent(p["free_running"])]
-        for p in results["points"] if p["levels"] == levels
+        [
+            f"{p['budget']:g}",
+            p["units"],
+            number(p["ratio"]),
+            number(p["rate"]),
+            percent(p["teacher_forced"]),
+            percent(p["free_running"]),
+        ]
+        for p in results["points"]
+        if p["levels"] == levels
     ]
     base = results["base"]
     rows.append(["–", "no Z-tokens", "–", number(base["bits_per_token"]), percent(base["accuracy"]), "–"])

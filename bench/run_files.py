@@ -1,8 +1,8 @@
 """A training run's checkpoint in small files: made smaller where it must be, split, joined, turned into a codec.
 
-    python -m bench.run_files export runs/smollm2 out/
-    python -m bench.run_files join out/checkpoint.pt.parts.json runs/smollm2
-    python -m bench.run_files codec runs/smollm2/checkpoint.pt ztok_fast/models/ztok-smollm2-135m
+python -m bench.run_files export runs/smollm2 out/
+python -m bench.run_files join out/checkpoint.pt.parts.json runs/smollm2
+python -m bench.run_files codec runs/smollm2/checkpoint.pt ztok_fast/models/ztok-smollm2-135m
 """
 
 from __future__ import annotations

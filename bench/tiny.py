@@ -47,8 +47,15 @@ def write_tiny_base(folder: str | Path, texts: str | Path) -> Path:
     """A random two-layer Llama with a byte-level tokenizer of 300 tokens, in Hugging Face format."""
     folder = Path(folder)
     config = PretrainConfig(
-        out=str(folder), train_files=[str(texts)], vocab_size=300, hidden_size=32, intermediate_size=64,
-        num_layers=2, num_heads=2, num_kv_heads=1, context=64,
+        out=str(folder),
+        train_files=[str(texts)],
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        context=64,
     )
     tokenizer = train_tokenizer(config)
     build_model(config, tokenizer).save_pretrained(folder)

@@ -43,7 +43,9 @@ def test_says_why_a_backend_is_not_chosen(capsys, monkeypatch):
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
     assert "not gpu: runs on cuda, not on cpu" in text
-    chosen = next(e["backend"] for e in doctor.collect()["ops"] if e["op"] == "codebook_assign" and e["device"] == "cpu")
+    chosen = next(
+        e["backend"] for e in doctor.collect()["ops"] if e["op"] == "codebook_assign" and e["device"] == "cpu"
+    )
     assert f"not slower: {chosen} is preferred" in text
 
 

@@ -71,7 +71,12 @@ def _as_one_of_one(weight: Tensor, cache: dict, key: str) -> Tensor:
     if torch.is_grad_enabled():
         return weight.unsqueeze(0)
     kept = cache.get(key)
-    if kept is None or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[1].dtype != weight.dtype:
+    if (
+        kept is None
+        or kept[0] is not weight
+        or kept[1].data_ptr() != weight.data_ptr()
+        or kept[1].dtype != weight.dtype
+    ):
         kept = cache[key] = (weight, weight.unsqueeze(0))
     return kept[1]
 

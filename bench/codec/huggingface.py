@@ -117,7 +117,9 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
     told[1] = told[1].log2() - 1
     positions = torch.arange(S, device=device).expand_as(ids)
     hidden = parts.model.model(
-        inputs_embeds=embeds + told @ weights["budget_embedding"], attention_mask=valid.long(), position_ids=positions,
+        inputs_embeds=embeds + told @ weights["budget_embedding"],
+        attention_mask=valid.long(),
+        position_ids=positions,
         use_cache=False,
     ).last_hidden_state
 
@@ -177,7 +179,8 @@ class _Conditioning:
     def __enter__(self) -> _Conditioning:
         stack = self.parts.model.model
         self._hooks = [
-            stack.register_forward_pre_hook(self._before, with_kwargs=True), stack.register_forward_hook(self._after)
+            stack.register_forward_pre_hook(self._before, with_kwargs=True),
+            stack.register_forward_hook(self._after),
         ]
         return self
 

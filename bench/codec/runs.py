@@ -130,19 +130,39 @@ def _compress_peer(merged: bool, tight: bool, case, inputs):
 PADDED, TIGHT, TIGHT_MERGED = "HF + PEFT, padded documents", "HF + PEFT, padded segments", "HF merged, padded segments"
 
 COMPRESS = Op(
-    "compress", _cases("compress"), make_compress, lambda inputs: None, run_compress, check_compress, work_compress,
+    "compress",
+    _cases("compress"),
+    make_compress,
+    lambda inputs: None,
+    run_compress,
+    check_compress,
+    work_compress,
     check_compress_peer,
     (
-        Peer(PADDED, functools.partial(_compress_peer, False, False), lambda found: found,
-             note="transformers (sdpa) under PEFT's LoRA layers, every document padded to the longest, attention mask; "
-                  "halting, means and codes by plain torch operations"),
-        Peer(TIGHT, functools.partial(_compress_peer, False, True), lambda found: found,
-             note="the same with segments and not documents as padded rows, which this codec's independent segments "
-                  "allow"),
-        Peer(TIGHT_MERGED, functools.partial(_compress_peer, True, True), lambda found: found,
-             note="the same with the adapter merged into a copy of the base, which then serves compression alone"),
+        Peer(
+            PADDED,
+            functools.partial(_compress_peer, False, False),
+            lambda found: found,
+            note="transformers (sdpa) under PEFT's LoRA layers, every document padded to the longest, attention mask; "
+            "halting, means and codes by plain torch operations",
+        ),
+        Peer(
+            TIGHT,
+            functools.partial(_compress_peer, False, True),
+            lambda found: found,
+            note="the same with segments and not documents as padded rows, which this codec's independent segments "
+            "allow",
+        ),
+        Peer(
+            TIGHT_MERGED,
+            functools.partial(_compress_peer, True, True),
+            lambda found: found,
+            note="the same with the adapter merged into a copy of the base, which then serves compression alone",
+        ),
     ),
-    companions=("halting_units", "lora_linear", "quantize_ragged"), needs=needs, whole=True,
+    companions=("halting_units", "lora_linear", "quantize_ragged"),
+    needs=needs,
+    whole=True,
 )
 
 
@@ -207,16 +227,37 @@ def _decompress_peer(merged: bool, batched: bool, case, inputs):
 ONE_BY_ONE, BATCHED, BATCHED_MERGED = "generate, one by one", "generate, batched", "generate, batched, merged"
 
 DECOMPRESS = Op(
-    "decompress", _cases("decompress"), make_decompress, lambda inputs: None, run_decompress, check_decompress,
-    work_decompress, check_decompress_peer,
+    "decompress",
+    _cases("decompress"),
+    make_decompress,
+    lambda inputs: None,
+    run_decompress,
+    check_decompress,
+    work_decompress,
+    check_decompress_peer,
     (
-        Peer(ONE_BY_ONE, functools.partial(_decompress_peer, False, False), lambda found: found,
-             note="transformers' `generate` under PEFT's LoRA layers, greedy, key-value cache, one document after "
-                  "another, the segments of a document side by side", refuses=_takes_minutes),
-        Peer(BATCHED, functools.partial(_decompress_peer, False, True), lambda found: found,
-             note="the same with the segments of all documents side by side, padded on the left"),
-        Peer(BATCHED_MERGED, functools.partial(_decompress_peer, True, True), lambda found: found,
-             note="the same with the adapter merged into a copy of the base, which then serves decompression alone"),
+        Peer(
+            ONE_BY_ONE,
+            functools.partial(_decompress_peer, False, False),
+            lambda found: found,
+            note="transformers' `generate` under PEFT's LoRA layers, greedy, key-value cache, one document after "
+            "another, the segments of a document side by side",
+            refuses=_takes_minutes,
+        ),
+        Peer(
+            BATCHED,
+            functools.partial(_decompress_peer, False, True),
+            lambda found: found,
+            note="the same with the segments of all documents side by side, padded on the left",
+        ),
+        Peer(
+            BATCHED_MERGED,
+            functools.partial(_decompress_peer, True, True),
+            lambda found: found,
+            note="the same with the adapter merged into a copy of the base, which then serves decompression alone",
+        ),
     ),
-    companions=("lora_linear", "ragged_gather"), needs=needs, whole=True,
+    companions=("lora_linear", "ragged_gather"),
+    needs=needs,
+    whole=True,
 )

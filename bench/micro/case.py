@@ -171,7 +171,9 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1
 def equal(actual: Tensor, expected: Tensor, what: str) -> None:
     """Raise `Mismatch` unless two tensors are the same, bit for bit (NaN equal to NaN)."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        raise Mismatch(f"{what}: expected {expected.dtype} {list(expected.shape)}, got {actual.dtype} {list(actual.shape)}")
+        raise Mismatch(
+            f"{what}: expected {expected.dtype} {list(expected.shape)}, got {actual.dtype} {list(actual.shape)}"
+        )
     same = actual == expected
     if actual.is_floating_point():
         same |= actual.isnan() & expected.isnan()

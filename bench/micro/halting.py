@@ -105,9 +105,13 @@ def _loop(case, inputs):
 
 
 PEERS = (
-    Peer("loop of cumsum", _loop, lambda found: found, refuses=lambda case: (
-             "forward only" if case.direction == BACKWARD else None),
-         note="torch.cumsum sequence by sequence; rows that end and weights only, offsets read beforehand"),
+    Peer(
+        "loop of cumsum",
+        _loop,
+        lambda found: found,
+        refuses=lambda case: "forward only" if case.direction == BACKWARD else None,
+        note="torch.cumsum sequence by sequence; rows that end and weights only, offsets read beforehand",
+    ),
 )
 
 OP = Op("halting_units", _cases(), make, lambda inputs: inputs["mass"], run, check, work, check_peer, PEERS)

@@ -85,7 +85,13 @@ def make(case, device, generator):
 
 def run(case, inputs):
     y = ops.lora_linear(
-        inputs["x"], inputs["weight"], None, inputs["A"], inputs["B"], inputs["scaling"], inputs["adapters"],
+        inputs["x"],
+        inputs["weight"],
+        None,
+        inputs["A"],
+        inputs["B"],
+        inputs["scaling"],
+        inputs["adapters"],
         inputs["cu_seqlens"],
     )
     if case.direction == FORWARD:
@@ -178,7 +184,10 @@ def _peft_run(case, inputs, layer):
         layer.eval()
         return lambda: (layer(inputs["x"]), ())
     layer.train()
-    own = getattr(layer, "lora_A", None) or layer._orig_mod.lora_A, getattr(layer, "lora_B", None) or layer._orig_mod.lora_B
+    own = (
+        getattr(layer, "lora_A", None) or layer._orig_mod.lora_A,
+        getattr(layer, "lora_B", None) or layer._orig_mod.lora_B,
+    )
     leaves = [inputs["x"], *(part["adapter0"].weight for part in own)]
 
     def call():
@@ -230,16 +239,50 @@ def _compiles(case):
 
 
 PEERS = (
-    Peer("PEFT", _peft, lambda found: found, "peft", "peft", refuses=_no_mixed_backward,
-         note="its LoRA layer around nn.Linear; several adapters by adapter_names, a name per row"),
-    Peer("PEFT, compiled", _peft_compiled, lambda found: found, "peft", "peft", refuses=_compiles,
-         note="torch.compile of the same layer, compiled before it is timed"),
-    Peer("three products", _three_products, lambda found: found,
-         refuses=lambda case: None if case["n"] == 1 else "one adapter only", note="torch: addmm(x @ Wᵀ, x @ Aᵀ, Bᵀ)"),
-    Peer("base linear", _base, kind="mark",
-         refuses=lambda case: None if case.direction == FORWARD else "forward only",
-         note="torch.nn.functional.linear(x, W) without any adapter"),
+    Peer(
+        "PEFT",
+        _peft,
+        lambda found: found,
+        "peft",
+        "peft",
+        refuses=_no_mixed_backward,
+        note="its LoRA layer around nn.Linear; several adapters by adapter_names, a name per row",
+    ),
+    Peer(
+        "PEFT, compiled",
+        _peft_compiled,
+        lambda found: found,
+        "peft",
+        "peft",
+        refuses=_compiles,
+        note="torch.compile of the same layer, compiled before it is timed",
+    ),
+    Peer(
+        "three products",
+        _three_products,
+        lambda found: found,
+        refuses=lambda case: None if case["n"] == 1 else "one adapter only",
+        note="torch: addmm(x @ Wᵀ, x @ Aᵀ, Bᵀ)",
+    ),
+    Peer(
+        "base linear",
+        _base,
+        kind="mark",
+        refuses=lambda case: None if case.direction == FORWARD else "forward only",
+        note="torch.nn.functional.linear(x, W) without any adapter",
+    ),
 )
 
-OP = Op("lora_linear", _cases(), make, lambda inputs: inputs["x"], run, check, work, check, PEERS,
-        companions=("lora_linear_backward",), flops_of_reference=1.0)
+OP = Op(
+    "lora_linear",
+    _cases(),
+    make,
+    lambda inputs: inputs["x"],
+    run,
+    check,
+    work,
+    check,
+    PEERS,
+    companions=("lora_linear_backward",),
+    flops_of_reference=1.0,
+)

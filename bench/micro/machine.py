@@ -11,8 +11,21 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 PINNED = {"GOMP_SPINCOUNT": "0"}
 """Set before libgomp is loaded, unless the user has set it: where threads spin for work, a machine with as many busy
 processes as cores gives small ops multiples of a scheduler tick."""
-RECORDED = ("OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "TORCH", "ZTOK_", "TRITON_",
-            "CUDA_VISIBLE_DEVICES", "PYTORCH_", "LD_PRELOAD")
+RECORDED = (
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "OPENBLAS_",
+    "MKL_",
+    "MALLOC_",
+    "GLIBC_TUNABLES",
+    "TORCH",
+    "ZTOK_",
+    "TRITON_",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_",
+    "LD_PRELOAD",
+)
 PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "pytest-benchmark", "matplotlib")
 
 
@@ -148,9 +161,10 @@ def facts(arguments: list[str], threads: int, device) -> dict:
     found["threads"] = threads
     found["last_cache_bytes"] = last_cache_bytes(device)
     found["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found["variables"] = {**found["variables"], **{
-        name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)
-    }}
+    found["variables"] = {
+        **found["variables"],
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)},
+    }
     for name in PACKAGES:
         try:
             found["packages"][name] = metadata.version(name)

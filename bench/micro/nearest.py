@@ -89,7 +89,9 @@ def check_codes(x, codebook, codes, distances=None, loose=False):
         error = (distances.detach().double() - chosen).abs()
         allowed = 4 * ((width + 2) * eps * chosen) + eps * chosen
         if bool((error > allowed).any()) or bool(distances.isnan().any()):
-            raise Mismatch(f"distances: off by up to {float((error / chosen.clamp(min=1e-30)).max()):.2e} of their value")
+            raise Mismatch(
+                f"distances: off by up to {float((error / chosen.clamp(min=1e-30)).max()):.2e} of their value"
+            )
     rows = some_rows(x.shape[0], codebook.shape[0] * width, x.device)
     best = _least_distances(x[rows], codebook)
     slack = 2 * (width + 2) * eps * chosen[rows]
@@ -218,22 +220,71 @@ def _mm_blocks(case, inputs):
 
 
 PEERS = (
-    Peer("faiss", _faiss, lambda found: torch.from_numpy(found[1][:, 0]), "faiss", "faiss-cpu", devices=("cpu",),
-         refuses=_in_float32, note="IndexFlatL2.search, k = 1, index built beforehand"),
-    Peer("addmm+argmin", _on_blocks(_addmm), lambda codes: codes, refuses=_in_float32,
-         note="in blocks of rows, norms made beforehand; codes only"),
-    Peer("cdist+argmin", _on_blocks(_cdist), lambda codes: codes, refuses=_in_float32,
-         note="in blocks of rows; codes only"),
-    Peer("vector-quantize-pytorch", _vector_quantize, lambda found: found[1][0], "vector_quantize_pytorch",
-         "vector-quantize-pytorch", refuses=lambda case: _forward_only(case) or (
-             "makes the whole M x V product, above 1 GB" if case["M"] * case["V"] > 1 << 28 else None),
-         note="VectorQuantize in eval mode, its codebook overwritten"),
-    Peer("flash-kmeans", _flash_kmeans, lambda codes: codes[0], "flash_kmeans", "flash-kmeans", devices=("cuda",),
-         refuses=_forward_only, note="euclid_assign_triton, norms made beforehand"),
+    Peer(
+        "faiss",
+        _faiss,
+        lambda found: torch.from_numpy(found[1][:, 0]),
+        "faiss",
+        "faiss-cpu",
+        devices=("cpu",),
+        refuses=_in_float32,
+        note="IndexFlatL2.search, k = 1, index built beforehand",
+    ),
+    Peer(
+        "addmm+argmin",
+        _on_blocks(_addmm),
+        lambda codes: codes,
+        refuses=_in_float32,
+        note="in blocks of rows, norms made beforehand; codes only",
+    ),
+    Peer(
+        "cdist+argmin",
+        _on_blocks(_cdist),
+        lambda codes: codes,
+        refuses=_in_float32,
+        note="in blocks of rows; codes only",
+    ),
+    Peer(
+        "vector-quantize-pytorch",
+        _vector_quantize,
+        lambda found: found[1][0],
+        "vector_quantize_pytorch",
+        "vector-quantize-pytorch",
+        refuses=lambda case: (
+            _forward_only(case)
+            or ("makes the whole M x V product, above 1 GB" if case["M"] * case["V"] > 1 << 28 else None)
+        ),
+        note="VectorQuantize in eval mode, its codebook overwritten",
+    ),
+    Peer(
+        "flash-kmeans",
+        _flash_kmeans,
+        lambda codes: codes[0],
+        "flash_kmeans",
+        "flash-kmeans",
+        devices=("cuda",),
+        refuses=_forward_only,
+        note="euclid_assign_triton, norms made beforehand",
+    ),
     Peer("mm", _mm, kind="mark", refuses=_product_fits, note="the bare product x Cᵀ into memory that is there already"),
-    Peer("mm in blocks", _mm_blocks, kind="mark", refuses=_forward_only,
-         note="the same product in blocks of rows whose result stays in cache"),
+    Peer(
+        "mm in blocks",
+        _mm_blocks,
+        kind="mark",
+        refuses=_forward_only,
+        note="the same product in blocks of rows whose result stays in cache",
+    ),
 )
 
-OP = Op("codebook_assign", _cases(), make, lambda inputs: inputs["x"], run, check, work, check_peer, PEERS,
-        flops_of_reference=3.0)
+OP = Op(
+    "codebook_assign",
+    _cases(),
+    make,
+    lambda inputs: inputs["x"],
+    run,
+    check,
+    work,
+    check_peer,
+    PEERS,
+    flops_of_reference=3.0,
+)

@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ops", nargs="+", help="these ops only")
     parser.add_argument("--backends", nargs="+", help="these backends only (default: all but the reference)")
-    parser.add_argument("--set", default="default", help="largest set of which small cases are taken (default: default)")
+    parser.add_argument(
+        "--set", default="default", help="largest set of which small cases are taken (default: default)"
+    )
     parser.add_argument("--mflop", type=float, default=100, help="only cases of at most so many million operations")
     parser.add_argument("--megabytes", type=float, default=20, help="and of at most so many bytes read and written")
     options = parser.parse_args(argv)

@@ -63,8 +63,15 @@ def _nearest(found, cases):
         for name, points in lines.items():
             own = name.startswith("ztok_fast")
             mark = name.startswith("mm")
-            plot.plot(*zip(*points), marker="o", markersize=4, label=name, color=f"C{names.index(name) % 10}",
-                      linewidth=2.2 if own else 1.0, linestyle=":" if mark else "-")
+            plot.plot(
+                *zip(*points),
+                marker="o",
+                markersize=4,
+                label=name,
+                color=f"C{names.index(name) % 10}",
+                linewidth=2.2 if own else 1.0,
+                linestyle=":" if mark else "-",
+            )
         fixed = ", ".join(f"{name} = {size}" for name, size in NEAREST_LINES[axis].items())
         plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="median time, ms", title=fixed)
         plot.grid(alpha=0.3)
@@ -97,8 +104,14 @@ def _roofline(found, cases):
                 plot.scatter(*zip(*points), label=name, color=f"C{number % 10}", s=22)
     intensities = [2.0**power for power in range(-3, 12)]
     for dtype, rate in marks["mm_gflops"].items():
-        left.plot(intensities, [min(rate, x * marks["copy_gbs"]) for x in intensities], color="black", linewidth=1,
-                  linestyle="-" if dtype == "float32" else "--", label=f"copy and torch.mm, {dtype}")
+        left.plot(
+            intensities,
+            [min(rate, x * marks["copy_gbs"]) for x in intensities],
+            color="black",
+            linewidth=1,
+            linestyle="-" if dtype == "float32" else "--",
+            label=f"copy and torch.mm, {dtype}",
+        )
     left.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
     right.axhline(marks["copy_gbs"], color="black", linewidth=1, label="a large copy")
     right.set(xscale="log", xlabel="MB read and written", ylabel="GB/s", ylim=(0, None))

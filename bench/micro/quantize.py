@@ -172,17 +172,43 @@ def _mm_levels(case, inputs):
 
 
 RESIDUAL_PEERS = (
-    Peer("vector-quantize-pytorch", _residual_vq, lambda found: found[1][0], "vector_quantize_pytorch",
-         "vector-quantize-pytorch", refuses=_forward_only, note="ResidualVQ in eval mode, its codebooks overwritten"),
-    Peer("addmm+argmin by level", _addmm_levels, lambda found: found[0], refuses=_forward_float32,
-         note="in blocks of rows, norms made beforehand; codes and their sum, no losses or usage"),
-    Peer("mm in blocks", _mm_levels, kind="mark",
-         refuses=_forward_only,
-         note="one bare product per level, in blocks of rows whose result stays in cache"),
+    Peer(
+        "vector-quantize-pytorch",
+        _residual_vq,
+        lambda found: found[1][0],
+        "vector_quantize_pytorch",
+        "vector-quantize-pytorch",
+        refuses=_forward_only,
+        note="ResidualVQ in eval mode, its codebooks overwritten",
+    ),
+    Peer(
+        "addmm+argmin by level",
+        _addmm_levels,
+        lambda found: found[0],
+        refuses=_forward_float32,
+        note="in blocks of rows, norms made beforehand; codes and their sum, no losses or usage",
+    ),
+    Peer(
+        "mm in blocks",
+        _mm_levels,
+        kind="mark",
+        refuses=_forward_only,
+        note="one bare product per level, in blocks of rows whose result stays in cache",
+    ),
 )
 
-RESIDUAL = Op("residual_quantize", _residual_cases(), make_residual, lambda inputs: inputs["latents"], run_residual,
-              check_residual, work_residual, check_residual_peer, RESIDUAL_PEERS, flops_of_reference=3.0)
+RESIDUAL = Op(
+    "residual_quantize",
+    _residual_cases(),
+    make_residual,
+    lambda inputs: inputs["latents"],
+    run_residual,
+    check_residual,
+    work_residual,
+    check_residual_peer,
+    RESIDUAL_PEERS,
+    flops_of_reference=3.0,
+)
 
 
 # --- fused with halting and projection
@@ -253,9 +279,7 @@ def _ragged_gradients(case, inputs, result):
 
 def check_ragged(case, inputs, found):
     result, grads = found
-    exact = {
-        k: v.detach().double().requires_grad_() if k in LEAVES else v for k, v in inputs.items()
-    }
+    exact = {k: v.detach().double().requires_grad_() if k in LEAVES else v for k, v in inputs.items()}
     with torch.enable_grad():
         units, latents = _exact_latents(exact)
         outputs = given_codes(latents, exact["codebooks"], result.codes)
@@ -357,13 +381,34 @@ def check_ragged_peer(case, inputs, found):
 
 
 RAGGED_PEERS = (
-    Peer("separate ops", _separate_ops, lambda found: found[0].codes, kind="variant", refuses=lambda case: (
-             None if case.dtype == torch.float32 else "projects in the dtype of the hidden states"),
-         note="halting_units, integrate_units, two products and residual_quantize, each with its preferred backend"),
-    Peer("loop + ResidualVQ", _padded_python, lambda found: found[1][0], "vector_quantize_pytorch",
-         "vector-quantize-pytorch", refuses=_forward_float32,
-         note="integrate and fire by a loop over sequences, then vector-quantize-pytorch in eval mode"),
+    Peer(
+        "separate ops",
+        _separate_ops,
+        lambda found: found[0].codes,
+        kind="variant",
+        refuses=lambda case: None if case.dtype == torch.float32 else "projects in the dtype of the hidden states",
+        note="halting_units, integrate_units, two products and residual_quantize, each with its preferred backend",
+    ),
+    Peer(
+        "loop + ResidualVQ",
+        _padded_python,
+        lambda found: found[1][0],
+        "vector_quantize_pytorch",
+        "vector-quantize-pytorch",
+        refuses=_forward_float32,
+        note="integrate and fire by a loop over sequences, then vector-quantize-pytorch in eval mode",
+    ),
 )
 
-RAGGED = Op("quantize_ragged", _ragged_cases(), make_ragged, lambda inputs: inputs["hidden"], run_ragged, check_ragged,
-            work_ragged, check_ragged_peer, RAGGED_PEERS, flops_of_reference=3.0)
+RAGGED = Op(
+    "quantize_ragged",
+    _ragged_cases(),
+    make_ragged,
+    lambda inputs: inputs["hidden"],
+    run_ragged,
+    check_ragged,
+    work_ragged,
+    check_ragged_peer,
+    RAGGED_PEERS,
+    flops_of_reference=3.0,
+)

@@ -196,10 +196,18 @@ def _same(found):
 
 
 PACK_PEERS = (
-    Peer("boolean mask", _caller(_pack_with(lambda inputs: inputs["padded"][inputs["mask"]])), _same,
-         note="padded[mask], the mask made beforehand"),
-    Peer("flash-attn unpad", _caller(_pack_with(_unpad)), _same,
-         note="its published algorithm from the attention mask: sum, nonzero, max, cumsum, index_select"),
+    Peer(
+        "boolean mask",
+        _caller(_pack_with(lambda inputs: inputs["padded"][inputs["mask"]])),
+        _same,
+        note="padded[mask], the mask made beforehand",
+    ),
+    Peer(
+        "flash-attn unpad",
+        _caller(_pack_with(_unpad)),
+        _same,
+        note="its published algorithm from the attention mask: sum, nonzero, max, cumsum, index_select",
+    ),
     *MARKS,
 )
 UNPACK_PEERS = (
@@ -208,10 +216,30 @@ UNPACK_PEERS = (
     *MARKS,
 )
 
-PACK = Op("ragged_pack", _cases("ragged_pack"), make_pack, lambda inputs: inputs["padded"], run_pack, check_pack,
-          work_pack, check_pack, PACK_PEERS, companions=("ragged_unpack",))
-UNPACK = Op("ragged_unpack", _cases("ragged_unpack"), make_unpack, lambda inputs: inputs["packed"], run_unpack,
-            check_unpack, work_unpack, check_unpack, UNPACK_PEERS, companions=("ragged_pack",))
+PACK = Op(
+    "ragged_pack",
+    _cases("ragged_pack"),
+    make_pack,
+    lambda inputs: inputs["padded"],
+    run_pack,
+    check_pack,
+    work_pack,
+    check_pack,
+    PACK_PEERS,
+    companions=("ragged_unpack",),
+)
+UNPACK = Op(
+    "ragged_unpack",
+    _cases("ragged_unpack"),
+    make_unpack,
+    lambda inputs: inputs["packed"],
+    run_unpack,
+    check_unpack,
+    work_unpack,
+    check_unpack,
+    UNPACK_PEERS,
+    companions=("ragged_pack",),
+)
 
 
 # --- gather: Z prefix from a table of code vectors, one separator, text from the embedding table
@@ -299,7 +327,9 @@ def check_gather(case, inputs, found):
 
 def check_gather_peer(case, inputs, found):
     values, grads = found
-    equal(values.detach(), _gathered({k: v.detach() if torch.is_tensor(v) else v for k, v in inputs.items()})[0], "values")
+    equal(
+        values.detach(), _gathered({k: v.detach() if torch.is_tensor(v) else v for k, v in inputs.items()})[0], "values"
+    )
     _check_table_gradients(case, inputs, grads)
 
 
@@ -349,12 +379,27 @@ def _cat_by_sequence(case, inputs):
 
 
 GATHER_PEERS = (
-    Peer("boolean masks", _masked_sources, _same, note="values[mask] = table[index] for each source, masks made beforehand"),
+    Peer(
+        "boolean masks",
+        _masked_sources,
+        _same,
+        note="values[mask] = table[index] for each source, masks made beforehand",
+    ),
     Peer("cat by sequence", _cat_by_sequence, _same, note="a lookup per source, split, one torch.cat of all slices"),
     *MARKS,
 )
 
-GATHER = Op("ragged_gather", _gather_cases(), make_gather, lambda inputs: inputs["z_rows"], run_gather, check_gather,
-            work_gather, check_gather_peer, GATHER_PEERS, companions=("ragged_layout", "ragged_scatter_add"))
+GATHER = Op(
+    "ragged_gather",
+    _gather_cases(),
+    make_gather,
+    lambda inputs: inputs["z_rows"],
+    run_gather,
+    check_gather,
+    work_gather,
+    check_gather_peer,
+    GATHER_PEERS,
+    companions=("ragged_layout", "ragged_scatter_add"),
+)
 
 OPS_BY_NAME = {op.name: op for op in (PACK, UNPACK, GATHER)}

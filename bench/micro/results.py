@@ -15,8 +15,22 @@ SCHEMA = 1
 STATUSES = ("ok", "wrong", "failed", "missing", "skipped")
 """Of a contender: measured; its answer is not the right one; it raised; its package is not installed; it does not apply
 (another dtype, no backward, too much memory). All but `ok` carry a reason and no time."""
-CASE_FIELDS = {"key", "op", "shape", "dtype", "direction", "device", "set", "cold", "input_sets", "run", "work", "marks",
-               "disturbance", "contenders"}
+CASE_FIELDS = {
+    "key",
+    "op",
+    "shape",
+    "dtype",
+    "direction",
+    "device",
+    "set",
+    "cold",
+    "input_sets",
+    "run",
+    "work",
+    "marks",
+    "disturbance",
+    "contenders",
+}
 CONTENDER_FIELDS = {"name", "kind", "status", "reason", "checked"}
 TIME_FIELDS = {"seconds", "gflops", "gbs", "roofline"}
 
@@ -64,7 +78,9 @@ def load_all(paths: Sequence[str | Path]) -> dict | None:
 def validate(results: dict) -> None:
     """Raise `ResultsError` unless the results have this module's schema."""
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise ResultsError(f"results: expected schema {SCHEMA}, got {results.get('schema') if isinstance(results, dict) else results!r}")
+        raise ResultsError(
+            f"results: expected schema {SCHEMA}, got {results.get('schema') if isinstance(results, dict) else results!r}"
+        )
     keys = set()
     for case in results["cases"]:
         name = case.get("key", "?")

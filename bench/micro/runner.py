@@ -48,7 +48,13 @@ class Entrant:
         self.status, self.reason, self.calls = status, reason, []
 
     def as_dict(self) -> dict:
-        entry = {"name": self.name, "kind": self.kind, "status": self.status, "reason": self.reason, "checked": self.checked}
+        entry = {
+            "name": self.name,
+            "kind": self.kind,
+            "status": self.status,
+            "reason": self.reason,
+            "checked": self.checked,
+        }
         if self.kind == "backend":
             entry |= {"default": self.default, "with": self.with_backends}
         return entry | ({} if self.threads is None else {"threads": self.threads})
@@ -136,7 +142,9 @@ def _op_call(op: Op, case: Case, inputs: dict) -> Call:
     return lambda: op.run(case, inputs)
 
 
-def peer_entrants(op: Op, case: Case, sets: Sequence[dict], device, chosen: Sequence[str] | None) -> list[tuple[Entrant, Peer]]:
+def peer_entrants(
+    op: Op, case: Case, sets: Sequence[dict], device, chosen: Sequence[str] | None
+) -> list[tuple[Entrant, Peer]]:
     """One entrant per peer and mark of the op."""
     entrants = []
     for peer in op.peers:
@@ -239,7 +247,9 @@ def measure(
                 if entrant.calls:
                     choose_threads(entrant)
         racing = [Contender(e.name, e.calls, e.context) for e in everyone if e.calls]
-        say(f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}{_used(everyone)}")
+        say(
+            f"{case.key}: {len(racing)} contenders, {len(sets)} input set{'s' if len(sets) > 1 else ''}{_used(everyone)}"
+        )
         with Disturbance() as disturbance:
             least = MIN_ROUNDS_WHOLE if op.whole else MIN_ROUNDS
             times = take_turns(racing, seconds, cuda, least) if racing else {}

@@ -86,8 +86,14 @@ class Session:
         for attempt in range(3 if self.options.undisturbed is not None else 1):
             now = marks(self.device, **(self.small or SHORT_MARKS[self.device.type]))
             entry = measure(
-                entry_of(case.op), case, self.device, self.options.seconds, now, self.options.backends,
-                self.options.peers, say=lambda text: print(f"{place if not attempt else '  again,'} {text}", flush=True),
+                entry_of(case.op),
+                case,
+                self.device,
+                self.options.seconds,
+                now,
+                self.options.backends,
+                self.options.peers,
+                say=lambda text: print(f"{place if not attempt else '  again,'} {text}", flush=True),
             )
             if best is None or results.disturbed(entry) < results.disturbed(best):
                 best = entry
@@ -110,15 +116,23 @@ def case_table(entry: dict) -> str:
         took = contender["seconds"]
         graph = contender.get("graph_seconds")
         ratio = results.seconds(contender) / results.seconds(ours) if ours else None
-        rows.append([
-            name, contender["kind"], milliseconds(took["median"]), milliseconds(took["min"]),
-            milliseconds(graph["median"]) if graph else "–",
-            f"{contender['gflops']:.1f}" if entry["work"]["flops"] else "–", f"{contender['gbs']:.1f}",
-            percent(contender["roofline"]) + ("" if ratio is None else f"  {ratio:.2f}×"),
-        ])
+        rows.append(
+            [
+                name,
+                contender["kind"],
+                milliseconds(took["median"]),
+                milliseconds(took["min"]),
+                milliseconds(graph["median"]) if graph else "–",
+                f"{contender['gflops']:.1f}" if entry["work"]["flops"] else "–",
+                f"{contender['gbs']:.1f}",
+                percent(contender["roofline"]) + ("" if ratio is None else f"  {ratio:.2f}×"),
+            ]
+        )
     if entry["disturbance"]:
-        print(f"others had {percent(results.disturbed(entry))} of the processors; torch.mm "
-              f"{entry['marks']['mm_gflops']['float32']:,.0f} GFLOP/s, copy {entry['marks']['copy_gbs']:,.1f} GB/s")
+        print(
+            f"others had {percent(results.disturbed(entry))} of the processors; torch.mm "
+            f"{entry['marks']['mm_gflops']['float32']:,.0f} GFLOP/s, copy {entry['marks']['copy_gbs']:,.1f} GB/s"
+        )
     headers = ["contender", "", "median, ms", "min, ms", "graph, ms", "GFLOP/s", "GB/s", "roofline, time / ours"]
     return table(headers, rows)
 

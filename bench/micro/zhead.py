@@ -115,16 +115,46 @@ def _sampling(case):
 
 
 PEERS = (
-    Peer("full head + arg-max", _full_head, lambda codes: codes, max_sets=2, refuses=_greedy_answer,
-         note=f"hidden @ head.T over {VOCABULARY:,} rows, then argmax"),
-    Peer("Z rows + arg-max", _z_rows, lambda codes: codes, refuses=_greedy_answer,
-         note="the same over the Z rows alone: codes only, no log-probabilities"),
-    Peer("full head + multinomial", _full_head, max_sets=2, refuses=_sampling,
-         note=f"softmax and torch.multinomial over {VOCABULARY:,} rows; another draw, so unchecked"),
-    Peer("Z rows + multinomial", _z_rows, refuses=_sampling,
-         note="the same over the Z rows alone; another draw, so unchecked"),
+    Peer(
+        "full head + arg-max",
+        _full_head,
+        lambda codes: codes,
+        max_sets=2,
+        refuses=_greedy_answer,
+        note=f"hidden @ head.T over {VOCABULARY:,} rows, then argmax",
+    ),
+    Peer(
+        "Z rows + arg-max",
+        _z_rows,
+        lambda codes: codes,
+        refuses=_greedy_answer,
+        note="the same over the Z rows alone: codes only, no log-probabilities",
+    ),
+    Peer(
+        "full head + multinomial",
+        _full_head,
+        max_sets=2,
+        refuses=_sampling,
+        note=f"softmax and torch.multinomial over {VOCABULARY:,} rows; another draw, so unchecked",
+    ),
+    Peer(
+        "Z rows + multinomial",
+        _z_rows,
+        refuses=_sampling,
+        note="the same over the Z rows alone; another draw, so unchecked",
+    ),
     Peer("mm", _mm, kind="mark", note="the bare product over the Z rows into memory that is there already"),
 )
 
-OP = Op("z_select", _cases(), make, lambda inputs: inputs["hidden"], run, check, work, check_peer, PEERS,
-        flops_of_reference=3.0)
+OP = Op(
+    "z_select",
+    _cases(),
+    make,
+    lambda inputs: inputs["hidden"],
+    run,
+    check,
+    work,
+    check_peer,
+    PEERS,
+    flops_of_reference=3.0,
+)

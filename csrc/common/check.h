@@ -18,7 +18,7 @@ template <typename... Parts>
 
 }  // namespace ztok
 
-#define ZTOK_CHECK(condition, op, ...)          \
-  do {                                          \
+#define ZTOK_CHECK(condition, op, ...)               \
+  do {                                               \
     if (!(condition)) ::ztok::fail(op, __VA_ARGS__); \
   } while (0)

@@ -78,8 +78,8 @@ inline PaddedLayout padded_layout(const Tensor& padded) {
 
 inline void check_offsets_of_batch(const char* op, const Tensor& cu_seqlens, int64_t batch) {
   check_indices(op, "cu_seqlens", cu_seqlens, "[B + 1]");
-  ZTOK_CHECK(cu_seqlens.size(0) == batch + 1, op, "cu_seqlens: expected ", batch + 1, " offsets for a batch of ",
-             batch, ", got ", cu_seqlens.size(0));
+  ZTOK_CHECK(cu_seqlens.size(0) == batch + 1, op, "cu_seqlens: expected ", batch + 1, " offsets for a batch of ", batch,
+             ", got ", cu_seqlens.size(0));
 }
 
 inline void check_padded(const char* op, const Tensor& padded) {

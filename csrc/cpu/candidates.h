@@ -70,7 +70,7 @@ inline void keep_panel(Search& search, int64_t slot, int64_t code, const float* 
 
 // Some score of a tile reaches its row's bound. Rows are found without branches, which would be mispredicted.
 __attribute__((noinline)) inline void keep_tile(Search& search, int64_t slot, int64_t code, const float* tile,
-                                         const Matrix& codes, Metric metric) {
+                                                const Matrix& codes, Metric metric) {
   uint32_t rows = 0;
   for (int r = 0; r < kTileRows; ++r) {
     const Vec largest = max(load(tile + r * kPanel), load(tile + r * kPanel + kWidth));
@@ -86,7 +86,7 @@ __attribute__((noinline)) inline void keep_tile(Search& search, int64_t slot, in
 
 // The same for the scores [kTileRows, kBlockCodes] of a whole block.
 __attribute__((noinline)) inline void keep_block(Search& search, int64_t slot, int64_t code, const float* scores,
-                                          int64_t panels, const Matrix& codes, Metric metric) {
+                                                 int64_t panels, const Matrix& codes, Metric metric) {
   for (int r = 0; r < kTileRows; ++r, ++slot, scores += kBlockCodes) {
     Vec largest = max(load(scores), load(scores + kWidth));
     for (int64_t i = kPanel; i < panels * kPanel; i += kWidth) largest = max(load(scores + i), largest);
@@ -115,8 +115,8 @@ inline void search_exactly(Search& search, int64_t slot) {
 inline void begin_block(Search& search, const CodeBlock& block, int64_t width, Metric metric) {
   search.suspect |= !(block.longest < __builtin_inff());
   // A score is a sum of `width` products and the bias, each of which takes part in at most width + 1 roundings; the
-  // bias is itself a sum of that many squares. The factors may be differences, rounded once each. 32 more and a per cent
-  // cover what is done with bounds here, in float32.
+  // bias is itself a sum of that many squares. The factors may be differences, rounded once each. 32 more and a per
+  // cent cover what is done with bounds here, in float32.
   const Vec rounding = broadcast(1.01f * kUnit * static_cast<float>(2 * width + 36));
   const Vec underflow = broadcast(kLeast * static_cast<float>(2 * width + 32)), one = broadcast(1.0f);
   const Vec longest = broadcast(block.longest);

@@ -37,8 +37,8 @@ Inputs checked(const char* op, const char* argument, const Tensor& rows, const T
   ZTOK_CHECK(codes.dim() == 2 && codes.size(0) == num_rows && codes.size(1) == levels &&
                  codes.scalar_type() == ScalarType::Int,
              op, "codes: expected int32 [", num_rows, ", ", levels, "]");
-  Inputs inputs{op, as_contiguous(rows), as_contiguous(codebooks), as_contiguous(codes), num_rows, rows.size(1), levels,
-                size, 0};
+  Inputs inputs{
+      op, as_contiguous(rows), as_contiguous(codebooks), as_contiguous(codes), num_rows, rows.size(1), levels, size, 0};
   element_of(op, "codebooks", codebooks);
   inputs.books = as_float(inputs.books);
   const auto* values = static_cast<const int32_t*>(inputs.codes.const_data_ptr());
@@ -87,9 +87,8 @@ Tensor codebook_gradients(const Inputs& inputs, const ChosenCodes& chosen, float
       torch::stable::new_empty(inputs.rows, {inputs.levels, inputs.size, inputs.width}, ScalarType::Float));
   auto* sums = static_cast<float*>(gradients.mutable_data_ptr());
   const int64_t row_bytes = inputs.width * static_cast<int64_t>(sizeof(float));
-  for_rows(inputs.levels * inputs.size, row_bytes, [&](int64_t begin, int64_t end) {
-    std::memset(sums + begin * inputs.width, 0, (end - begin) * row_bytes);
-  });
+  for_rows(inputs.levels * inputs.size, row_bytes,
+           [&](int64_t begin, int64_t end) { std::memset(sums + begin * inputs.width, 0, (end - begin) * row_bytes); });
   // Threads share the columns; where there are more threads than cache lines of a row, the codes as well.
   const double work = nanoseconds(inputs);
   const int64_t lines = (inputs.width + kLineFloats - 1) / kLineFloats;
@@ -143,8 +142,7 @@ double value_of(const char* op, const char* argument, const Tensor& scalar) {
 // codebook loss the codes alone.
 std::tuple<Tensor, Tensor> residual_quantize_backward(const Tensor& latents, const Tensor& codebooks,
                                                       const Tensor& codes, const Tensor& grad_quantized,
-                                                      const Tensor& grad_commitment,
-                                                      const Tensor& grad_codebook_loss) {
+                                                      const Tensor& grad_commitment, const Tensor& grad_codebook_loss) {
   constexpr const char* kOp = "residual_quantize_backward";
   const Inputs inputs = checked(kOp, "latents", latents, codebooks, codes);
   ZTOK_CHECK(grad_quantized.dim() == 2 && grad_quantized.size(0) == inputs.num_rows &&

@@ -32,8 +32,8 @@ inline const float* code_at(const ChosenCodes& chosen, int64_t level, int32_t co
   return chosen.books + (level * chosen.size + code) * chosen.rows.width;
 }
 
-// The loss's gradient by kCount vectors of a row, in `gradient`, and calls of visit(level, code, vector, gradient by the
-// code).
+// The loss's gradient by kCount vectors of a row, in `gradient`, and calls of visit(level, code, vector, gradient by
+// the code).
 template <Metric kMetric, int kCount, typename T, typename Visit>
 inline void walk(const ChosenCodes& chosen, int64_t row, int64_t column, int lanes, float* memory,
                  Vec (&gradient)[kCount], const Visit& visit) {
@@ -154,8 +154,8 @@ void add_rows(const ChosenCodes& chosen, int64_t begin, int64_t end, CodeRange r
 }
 
 template <typename T>
-void write_as(const ChosenCodes& chosen, int64_t begin, int64_t end, const void* straight, float scale,
-              void* gradients, float* memory) {
+void write_as(const ChosenCodes& chosen, int64_t begin, int64_t end, const void* straight, float scale, void* gradients,
+              float* memory) {
   const auto* passed = static_cast<const T*>(straight);
   auto* target = static_cast<T*>(gradients);
   switch (chosen.metric) {
@@ -182,9 +182,7 @@ void add_as(const ChosenCodes& chosen, int64_t begin, int64_t end, CodeRange ran
 }
 
 // What 1 / length is, 0 where float32 does not hold it: as good as no length.
-inline float reciprocal(double length) {
-  return length > 1.0 / 3e38 ? static_cast<float>(1.0 / length) : 0.0f;
-}
+inline float reciprocal(double length) { return length > 1.0 / 3e38 ? static_cast<float>(1.0 / length) : 0.0f; }
 
 template <typename T>
 void find_terms(const ChosenCodes& chosen, int64_t begin, int64_t end, float* residual, float* terms) {

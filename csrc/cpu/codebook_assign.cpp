@@ -29,6 +29,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
   m.def("codebook_assign_native(Tensor x, Tensor codebooks, int metric) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("codebook_assign_native", TORCH_BOX(&ztok::codebook_assign));
-}
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("codebook_assign_native", TORCH_BOX(&ztok::codebook_assign)); }

@@ -18,8 +18,7 @@ inline __attribute__((always_inline)) Vec element(const T* code, const float* ce
 }
 
 template <bool kCentre, typename T>
-inline __attribute__((always_inline)) Vec last_elements(const T* code, const float* centre, int64_t k,
-                                                        int rest) {
+inline __attribute__((always_inline)) Vec last_elements(const T* code, const float* centre, int64_t k, int rest) {
   if constexpr (kCentre) return load_first(code + k, rest) - load_first(centre + k, rest);
   return load_first(code + k, rest);
 }

@@ -8,8 +8,8 @@
 namespace ztok {
 namespace ZTOK_ISA {
 
-constexpr int kLanes = 8;     // partial sums
-constexpr int kChunk = 64;    // elements converted at a time
+constexpr int kLanes = 8;   // partial sums
+constexpr int kChunk = 64;  // elements converted at a time
 
 inline const float* floats_of(const float* p, int64_t, float*) { return p; }
 

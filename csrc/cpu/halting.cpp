@@ -1,5 +1,5 @@
-// halting_units on the CPU: one pass over the mass. A row costs some nanoseconds, a hundredth of what reading its hidden
-// state costs, so the rows of a sequence are not shared between threads.
+// halting_units on the CPU: one pass over the mass. A row costs some nanoseconds, a hundredth of what reading its
+// hidden state costs, so the rows of a sequence are not shared between threads.
 #include "halting.h"
 
 #include <cmath>
@@ -144,16 +144,22 @@ void for_each_sequence(const char* op, const Tensor& cu_seqlens, int64_t rows, b
 template <typename Run>
 void with_types(const char* op, const Tensor& mass, const Run& run) {
   switch (mass.scalar_type()) {
-    case ScalarType::Float: return run(float(), float());
-    case ScalarType::Double: return run(double(), double());
-    case ScalarType::Half: return run(c10::Half(), float());
-    case ScalarType::BFloat16: return run(c10::BFloat16(), float());
-    default: fail(op, "mass: expected a floating-point dtype, got ", torch::headeronly::toString(mass.scalar_type()));
+    case ScalarType::Float:
+      return run(float(), float());
+    case ScalarType::Double:
+      return run(double(), double());
+    case ScalarType::Half:
+      return run(c10::Half(), float());
+    case ScalarType::BFloat16:
+      return run(c10::BFloat16(), float());
+    default:
+      fail(op, "mass: expected a floating-point dtype, got ", torch::headeronly::toString(mass.scalar_type()));
   }
 }
 
 void check_mass(const char* op, const Tensor& mass, const Tensor& cu_seqlens) {
-  ZTOK_CHECK(mass.dim() == 1 && mass.is_cpu() && mass.is_contiguous(), op, "mass: expected a contiguous CPU tensor [T]");
+  ZTOK_CHECK(mass.dim() == 1 && mass.is_cpu() && mass.is_contiguous(), op,
+             "mass: expected a contiguous CPU tensor [T]");
   ZTOK_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) > 0 && cu_seqlens.is_cpu() && cu_seqlens.is_contiguous(), op,
              "cu_seqlens: expected a contiguous CPU tensor [B + 1]");
   ZTOK_CHECK(cu_seqlens.scalar_type() == ScalarType::Int || cu_seqlens.scalar_type() == ScalarType::Long, op,

@@ -1,5 +1,5 @@
-// integrate_units on the CPU: each thread takes the units that begin in its range of rows, so no sum is shared and a row
-// is read once (twice where it carries a remainder into the next unit).
+// integrate_units on the CPU: each thread takes the units that begin in its range of rows, so no sum is shared and a
+// row is read once (twice where it carries a remainder into the next unit).
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -94,8 +94,9 @@ void row_gradients(const UnitTable& table, const Tensor& rows, const Tensor& wei
         return Share{has_unit ? bytes_at(means, of) : nullptr, has_unit ? bytes_at(grad, of) : nullptr, weight,
                      has_unit ? inverse[of] : 0, grad_weight};
       };
-      const int64_t next = ends && t + 1 < table.rows && table.unit[t + 1] == k + 1 && k + 1 < table.capacity &&
-                                   carried[k + 1] ? k + 1 : -1;
+      const int64_t next =
+          ends && t + 1 < table.rows && table.unit[t + 1] == k + 1 && k + 1 < table.capacity && carried[k + 1] ? k + 1
+                                                                                                               : -1;
       const Share own = share(k, shares[2 * t], out_weights + 2 * t);
       const Share carries = share(next, shares[2 * t + 1], out_weights + 2 * t + 1);
       const float* added = grad_end_rows && ends && k < table.capacity ? grad_end_rows + k * width : nullptr;
@@ -120,24 +121,28 @@ UnitTable unit_table(const char* op, const Tensor& unit, const Tensor& cu_units,
 UnitMean unit_mean_kernel(const char* op, ScalarType rows, ScalarType means) {
   ZTOK_CHECK(means == rows || means == ScalarType::Float, op, "means: expected float32 or the dtype of the rows");
   switch (rows) {
-    case ScalarType::Float: return ZTOK_SELECT(unit_mean_f32_f32);
+    case ScalarType::Float:
+      return ZTOK_SELECT(unit_mean_f32_f32);
     case ScalarType::Half:
       return means == rows ? ZTOK_SELECT(unit_mean_f16_f16) : ZTOK_SELECT(unit_mean_f16_f32);
     case ScalarType::BFloat16:
       return means == rows ? ZTOK_SELECT(unit_mean_bf16_bf16) : ZTOK_SELECT(unit_mean_bf16_f32);
-    default: fail(op, "rows: expected float32, float16 or bfloat16, got ", torch::headeronly::toString(rows));
+    default:
+      fail(op, "rows: expected float32, float16 or bfloat16, got ", torch::headeronly::toString(rows));
   }
 }
 
 RowGradient row_gradient_kernel(const char* op, ScalarType rows, ScalarType means) {
   ZTOK_CHECK(means == rows || means == ScalarType::Float, op, "means: expected float32 or the dtype of the rows");
   switch (rows) {
-    case ScalarType::Float: return ZTOK_SELECT(row_gradient_f32_f32);
+    case ScalarType::Float:
+      return ZTOK_SELECT(row_gradient_f32_f32);
     case ScalarType::Half:
       return means == rows ? ZTOK_SELECT(row_gradient_f16_f16) : ZTOK_SELECT(row_gradient_f16_f32);
     case ScalarType::BFloat16:
       return means == rows ? ZTOK_SELECT(row_gradient_bf16_bf16) : ZTOK_SELECT(row_gradient_bf16_f32);
-    default: fail(op, "rows: expected float32, float16 or bfloat16, got ", torch::headeronly::toString(rows));
+    default:
+      fail(op, "rows: expected float32, float16 or bfloat16, got ", torch::headeronly::toString(rows));
   }
 }
 
@@ -212,8 +217,7 @@ std::tuple<Tensor, Tensor> integrate_units_backward(const Tensor& rows, const Te
 }  // namespace ztok
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "integrate_units_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, int total_units) -> Tensor");
+  m.def("integrate_units_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, int total_units) -> Tensor");
   m.def(
       "integrate_units_backward_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, Tensor means, "
       "Tensor grad, Tensor? grad_end_rows) -> (Tensor, Tensor)");

@@ -84,14 +84,14 @@ using bf16 = BFloat16;
 
 }  // namespace
 
-#define ZTOK_DEFINE(rows_, mean_)                                                                                     \
+#define ZTOK_DEFINE(rows_, mean_)                                                                                      \
   void unit_mean_##rows_##_##mean_(const void* rows, int64_t width, const float* weights, UnitRows unit, void* mean) { \
-    unit_mean(static_cast<const rows_*>(rows), width, weights, unit, static_cast<mean_*>(mean));                      \
-  }                                                                                                                   \
-  void row_gradient_##rows_##_##mean_(const void* row, int64_t width, const ShareGradient* own,                       \
-                                      const ShareGradient* carried, const float* added, void* grad_row) {             \
-    row_gradient<rows_, mean_>(static_cast<const rows_*>(row), width, *own, *carried, added,                          \
-                               static_cast<rows_*>(grad_row));                                                        \
+    unit_mean(static_cast<const rows_*>(rows), width, weights, unit, static_cast<mean_*>(mean));                       \
+  }                                                                                                                    \
+  void row_gradient_##rows_##_##mean_(const void* row, int64_t width, const ShareGradient* own,                        \
+                                      const ShareGradient* carried, const float* added, void* grad_row) {              \
+    row_gradient<rows_, mean_>(static_cast<const rows_*>(row), width, *own, *carried, added,                           \
+                               static_cast<rows_*>(grad_row));                                                         \
   }
 ZTOK_DEFINE(f32, f32)
 ZTOK_DEFINE(f16, f16)

@@ -1,5 +1,5 @@
-// Weighted means of units and their gradients, one unit or one row at a time. The suffixes name the formats: of the rows,
-// then of the means (or of the gradients of the means); a mean is always accumulated in float.
+// Weighted means of units and their gradients, one unit or one row at a time. The suffixes name the formats: of the
+// rows, then of the means (or of the gradients of the means); a mean is always accumulated in float.
 #pragma once
 
 #include "isa.h"
@@ -15,7 +15,7 @@ struct UnitRows {
 };
 
 // mean [width] = sum of weight * row / sum of weights; zeros where the weights do not add up to more than 0.
-#define ZTOK_UNIT_MEAN(rows_, mean_)                                                                         \
+#define ZTOK_UNIT_MEAN(rows_, mean_)                                                                                   \
   ZTOK_KERNEL(void, unit_mean_##rows_##_##mean_, const void* rows, int64_t width, const float* weights, UnitRows unit, \
               void* mean)
 ZTOK_UNIT_MEAN(f32, f32)
@@ -36,8 +36,8 @@ struct ShareGradient {
 
 // grad_row [width] = sum over both shares of weight * inverse * grad, + added (float [width]; null for none);
 // *grad_weight = inverse * <grad, row - mean> for each.
-#define ZTOK_ROW_GRADIENT(rows_, mean_)                                                                               \
-  ZTOK_KERNEL(void, row_gradient_##rows_##_##mean_, const void* row, int64_t width, const ShareGradient* own,         \
+#define ZTOK_ROW_GRADIENT(rows_, mean_)                                                                       \
+  ZTOK_KERNEL(void, row_gradient_##rows_##_##mean_, const void* row, int64_t width, const ShareGradient* own, \
               const ShareGradient* carried, const float* added, void* grad_row)
 ZTOK_ROW_GRADIENT(f32, f32)
 ZTOK_ROW_GRADIENT(f16, f16)

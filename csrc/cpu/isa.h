@@ -29,16 +29,24 @@ bool set_isa(Isa wanted);
 
 // ZTOK_X86_KERNELS comes from CMakeLists.txt.
 #ifdef ZTOK_X86_KERNELS
-#define ZTOK_KERNEL(returns, name, ...)                \
-  namespace baseline { returns name(__VA_ARGS__); }    \
-  namespace avx2 { returns name(__VA_ARGS__); }        \
-  namespace avx512 { returns name(__VA_ARGS__); }
+#define ZTOK_KERNEL(returns, name, ...) \
+  namespace baseline {                  \
+  returns name(__VA_ARGS__);            \
+  }                                     \
+  namespace avx2 {                      \
+  returns name(__VA_ARGS__);            \
+  }                                     \
+  namespace avx512 {                    \
+  returns name(__VA_ARGS__);            \
+  }
 #define ZTOK_SELECT(name)                                       \
   (::ztok::isa() == ::ztok::Isa::avx512 ? &::ztok::avx512::name \
    : ::ztok::isa() == ::ztok::Isa::avx2 ? &::ztok::avx2::name   \
                                         : &::ztok::baseline::name)
 #else
 #define ZTOK_KERNEL(returns, name, ...) \
-  namespace baseline { returns name(__VA_ARGS__); }
+  namespace baseline {                  \
+  returns name(__VA_ARGS__);            \
+  }
 #define ZTOK_SELECT(name) (&::ztok::baseline::name)
 #endif

@@ -45,8 +45,8 @@ void few_rows(const LoraLayer& layer, const void* bias, Tensor& y) {
     any = true;
     LoraProduct run = product;
     run.a += first * layer.in;
-    run.b.data = static_cast<const char*>(product.b.data) +
-                 adapter * layer.rank * layer.in * bytes_of(layer.adapter_element);
+    run.b.data =
+        static_cast<const char*>(product.b.data) + adapter * layer.rank * layer.in * bytes_of(layer.adapter_element);
     run.y = low + first * low_stride;
     share(layer.rank, 4, few_nanoseconds(last - first, layer.rank, layer.in, layer.adapter_element),
           [&](int64_t begin, int64_t end) {
@@ -117,11 +117,13 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 }  // namespace ztok
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def("lora_linear_native(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, "
-        "Tensor? adapters, Tensor? cu_seqlens) -> Tensor");
-  m.def("lora_linear_backward_native(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor scaling, "
-        "Tensor? adapters, Tensor? cu_seqlens, bool need_x, bool need_weight, bool need_bias, bool need_A, "
-        "bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_linear_native(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, "
+      "Tensor? adapters, Tensor? cu_seqlens) -> Tensor");
+  m.def(
+      "lora_linear_backward_native(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor scaling, "
+      "Tensor? adapters, Tensor? cu_seqlens, bool need_x, bool need_weight, bool need_bias, bool need_A, "
+      "bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {

@@ -16,7 +16,8 @@ namespace ztok {
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kLoraOp = "lora_linear";
-constexpr int64_t kRowsPerChunk = 1020;  // a multiple of kLoraRows; half-precision rows are made float32 this many at a time
+constexpr int64_t kRowsPerChunk =
+    1020;  // a multiple of kLoraRows; half-precision rows are made float32 this many at a time
 
 inline int64_t bytes_of(Element element) { return element == Element::float32 ? 4 : 2; }
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
@@ -62,8 +63,8 @@ LoraLayer lora_layer(const Tensor& x, const Tensor& weight, const Tensor& A, con
                      const OptionalTensor& adapters, const OptionalTensor& cu_seqlens);
 
 struct LoraGroups {
-  std::vector<int32_t> rows;    // sorted by adapter
-  std::vector<int32_t> begin;   // adapter a has the positions from begin[a + 1] to begin[a + 2]
+  std::vector<int32_t> rows;   // sorted by adapter
+  std::vector<int32_t> begin;  // adapter a has the positions from begin[a + 1] to begin[a + 2]
   std::vector<LoraStrip> strips;
 };
 

@@ -76,9 +76,9 @@ void adapter_gradients(const LoraLayer& lora, const LoraGroups& groups, const Te
 }  // namespace
 
 LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& A,
-                               const Tensor& B, const Tensor& scaling, const OptionalTensor& adapters,
-                               const OptionalTensor& cu_seqlens, bool need_x, bool need_weight, bool need_bias,
-                               bool need_A, bool need_B) {
+                                   const Tensor& B, const Tensor& scaling, const OptionalTensor& adapters,
+                                   const OptionalTensor& cu_seqlens, bool need_x, bool need_weight, bool need_bias,
+                                   bool need_A, bool need_B) {
   const LoraLayer lora = lora_layer(x, weight, A, B, scaling, adapters, cu_seqlens);
   check_lora_shape("grad", grad, {lora.rows, lora.out});
   ZTOK_CHECK(grad.scalar_type() == x.scalar_type(), kLoraOp, "grad: expected the dtype of x");
@@ -123,7 +123,7 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
     const std::vector<int32_t> order = counting(lora.rows);
     const Tensor wide = new_floats(x, {lora.rows, lora.out}), wide_t = new_floats(x, {lora.out, lora.rows});
     lora_widen_rows(static_cast<const char*>(dy.const_data_ptr()), lora.element, lora.out, order.data(), lora.rows,
-          mutable_floats(wide));
+                    mutable_floats(wide));
     transpose(floats(wide), nullptr, lora.rows, lora.out, mutable_floats(wide_t));
     multiply_over_rows(floats(wide_t), lora.out, {lora.x.const_data_ptr(), lora.element, lora.in}, nullptr, lora.rows,
                        lora.in, dweight.mutable_data_ptr(), lora.element);

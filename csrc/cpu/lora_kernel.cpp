@@ -139,9 +139,8 @@ void few(const LoraProduct& p, const int32_t* adapters, int64_t row, int64_t low
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sum[i][j] = zeros();
   }
-  with_type(p.b.data, p.b.element, [&](const auto* data) {
-    dots<R, J>(sum, a, data + column * p.b.stride, p.b.stride, p.depth);
-  });
+  with_type(p.b.data, p.b.element,
+            [&](const auto* data) { dots<R, J>(sum, a, data + column * p.b.stride, p.b.stride, p.depth); });
   if (p.low != nullptr) {
     with_type(p.up.data, p.up.element, [&](const auto* up) {
 #pragma GCC unroll 8

@@ -15,10 +15,10 @@ struct LoraOperand {
   int64_t stride;
 };
 
-constexpr int kLoraRows = 6;            // rows of a register tile
-constexpr int64_t kLoraDepth = 1024;    // of a packed block: kLoraRows rows of it fill three quarters of a 32 KiB L1
-constexpr int64_t kLoraColumns = 64;    // with kLoraDepth half of a 512 KiB L2
-constexpr int64_t kLoraUnit = 32;       // tasks begin at multiples of it: a whole number of panels on every processor
+constexpr int kLoraRows = 6;          // rows of a register tile
+constexpr int64_t kLoraDepth = 1024;  // of a packed block: kLoraRows rows of it fill three quarters of a 32 KiB L1
+constexpr int64_t kLoraColumns = 64;  // with kLoraDepth half of a 512 KiB L2
+constexpr int64_t kLoraUnit = 32;     // tasks begin at multiples of it: a whole number of panels on every processor
 
 // Up to kLoraRows rows that go through the kernel together, all under one adapter (-1: none).
 struct LoraStrip {
@@ -39,9 +39,9 @@ struct LoraProduct {
 
   LoraOperand b;
   bool b_by_columns;
-  const int32_t* b_rows;      // k -> row of b; null: k (not with by_columns)
-  int64_t b_adapter_stride;   // elements between the adapters' b; 0: one b for all
-  const float* scaling;       // s of each adapter; null: 1
+  const int32_t* b_rows;     // k -> row of b; null: k (not with by_columns)
+  int64_t b_adapter_stride;  // elements between the adapters' b; 0: one b for all
+  const float* scaling;      // s of each adapter; null: 1
 
   LoraOperand up;
   bool up_by_columns;

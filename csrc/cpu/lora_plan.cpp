@@ -81,8 +81,19 @@ LoraLayer lora_layer(const Tensor& x, const Tensor& weight, const Tensor& A, con
   const Element element = element_of(kLoraOp, "x", x), adapter_element = element_of(kLoraOp, "A", A);
   ZTOK_CHECK(weight.scalar_type() == x.scalar_type(), kLoraOp, "weight: expected the dtype of x");
   ZTOK_CHECK(B.scalar_type() == A.scalar_type(), kLoraOp, "B: expected the dtype of A");
-  return {rows, in, out, n, rank, packed(x), packed(A), packed(B), packed(scaling), LoraWeight(weight),
-          element, adapter_element, row_adapters(rows, n, adapters, cu_seqlens)};
+  return {rows,
+          in,
+          out,
+          n,
+          rank,
+          packed(x),
+          packed(A),
+          packed(B),
+          packed(scaling),
+          LoraWeight(weight),
+          element,
+          adapter_element,
+          row_adapters(rows, n, adapters, cu_seqlens)};
 }
 
 void add_lora_strips(int32_t begin, int32_t end, int32_t adapter, std::vector<LoraStrip>& strips) {

@@ -42,9 +42,7 @@ struct Problem {
 // What the search of one row block needs; its arrays are reused from block to block.
 struct RowBlock {
   RowBlock(const Problem& problem, int64_t capacity)
-      : rows(capacity * problem.rows.width),
-        tiles(search_slots(capacity) * problem.rows.width + 64),
-        index(capacity) {}
+      : rows(capacity * problem.rows.width), tiles(search_slots(capacity) * problem.rows.width + 64), index(capacity) {}
 
   void load(const Problem& problem, int64_t first_row, int64_t num_rows) {
     first = first_row;
@@ -181,8 +179,8 @@ bool search_many(const Problem& problem, int64_t block_rows) {
                               panels.get() + i * block_floats(width), bias.get() + i * kBlockCodes);
     }
   });
-  const bool suspect = std::any_of(packed.begin(), packed.end(),
-                                   [](const CodeBlock& b) { return !(b.longest < HUGE_VALF); });
+  const bool suspect =
+      std::any_of(packed.begin(), packed.end(), [](const CodeBlock& b) { return !(b.longest < HUGE_VALF); });
   if (suspect && !all_finite(problem.codebooks)) return false;
   // Blocks of equal size, whole register tiles each.
   const int64_t tiles = (problem.rows.rows + kTileRows - 1) / kTileRows, most = block_rows / kTileRows;

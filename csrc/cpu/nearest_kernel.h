@@ -29,16 +29,16 @@ struct Search {
   float* reach = nullptr;  // lower - slack: a float32 score below it cannot be the best; NaN lets nothing pass
   int32_t* candidate_counts = nullptr;
   Candidate* candidates = nullptr;  // [count, kCandidates], by ascending code
-  bool begun = false;    // has seen a block
-  bool suspect = false;  // has seen a code whose square is no float32, be it very long or not finite
+  bool begun = false;               // has seen a block
+  bool suspect = false;             // has seen a code whose square is no float32, be it very long or not finite
 };
 
 struct Settled {
-  int32_t* codes;       // by row number, `stride` from row to row
-  float* distances;     // likewise, or null
+  int32_t* codes;    // by row number, `stride` from row to row
+  float* distances;  // likewise, or null
   int64_t stride;
-  double* errors;       // by row number, or null: the squared length of what is left is added
-  bool last;            // what is left of the rows is of no interest
+  double* errors;  // by row number, or null: the squared length of what is left is added
+  bool last;       // what is left of the rows is of no interest
 };
 
 constexpr int64_t kSlotUnit = 48;  // a multiple of kTileRows and of every vector width
@@ -52,10 +52,9 @@ ZTOK_KERNEL(void, begin_search, Search& search, int64_t width)
 ZTOK_KERNEL(void, search_block, Search& search, const CodeBlock& block, const Matrix& codes, Metric metric,
             float* scratch)
 
-// The same without packing, for rows that are rows 0 to count - 1, and for l2 and dot. Of the block, `first` and `count`
-// are given. With a centre, `search.tiles` holds the rows less the centre, one after another.
-ZTOK_KERNEL(void, search_unpacked, Search& search, CodeBlock& block, const Matrix& codes, Metric metric,
-            float* scratch)
+// The same without packing, for rows that are rows 0 to count - 1, and for l2 and dot. Of the block, `first` and
+// `count` are given. With a centre, `search.tiles` holds the rows less the centre, one after another.
+ZTOK_KERNEL(void, search_unpacked, Search& search, CodeBlock& block, const Matrix& codes, Metric metric, float* scratch)
 
 // After the last block: the winner of rows [begin, end) among the candidates of `parts` searches of the same rows over
 // different codes; what the winner leaves over replaces the row.

@@ -65,10 +65,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tenso
   Tensor usage = torch::stable::new_empty(latents, {num_levels, codebooks.size(1)}, ScalarType::Long);
   Tensor commitment = torch::stable::new_empty(latents, {}, ScalarType::Float);
   Tensor codebook_loss = torch::stable::new_empty(latents, {}, ScalarType::Float);
-  const float loss = quantize_rows(
-      kOp, matrix_of(kOp, "latents", rows), codebooks_of(kOp, books), level_counts(kOp, levels, num_rows),
-      {codes.mutable_data_ptr<int32_t>(), quantized.mutable_data_ptr(), element_of(kOp, "latents", latents),
-       usage.mutable_data_ptr<int64_t>()});
+  const float loss =
+      quantize_rows(kOp, matrix_of(kOp, "latents", rows), codebooks_of(kOp, books), level_counts(kOp, levels, num_rows),
+                    {codes.mutable_data_ptr<int32_t>(), quantized.mutable_data_ptr(),
+                     element_of(kOp, "latents", latents), usage.mutable_data_ptr<int64_t>()});
   *commitment.mutable_data_ptr<float>() = loss;
   *codebook_loss.mutable_data_ptr<float>() = loss;
   return {quantized, commitment, codebook_loss, codes, usage};
@@ -83,6 +83,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("residual_quantize_native", TORCH_BOX(&ztok::residual_quantize));
-}
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("residual_quantize_native", TORCH_BOX(&ztok::residual_quantize)); }

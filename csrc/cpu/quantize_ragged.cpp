@@ -1,5 +1,5 @@
-// quantize_ragged on the CPU: halting, then a block of units at a time is gathered, projected and normalised, and all of
-// them are searched. Besides the mass, only rows that have a share in a unit are read.
+// quantize_ragged on the CPU: halting, then a block of units at a time is gathered, projected and normalised, and all
+// of them are searched. Besides the mass, only rows that have a share in a unit are read.
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -105,7 +105,8 @@ void check_projection(const Tensor& hidden, const Tensor& mass, const Tensor& en
   ZTOK_CHECK(total_units >= 0, kOp, "total_units: expected at least 0, got ", total_units);
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs quantize_ragged(const Tensor& hidden, const Tensor& mass, const Tensor& cu_seqlens, const Tensor& end_weight,
                         const Tensor& mean_weight, const Tensor& codebooks, const std::optional<Tensor>& levels,
@@ -150,8 +151,8 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& mass, const Tensor& 
   Tensor codebook_loss = torch::stable::new_empty(hidden, {}, ScalarType::Float);
   *static_cast<float*>(commitment.mutable_data_ptr()) = loss;
   *static_cast<float*>(codebook_loss.mutable_data_ptr()) = loss;
-  return {quantized, latents, commitment, codebook_loss, halting.weights, codes, usage, scale,
-          halting.ends, halting.unit, halting.counts, halting.cu_units};
+  return {quantized, latents, commitment,   codebook_loss, halting.weights, codes,
+          usage,     scale,   halting.ends, halting.unit,  halting.counts,  halting.cu_units};
 }
 
 // For the backward pass: float [total_units, D] each, the rows that end the units and the means; zeros past the last.

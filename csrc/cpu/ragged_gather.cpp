@@ -174,9 +174,8 @@ std::tuple<Tensor, Tensor> ragged_gather_out(const Tensors tables, const Optiona
         writer.copy(to + k * bytes, table.data + pick * table.stride, bytes);
       }
     };
-    sources.walk(begin, end, copy_piece, [&](int64_t out, int64_t position, int64_t count) {
-      count_up(positions + out, position, count);
-    });
+    sources.walk(begin, end, copy_piece,
+                 [&](int64_t out, int64_t position, int64_t count) { count_up(positions + out, position, count); });
     const int64_t slack = std::max(begin, sources.covered());
     if (slack < end) {
       std::memset(target + slack * bytes, 0, (end - slack) * bytes);

@@ -68,8 +68,8 @@ inline Vec centre_at(const float* centre, int64_t k, int n) {
 }
 
 // Packs rows[index[i]], i < count, of `width` floats each, less `centre` [width] unless it is null; what is missing in
-// the last tile is 0. `tiles` holds tiles * kTileRows * width + kWidth floats: for each part of the width, for each tile,
-// for each k, kTileRows numbers.
+// the last tile is 0. `tiles` holds tiles * kTileRows * width + kWidth floats: for each part of the width, for each
+// tile, for each k, kTileRows numbers.
 inline void pack_rows(const float* rows, const int32_t* index, int64_t count, int64_t width, const float* centre,
                       float* tiles) {
   const int64_t part = part_depth(width);

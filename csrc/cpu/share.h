@@ -42,7 +42,8 @@ inline int64_t threads_for(double nanoseconds) {
 
 // Calls worker(thread, claims) once on each of `threads` threads; claims(body) calls body(begin, end) until all of
 // [0, count) is done. Threads take at most `step` of them at a time from a shared counter, fewer towards the end: one
-// that was asleep or shares its core holds nobody up. Which thread does what is left to chance; no result depends on it.
+// that was asleep or shares its core holds nobody up. Which thread does what is left to chance; no result depends on
+// it.
 template <typename Worker>
 void share_among(int64_t threads, int64_t count, int64_t step, const Worker& worker) {
   std::atomic<int64_t> next{0};

@@ -187,8 +187,8 @@ std::tuple<Tensor, Tensor> z_select(const Tensor& hidden, const Tensor& codes, d
       row_ids.has_value() ? std::optional(torch::stable::contiguous(*row_ids)) : std::nullopt;
   for (int64_t first = 0; first < batch; first += kZRows) {
     select_rows(floats.get(), first, std::min(kZRows, batch - first), matrix, {temperature, top_p, seed, step},
-                ids.has_value() ? ids->const_data_ptr<int64_t>() : nullptr,
-                chosen.mutable_data_ptr<int32_t>(), log_probs.mutable_data_ptr<float>());
+                ids.has_value() ? ids->const_data_ptr<int64_t>() : nullptr, chosen.mutable_data_ptr<int32_t>(),
+                log_probs.mutable_data_ptr<float>());
   }
   return {chosen, log_probs};
 }

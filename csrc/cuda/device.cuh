@@ -31,9 +31,7 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
 }
 
 // 16 bytes that other warps of the block read as well.
-__device__ __forceinline__ uint4 load_cached(const void* address) {
-  return __ldg(static_cast<const uint4*>(address));
-}
+__device__ __forceinline__ uint4 load_cached(const void* address) { return __ldg(static_cast<const uint4*>(address)); }
 
 // From L2: what another block or another kernel wrote while this one was running already.
 __device__ __forceinline__ float load_shared_between_blocks(const float* address) { return __ldcg(address); }
@@ -85,11 +83,17 @@ namespace ztok {
 template <typename T>
 __device__ __forceinline__ T from_float(float v);
 template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }

@@ -84,8 +84,8 @@ void launch(LoraDecode d, const Tensor& x, int32_t device, cudaStream_t stream) 
 
 template <typename T>
 void dispatch_rows(const LoraDecode& d, const Tensor& x, int32_t device, cudaStream_t stream) {
-  const bool aligned = on_16_bytes(d.x, d.x_stride * sizeof(T)) &&
-                       on_16_bytes(d.weight, d.weight_stride * sizeof(T)) && d.in % Vector<T>::kSize == 0;
+  const bool aligned = on_16_bytes(d.x, d.x_stride * sizeof(T)) && on_16_bytes(d.weight, d.weight_stride * sizeof(T)) &&
+                       d.in % Vector<T>::kSize == 0;
   if (!aligned) return launch<T, 8, false>(d, x, device, stream);
   if (d.rows <= 8) return launch<T, 1, true>(d, x, device, stream);
   if constexpr (sizeof(T) == 2) {  // float32 is not what models decode in: fewer kernels, a smaller library
@@ -111,7 +111,8 @@ void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<
   ZTOK_CHECK(B.dim() == 3 && B.size(0) == A.size(0) && B.size(1) == weight.size(0) && B.size(2) == A.size(1), kOp,
              "B: expected [n, out, r] for the A that came");
   ZTOK_CHECK((A.scalar_type() == x.scalar_type() || A.scalar_type() == ScalarType::Float) &&
-                 B.scalar_type() == A.scalar_type(), kOp, "A, B: expected the dtype of x or float32");
+                 B.scalar_type() == A.scalar_type(),
+             kOp, "A, B: expected the dtype of x or float32");
   ZTOK_CHECK(scaling.dim() == 1 && scaling.size(0) == A.size(0) && scaling.scalar_type() == ScalarType::Float, kOp,
              "scaling: expected float32 [n]");
   ZTOK_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == x.scalar_type()),
@@ -165,17 +166,24 @@ Tensor lora_decode(const Tensor& x_, const Tensor& weight_, const std::optional<
     check_on_device("cu_seqlens", *cu_seqlens_, device);
     d.wide_offsets = cu_seqlens_->scalar_type() == ScalarType::Long;
     ZTOK_CHECK(adapters_ && cu_seqlens_->dim() == 1 && cu_seqlens_->size(0) == adapters->size(0) + 1 &&
-                   (d.wide_offsets || cu_seqlens_->scalar_type() == ScalarType::Int), kOp,
-               "cu_seqlens: expected int32 or int64 [B + 1] for the B adapters");
+                   (d.wide_offsets || cu_seqlens_->scalar_type() == ScalarType::Int),
+               kOp, "cu_seqlens: expected int32 or int64 [B + 1] for the B adapters");
     d.cu_seqlens = cu_seqlens.emplace(torch::stable::contiguous(*cu_seqlens_)).const_data_ptr();
     d.sequences = adapters->size(0);
   }
   const cudaStream_t stream = current_stream(device);
   switch (x.scalar_type()) {
-    case ScalarType::BFloat16: dispatch_rows<__nv_bfloat16>(d, x, device, stream); break;
-    case ScalarType::Half: dispatch_rows<__half>(d, x, device, stream); break;
-    case ScalarType::Float: dispatch_rows<float>(d, x, device, stream); break;
-    default: fail(kOp, "x: expected float16, bfloat16 or float32");
+    case ScalarType::BFloat16:
+      dispatch_rows<__nv_bfloat16>(d, x, device, stream);
+      break;
+    case ScalarType::Half:
+      dispatch_rows<__half>(d, x, device, stream);
+      break;
+    case ScalarType::Float:
+      dispatch_rows<float>(d, x, device, stream);
+      break;
+    default:
+      fail(kOp, "x: expected float16, bfloat16 or float32");
   }
   return y;
 }
@@ -184,8 +192,9 @@ Tensor lora_decode(const Tensor& x_, const Tensor& weight_, const std::optional<
 }  // namespace ztok
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def("lora_decode_native(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, "
-        "Tensor? adapters, Tensor? cu_seqlens) -> Tensor");
+  m.def(
+      "lora_decode_native(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, "
+      "Tensor? adapters, Tensor? cu_seqlens) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) { m.impl("lora_decode_native", TORCH_BOX(&ztok::lora_decode)); }

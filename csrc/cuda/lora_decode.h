@@ -18,19 +18,19 @@ struct LoraDecode {
   const void* bias;  // [out] or null
   const void* A;
   const void* B;
-  bool float_adapters;  // A and B are float32, whatever x is
-  bool aligned_B;       // every row of B begins on 16 bytes and is a multiple of 8 elements
-  const float* scaling;       // [n]
-  const int32_t* adapters;    // [rows], or [sequences] with cu_seqlens, or null: adapter 0
-  const void* cu_seqlens;     // [sequences + 1] or null
-  bool wide_offsets;          // cu_seqlens is int64
+  bool float_adapters;      // A and B are float32, whatever x is
+  bool aligned_B;           // every row of B begins on 16 bytes and is a multiple of 8 elements
+  const float* scaling;     // [n]
+  const int32_t* adapters;  // [rows], or [sequences] with cu_seqlens, or null: adapter 0
+  const void* cu_seqlens;   // [sequences + 1] or null
+  bool wide_offsets;        // cu_seqlens is int64
   int64_t sequences;
   int rows, num_adapters, rank;
   int64_t in, out;
-  void* y;             // [rows, out], contiguous
-  float* low_rank;     // [rows, rank]: s x Aᵀ, written by the first kernel
-  float* partials;     // [tiles, splits, tile floats], only with splits > 1
-  int32_t* arrivals;   // [tiles], set to zero by the first kernel
+  void* y;            // [rows, out], contiguous
+  float* low_rank;    // [rows, rank]: s x Aᵀ, written by the first kernel
+  float* partials;    // [tiles, splits, tile floats], only with splits > 1
+  int32_t* arrivals;  // [tiles], set to zero by the first kernel
   int32_t splits;
 };
 
@@ -44,9 +44,9 @@ struct LoraShape {
   static constexpr int kWarpsRows = !kHalf && kRowTiles > 2 ? kRowTiles / 2 : 1;
   static constexpr int kWarpsIn = kLoraWarps / kWarpsOut / kWarpsRows;
   static constexpr int kWarpRowTiles = kRowTiles / kWarpsRows;
-  static constexpr int kOut = 32 * kWarpsOut;   // outputs of a block
+  static constexpr int kOut = 32 * kWarpsOut;  // outputs of a block
   static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kChunk = kHalf ? 32 : 16;                // inputs: 4 lanes x 16 bytes
+  static constexpr int kChunk = kHalf ? 32 : 16;  // inputs: 4 lanes x 16 bytes
   // Loads in flight against registers: a warp asks for 2 KB of W per chunk, a multiprocessor for 32 KB or more at once.
   static constexpr int kChunksPerStep = kHalf && kRowTiles == 1 ? 4 : 2;
   static constexpr int kBlocksPerMultiprocessor = (kHalf ? kRowTiles >= 8 : kRowTiles >= 2) ? 1 : 2;

@@ -17,8 +17,8 @@ __device__ __forceinline__ void prefetch_B(const LoraDecode& d, const int* adapt
   for (int m = 0; m < d.rows; ++m) {
     // Once per run of rows with one adapter; an adapter with two runs is asked for twice, which costs little.
     if (adapters[m] < 0 || (m > 0 && adapters[m] == adapters[m - 1])) continue;
-    const char* rows = static_cast<const char*>(d.B) +
-                       (static_cast<int64_t>(adapters[m]) * d.out + first_out) * d.rank * element;
+    const char* rows =
+        static_cast<const char*>(d.B) + (static_cast<int64_t>(adapters[m]) * d.out + first_out) * d.rank * element;
     for (int64_t i = static_cast<int64_t>(threadIdx.x) * 128; i < bytes; i += 32 * kLoraWarps * 128) {
       prefetch_to_l2(rows + i);
     }

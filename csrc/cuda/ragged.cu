@@ -34,8 +34,9 @@ void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor pack
   alignment.with_unit([&](auto unit) {
     using Unit = decltype(unit);
     constexpr int64_t size = sizeof(Unit);
-    const PackRows<Unit> locator{static_cast<const Unit*>(source), indices_of(offsets), layout.batch,
-                                 layout.max_length, layout.batch_stride / size, layout.row_stride / size};
+    const PackRows<Unit> locator{
+        static_cast<const Unit*>(source), indices_of(offsets),     layout.batch, layout.max_length,
+        layout.batch_stride / size,       layout.row_stride / size};
     copy_rows<Unit>(kPack, locator, target, packed.size(0), layout.row_bytes, nullptr,
                     current_stream(padded.get_device_index()));
   });
@@ -69,8 +70,8 @@ void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fi
   alignment.address(source).address(target).bytes(row_bytes).bytes(row_stride);
   alignment.with_unit([&](auto unit) {
     using Unit = decltype(unit);
-    const UnpackRows<Unit> locator{static_cast<const Unit*>(source), indices_of(offsets), rows.size(0),
-                                   padded.size(1), row_stride / static_cast<int64_t>(sizeof(Unit))};
+    const UnpackRows<Unit> locator{static_cast<const Unit*>(source), indices_of(offsets), rows.size(0), padded.size(1),
+                                   row_stride / static_cast<int64_t>(sizeof(Unit))};
     copy_rows<Unit>(kUnpack, locator, target, padded.size(0) * padded.size(1), row_bytes, pattern.bytes,
                     current_stream(packed.get_device_index()));
   });

@@ -82,8 +82,8 @@ ZTOK_HD void add_offsets_entry(const Interleave& layout, int64_t b, int64_t sign
 
 #ifdef __CUDACC__
 __global__ void __launch_bounds__(kThreads, 4)
-layout_kernel(const __grid_constant__ Interleave layout, int64_t total, MutableIndices merged, int64_t* position_ids,
-              int64_t* destinations) {
+    layout_kernel(const __grid_constant__ Interleave layout, int64_t total, MutableIndices merged,
+                  int64_t* position_ids, int64_t* destinations) {
   const int64_t entries = total > layout.batch + 1 ? total : layout.batch + 1;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < entries;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -92,7 +92,7 @@ layout_kernel(const __grid_constant__ Interleave layout, int64_t total, MutableI
 }
 
 __global__ void __launch_bounds__(kThreads, 4)
-add_offsets_kernel(const __grid_constant__ Interleave layout, int64_t sign, int64_t* sums) {
+    add_offsets_kernel(const __grid_constant__ Interleave layout, int64_t sign, int64_t* sums) {
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; b <= layout.batch;
        b += static_cast<int64_t>(gridDim.x) * kThreads) {
     add_offsets_entry(layout, b, sign, sums);

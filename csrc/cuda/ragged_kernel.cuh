@@ -8,8 +8,12 @@
 #include "ragged_index.h"
 
 #ifndef __CUDACC__
-struct uint2 { unsigned int x, y; };
-struct alignas(16) uint4 { unsigned int x, y, z, w; };
+struct uint2 {
+  unsigned int x, y;
+};
+struct alignas(16) uint4 {
+  unsigned int x, y, z, w;
+};
 #endif
 
 namespace ztok {
@@ -59,9 +63,7 @@ struct Tile {
   int rows;
 };
 
-ZTOK_HD int64_t num_tiles(int64_t rows, uint32_t row_units) {
-  return (rows * row_units + kTileUnits - 1) / kTileUnits;
-}
+ZTOK_HD int64_t num_tiles(int64_t rows, uint32_t row_units) { return (rows * row_units + kTileUnits - 1) / kTileUnits; }
 
 ZTOK_HD Tile tile_at(int64_t tile, int64_t rows, uint32_t row_units) {
   const int64_t first = tile * kTileUnits, left = rows * row_units - first;
@@ -149,8 +151,8 @@ struct UnpackRows {
 #ifdef __CUDACC__
 template <typename Unit, typename Locator>
 __global__ void __launch_bounds__(kThreads, 4)
-copy_rows_kernel(const __grid_constant__ Locator locator, Unit* __restrict__ out, int64_t rows, uint32_t row_units,
-                 const __grid_constant__ Fill<Unit> fill) {
+    copy_rows_kernel(const __grid_constant__ Locator locator, Unit* __restrict__ out, int64_t rows, uint32_t row_units,
+                     const __grid_constant__ Fill<Unit> fill) {
   __shared__ const Unit* sources[kTileRows];
   const int64_t tiles = num_tiles(rows, row_units);
   for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {

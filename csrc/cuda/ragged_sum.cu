@@ -45,11 +45,11 @@ struct SortedPairs {
     auto* values = static_cast<Number*>(unsorted_row.mutable_data_ptr());
     const unsigned blocks = blocks_for(pairs.count, kSumThreads);
     if (pairs.layout) {
-      make_pairs_kernel<Number, true><<<blocks, kSumThreads, 0, stream>>>(
-          *pairs.layout, pairs.source, pairs.index, pairs.count, total, num_rows, keys, values);
+      make_pairs_kernel<Number, true><<<blocks, kSumThreads, 0, stream>>>(*pairs.layout, pairs.source, pairs.index,
+                                                                          pairs.count, total, num_rows, keys, values);
     } else {
-      make_pairs_kernel<Number, false><<<blocks, kSumThreads, 0, stream>>>(
-          Interleave{}, 0, pairs.index, pairs.count, total, num_rows, keys, values);
+      make_pairs_kernel<Number, false><<<blocks, kSumThreads, 0, stream>>>(Interleave{}, 0, pairs.index, pairs.count,
+                                                                           total, num_rows, keys, values);
     }
     check_launch(op);
     size_t bytes = 0;

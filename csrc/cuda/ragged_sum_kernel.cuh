@@ -123,8 +123,8 @@ ZTOK_HD void sum_chunk(const SortedRows<T, Number>& sorted, int64_t chunk, int64
 #endif
     for (int j = 0; j < kLoadsInFlight; ++j) {
       const int64_t pair = first + j < end ? first + j : end - 1;
-      loaded[j] = load_columns<T, kColumns>(sorted.rows + static_cast<int64_t>(sorted.row[pair]) * sorted.row_stride +
-                                            column);
+      loaded[j] =
+          load_columns<T, kColumns>(sorted.rows + static_cast<int64_t>(sorted.row[pair]) * sorted.row_stride + column);
     }
 #ifdef __CUDA_ARCH__
 #pragma unroll
@@ -176,9 +176,9 @@ constexpr int kSumThreads = 256;
 // blockDim = (columns / kColumns, chunks); further columns by the loop.
 template <typename T, int kColumns, typename Number>
 __global__ void __launch_bounds__(kSumThreads, 4)
-sum_chunks_kernel(const __grid_constant__ SortedRows<T, Number> sorted, T* __restrict__ out,
-                  typename AccumulateIn<T>::type* __restrict__ heads,
-                  typename AccumulateIn<T>::type* __restrict__ tails) {
+    sum_chunks_kernel(const __grid_constant__ SortedRows<T, Number> sorted, T* __restrict__ out,
+                      typename AccumulateIn<T>::type* __restrict__ heads,
+                      typename AccumulateIn<T>::type* __restrict__ tails) {
   const int64_t chunks = sorted.num_chunks(), step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; chunk < chunks; chunk += step) {
     for (int64_t column = threadIdx.x * kColumns; column < sorted.width; column += blockDim.x * kColumns) {
@@ -189,9 +189,9 @@ sum_chunks_kernel(const __grid_constant__ SortedRows<T, Number> sorted, T* __res
 
 template <typename T, typename Number>
 __global__ void __launch_bounds__(kSumThreads, 4)
-join_chunks_kernel(const __grid_constant__ SortedRows<T, Number> sorted, T* __restrict__ out,
-                   const typename AccumulateIn<T>::type* __restrict__ heads,
-                   const typename AccumulateIn<T>::type* __restrict__ tails) {
+    join_chunks_kernel(const __grid_constant__ SortedRows<T, Number> sorted, T* __restrict__ out,
+                       const typename AccumulateIn<T>::type* __restrict__ heads,
+                       const typename AccumulateIn<T>::type* __restrict__ tails) {
   const int64_t chunks = sorted.num_chunks(), step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; chunk < chunks; chunk += step) {
     for (int64_t column = threadIdx.x; column < sorted.width; column += blockDim.x) {
@@ -215,8 +215,8 @@ ZTOK_HD void make_pair(const Interleave* layout, int source, const Indices& indi
 #ifdef __CUDACC__
 template <typename Number, bool kGathered>
 __global__ void __launch_bounds__(kSumThreads, 4)
-make_pairs_kernel(const __grid_constant__ Interleave layout, int source, Indices indices, int64_t num_pairs,
-                  int64_t total, int64_t num_rows, Number* __restrict__ index, Number* __restrict__ row) {
+    make_pairs_kernel(const __grid_constant__ Interleave layout, int source, Indices indices, int64_t num_pairs,
+                      int64_t total, int64_t num_rows, Number* __restrict__ index, Number* __restrict__ row) {
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; k < num_pairs;
        k += static_cast<int64_t>(gridDim.x) * kSumThreads) {
     make_pair(kGathered ? &layout : nullptr, source, indices, k, total, num_rows, index, row);

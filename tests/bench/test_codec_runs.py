@@ -50,7 +50,9 @@ def test_every_contender_is_right_and_timed(case):
         assert contender["seconds"]["rounds"] >= runner.MIN_ROUNDS_WHOLE
     ours = results.default_backend(entry)
     assert ours["name"] == "ours"
-    assert ours["with"] == {name: dispatch.choose(name, CPU, torch.float32).backend for name in RUNS[case.op].companions}
+    assert ours["with"] == {
+        name: dispatch.choose(name, CPU, torch.float32).backend for name in RUNS[case.op].companions
+    }
 
 
 def test_a_contender_gets_the_threads_that_it_is_faster_with():

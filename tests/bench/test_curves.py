@@ -46,7 +46,9 @@ def test_surprisal_by_length_adds_up_to_that_of_the_text(codec):
     rows = curves.surprisal_by_length(codec, [document], 4.0)
     segments, _ = split_segments([len(document)], codec.config.segment_length)
     bits = codec.model.surprisal(torch.tensor(document), offsets(torch.tensor(segments)))
-    assert sum(r["bits_per_token"] * r["length"] * r["units"] for r in rows) == pytest.approx(bits.sum().item(), rel=1e-4)
+    assert sum(r["bits_per_token"] * r["length"] * r["units"] for r in rows) == pytest.approx(
+        bits.sum().item(), rel=1e-4
+    )
 
 
 def test_the_tables_show_the_bound_beside_the_points(results):
@@ -64,8 +66,11 @@ def test_the_point_of_all_levels(results):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--levels", "3"], "levels: expected 1 to 2"), (["--budgets", "99"], "ratio: expected between 1 and 8"),
-     (["--exclude-sources", "own"], "expected at least one text outside")],
+    [
+        (["--levels", "3"], "levels: expected 1 to 2"),
+        (["--budgets", "99"], "ratio: expected between 1 and 8"),
+        (["--exclude-sources", "own"], "expected at least one text outside"),
+    ],
     ids=["levels", "budget", "sources"],
 )
 def test_mistakes_are_told_in_one_line(codec_folder, texts, tmp_path, arguments, message, capsys):

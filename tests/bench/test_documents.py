@@ -67,15 +67,27 @@ def test_a_block_is_replaced_and_what_is_around_it_kept():
 
 
 ENVIRONMENT = {
-    "command": "python -m bench.curves --codec tiny", "commit": "abc", "python": "3.11",
+    "command": "python -m bench.curves --codec tiny",
+    "commit": "abc",
+    "python": "3.11",
     "packages": {"torch": "2.13", "transformers": None, "peft": "0.21"},
-    "cpu": {"model": "A CPU", "cores": 2, "threads": 1}, "cuda": {"devices": []},
+    "cpu": {"model": "A CPU", "cores": 2, "threads": 1},
+    "cuda": {"devices": []},
 }
 
 
 def results():
-    point = {"units": "learned", "levels": 2, "budget": 2.0, "ratio": 2.01, "rate": 5.5, "teacher_forced": 0.9876,
-             "free_running": 0.9012, "loss_bits": 0.25, "length_surprisal_correlation": -0.3}
+    point = {
+        "units": "learned",
+        "levels": 2,
+        "budget": 2.0,
+        "ratio": 2.01,
+        "rate": 5.5,
+        "teacher_forced": 0.9876,
+        "free_running": 0.9012,
+        "loss_bits": 0.25,
+        "length_surprisal_correlation": -0.3,
+    }
     few = {**point, "levels": 1, "rate": 3.5, "free_running": 0.4}
     return {
         "environment": ENVIRONMENT,
@@ -105,8 +117,12 @@ def card_files(tmp_path):
     (model / "codec.safetensors").write_bytes(bytes(1234))
     own = {"teacher_forced": 0.5, "free_running": 0.25, "ratio": 2.0, "rate": 5.0}
     rows = [
-        {"step": step, "codes_alive": [16, 15], "perplexity": [12.4, 11.0],
-         **({"eval": {"base": {}, "2": own}} if step % 2 == 0 else {})}
+        {
+            "step": step,
+            "codes_alive": [16, 15],
+            "perplexity": [12.4, 11.0],
+            **({"eval": {"base": {}, "2": own}} if step % 2 == 0 else {}),
+        }
         for step in range(1, 42)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

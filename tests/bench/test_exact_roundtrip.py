@@ -78,7 +78,9 @@ def test_the_nasty_strings_hold_what_breaks_things():
     texts, raw = nasty_texts(5000), nasty_bytes()
     joined = "".join(texts.values())
     assert "" in texts.values() and b"" in raw.values()
-    assert len(texts["one character, many times"]) == 5000 and len(nasty_texts()["one character, many times"]) == 1_000_000
+    assert (
+        len(texts["one character, many times"]) == 5000 and len(nasty_texts()["one character, many times"]) == 1_000_000
+    )
     for wanted in ("\0", "\r\n", "\t", "\ufeff", "\u200d", "\ud83d", "\udc00", "<|endoftext|>", "\U0010ffff"):
         assert wanted in joined
     assert any(unicodedata.normalize("NFC", text) != text for text in texts.values())

@@ -33,7 +33,10 @@ def run_script(out, *arguments, python=sys.executable):
         environment["OUT"] = str(out)
     return subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu_run.sh"), *arguments],
-        capture_output=True, text=True, env=environment, check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
 
 
@@ -75,7 +78,10 @@ def test_a_step_that_cannot_run_is_skipped_with_its_reason(tmp_path):
         pytest.skip("it is installed at its usual place")
     run = subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu_run.sh"), "--steps", "memcheck,racecheck"],
-        capture_output=True, text=True, env=environment, check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     skipped = "skipped: compute-sanitizer is not installed"
@@ -112,7 +118,10 @@ def test_the_whole_dry_run(tmp_path):
     assert list(found) == STEPS
     assert all(result == "ok" or result.startswith("skipped") for result in found.values())
     assert {case["op"] for case in results.load(tmp_path / "bench-cpu.json")["cases"]} == {"ragged_pack", "z_select"}
-    assert {case["op"] for case in results.load(tmp_path / "bench-codec-cpu.json")["cases"]} == {"compress", "decompress"}
+    assert {case["op"] for case in results.load(tmp_path / "bench-codec-cpu.json")["cases"]} == {
+        "compress",
+        "decompress",
+    }
     assert "text tokens/s" in (tmp_path / "profile.txt").read_text()
     assert (tmp_path / "trace.json.gz").stat().st_size > 1000
 

@@ -22,7 +22,10 @@ def run_script(*arguments):
     environment.pop("OUT", None)
     return subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu_train.sh"), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
 
 
@@ -51,7 +54,10 @@ def test_no_time_left_is_an_error_before_training(tmp_path, capsys):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_train, "NEEDED", ("torch", "no_such_package_here"))
     assert gpu_train.main(["--dry", "--out", str(tmp_path)]) == 2
-    assert "packages not found: no_such_package_here; give a folder with their wheels as --wheels" in capsys.readouterr().err
+    assert (
+        "packages not found: no_such_package_here; give a folder with their wheels as --wheels"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_gguf_base_without_its_reader_is_an_error(tmp_path, monkeypatch):

@@ -129,5 +129,6 @@ def test_wheel_without_a_compiler_installs(tmp_path):
         [sys.executable, "-c", code], cwd=target, env={"PYTHONPATH": str(target)}, capture_output=True, text=True
     )
     assert run.stdout.split(maxsplit=1) == [
-        str(target / "ztok_fast/native.py"), "not built: a working C++17 compiler was not found\n"
+        str(target / "ztok_fast/native.py"),
+        "not built: a working C++17 compiler was not found\n",
     ], run.stderr

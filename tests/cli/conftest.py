@@ -22,8 +22,15 @@ def save_codec(folder: Path, base: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     loaded = load_base(str(base))
     config = ZTokConfig(
-        base_model="tiny", base_fingerprint=loaded.fingerprint, segment_length=16, window_segments=32, num_codebooks=2,
-        codebook_size=32, latent_dim=8, max_unit_length=8, lora_rank=2,
+        base_model="tiny",
+        base_fingerprint=loaded.fingerprint,
+        segment_length=16,
+        window_segments=32,
+        num_codebooks=2,
+        codebook_size=32,
+        latent_dim=8,
+        max_unit_length=8,
+        lora_rank=2,
     )
     codec = ZTokCodec(loaded, config)
     torch.nn.init.normal_(codec.model.halting.out.weight, std=2.0)
@@ -39,9 +46,16 @@ def base_folder(tmp_path_factory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

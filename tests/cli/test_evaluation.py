@@ -79,7 +79,9 @@ def test_measurement_agrees_with_evaluation(codec):
     expected = evaluate(codec, [m.tokens], [4.0])
     assert m.free_running == pytest.approx(expected["4"]["free_running"])
     assert m.teacher_forced == pytest.approx(expected["4"]["teacher_forced"])
-    assert m.z.achieved_ratio == pytest.approx(expected["4"]["ratio"]) and m.z.rate == pytest.approx(expected["4"]["rate"])
+    assert m.z.achieved_ratio == pytest.approx(expected["4"]["ratio"]) and m.z.rate == pytest.approx(
+        expected["4"]["rate"]
+    )
     assert m.base_bits == pytest.approx(expected["base"]["bits_per_token"], rel=1e-4)
     correlation = m.surprisal_by_length()[2]
     assert correlation == pytest.approx(expected["4"]["length_surprisal_correlation"], abs=1e-3)

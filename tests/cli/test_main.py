@@ -72,7 +72,9 @@ def test_a_process_prints_plain_errors_starts_light_and_survives_a_closed_pipe(t
 
     done = subprocess.run(
         [sys.executable, "-m", "ztok_fast.cli", "info", str(tmp_path / "none.ztok")],
-        env=environment, capture_output=True, text=True,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"ztok: error: {tmp_path / 'none.ztok'}: there is no such file\n"

@@ -16,7 +16,14 @@ def tokenizer():
 
 @pytest.mark.parametrize(
     "text",
-    ["", " two  spaces ", "plain words, and more.", "東京 🙂 café\u200d", "\r\n\n\t x", "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}"],
+    [
+        "",
+        " two  spaces ",
+        "plain words, and more.",
+        "東京 🙂 café\u200d",
+        "\r\n\n\t x",
+        "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}",
+    ],
     ids=ascii,
 )
 def test_token_texts_join_to_the_text(tokenizer, text):

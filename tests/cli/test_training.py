@@ -30,12 +30,25 @@ def train_config(tmp_path, rows, base_folder):
             "train_files": [str(rows)],
             "dev_files": [str(rows)],
             "codec": {
-                "segment_length": 16, "num_codebooks": 2, "codebook_size": 16, "latent_dim": 8, "max_unit_length": 8,
+                "segment_length": 16,
+                "num_codebooks": 2,
+                "codebook_size": 16,
+                "latent_dim": 8,
+                "max_unit_length": 8,
                 "lora_rank": 2,
             },
-            "steps": 3, "batch_tokens": 64, "chunk_tokens": 32, "continuous_steps": 1, "blend_steps": 1,
-            "kmeans_latents": 64, "warmup_steps": 1, "surprisal_steps": 1, "eval_every": 3, "eval_documents": 1,
-            "eval_tokens": 16, "checkpoint_every": 2,
+            "steps": 3,
+            "batch_tokens": 64,
+            "chunk_tokens": 32,
+            "continuous_steps": 1,
+            "blend_steps": 1,
+            "kmeans_latents": 64,
+            "warmup_steps": 1,
+            "surprisal_steps": 1,
+            "eval_every": 3,
+            "eval_documents": 1,
+            "eval_tokens": 16,
+            "checkpoint_every": 2,
         }
         path = tmp_path / f"{out}.yaml"
         path.write_text(yaml.safe_dump(settings | changes))
@@ -127,9 +140,20 @@ def test_wrong_files(ztok, tmp_path, train_config):
 
 def test_pretrain_makes_a_base_model_and_resumes(ztok, rows, tmp_path):
     settings = {
-        "out": str(tmp_path / "base"), "train_files": [str(rows)], "dev_files": [str(rows)], "vocab_size": 300,
-        "hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "context": 16,
-        "batch_size": 2, "checkpoint_every": 1, "warmup_steps": 1, "eval_every": 2,
+        "out": str(tmp_path / "base"),
+        "train_files": [str(rows)],
+        "dev_files": [str(rows)],
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "context": 16,
+        "batch_size": 2,
+        "checkpoint_every": 1,
+        "warmup_steps": 1,
+        "eval_every": 2,
     }
     for steps in (2, 3):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | {"steps": steps}))
@@ -142,7 +166,11 @@ def test_pretrain_makes_a_base_model_and_resumes(ztok, rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"hidden_size": "wide"}, ["hidden_size", "int"]), ({"num_heads": 3}, ["num_heads"]), ({"train_files": []}, ["train_files"])],
+    [
+        ({"hidden_size": "wide"}, ["hidden_size", "int"]),
+        ({"num_heads": 3}, ["num_heads"]),
+        ({"train_files": []}, ["train_files"]),
+    ],
     ids=["type", "heads", "files"],
 )
 def test_wrong_pretrain_settings(ztok, tmp_path, rows, changes, words):

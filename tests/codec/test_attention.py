@@ -22,7 +22,9 @@ def ragged_heads(lengths, heads, kv_heads, width=8):
 @pytest.mark.parametrize("lengths", [[5, 5, 0, 1, 16, 3, 3, 3], [4, 4], [0, 0], []])
 def test_packed_attention_is_that_of_each_sequence_alone(lengths, kv_heads, padded, monkeypatch):
     if padded:  # what a GPU in float32 runs
-        monkeypatch.setattr(attention, "_runs", lambda q, k, v, cu, scale: attention._padded(q, k, v, cu, max([*lengths, 0]), scale))
+        monkeypatch.setattr(
+            attention, "_runs", lambda q, k, v, cu, scale: attention._padded(q, k, v, cu, max([*lengths, 0]), scale)
+        )
     query, key, value = (x.requires_grad_() for x in ragged_heads(lengths, 4, kv_heads))
     cu = offsets(torch.tensor(lengths, dtype=torch.int64))
     packed = packed_attention(query, key, value, cu, max([*lengths, 0]), None)
@@ -61,7 +63,9 @@ def eager_hidden(family, vocab_size, embeds, position_ids):
     mask = torch.full((rows, rows), torch.finfo(torch.float32).min).triu(1)[None, None]
     decoder = getattr(model, model.base_model_prefix)
     with torch.no_grad():
-        return decoder(inputs_embeds=embeds[None], position_ids=position_ids[None], attention_mask=mask).last_hidden_state[0]
+        return decoder(
+            inputs_embeds=embeds[None], position_ids=position_ids[None], attention_mask=mask
+        ).last_hidden_state[0]
 
 
 def test_packed_pass_equals_eager_attention_of_each_sequence(family, family_codec):
@@ -91,7 +95,9 @@ def test_adapters_change_what_the_base_says(family_codec):
     adapted = family_codec.model.adapted
     embeds, positions, cu = torch.randn(6, adapted.hidden_size), torch.arange(6), offsets(torch.tensor([6]))
     with torch.no_grad():
-        outputs = [adapted(embeds, positions, cu, 6, adapter=a) for a in (None, "compressor", "decompressor", "inferencer")]
+        outputs = [
+            adapted(embeds, positions, cu, 6, adapter=a) for a in (None, "compressor", "decompressor", "inferencer")
+        ]
     for index, one in enumerate(outputs):
         for other in outputs[index + 1 :]:
             assert (one - other).abs().max() > 1e-2
@@ -122,7 +128,9 @@ def test_text_sees_the_ztokens_of_its_segment_and_context_and_no_others(context,
             changed[int(encoded.cu_units[segment])] += 1.0
             moved = (logits_of(changed) - before).abs().amax(1) > 1e-6
             seen_from = [
-                s for s in range(segment, min(6, segment + context + 1)) if document_of_segment[s] == document_of_segment[segment]
+                s
+                for s in range(segment, min(6, segment + context + 1))
+                if document_of_segment[s] == document_of_segment[segment]
             ]
             assert moved.tolist() == [s in seen_from for s in segment_of_token.tolist()]
 

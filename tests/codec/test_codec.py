@@ -70,7 +70,9 @@ def test_documents_compress_alike_alone_and_together(family_codec):
     """Floating-point sums may depend on the shape of a batch, so a code can differ where two are within rounding of
     each other. These seeds have no such pair (checked by the margin), so the codes must be equal."""
     documents = packed_documents(family_codec, [70, 3, 33, 16])
-    together = compress_windows(family_codec.model, documents[1:], 3.0) + compress_windows(family_codec.model, documents[:1], 3.0)
+    together = compress_windows(family_codec.model, documents[1:], 3.0) + compress_windows(
+        family_codec.model, documents[:1], 3.0
+    )
     together = [together[-1], *together[:-1]]
     for document, window in zip(documents, together):
         alone = compress_windows(family_codec.model, [document], 3.0)[0]

@@ -114,7 +114,9 @@ def test_sequences_leave_the_batch_in_order_of_their_lengths(family_codec):
     lengths = window.segment_lengths
     assert len(set(lengths)) > 1
     rows = []
-    hook = model.adapted.model.get_output_embeddings().register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    hook = model.adapted.model.get_output_embeddings().register_forward_hook(
+        lambda m, args, out: rows.append(len(args[0]))
+    )
     stacked = stack_windows(model, [window])
     together = decode_segments(model, *stacked)
     hook.remove()
@@ -127,6 +129,10 @@ def test_lengths_that_rise_are_refused(family_codec):
     prefix = torch.zeros(2, adapted.hidden_size)
     with pytest.raises(ValueError, match="decode_text: lengths must be in falling order"):
         decode_text(
-            adapted, prefix, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1, 2], dtype=torch.int32),
-            torch.tensor([1, 2]), 0,
+            adapted,
+            prefix,
+            torch.zeros(2, dtype=torch.int64),
+            torch.tensor([0, 1, 2], dtype=torch.int32),
+            torch.tensor([1, 2]),
+            0,
         )

@@ -11,11 +11,16 @@ from ztok_fast.codec.exact import MARGIN, find_corrections, join, split
 from ztok_fast.codec.passes import compress_windows, decompress_windows, teacher_forced
 
 NASTY = st.text(
-    st.sampled_from("ab \r\n\t\0é東🙂\u200d\ufeff\u0301\ud800\udfff") | st.characters(codec=None, exclude_categories=()),
+    st.sampled_from("ab \r\n\t\0é東🙂\u200d\ufeff\u0301\ud800\udfff")
+    | st.characters(codec=None, exclude_categories=()),
     max_size=40,
 )
 PIECES = st.lists(
-    NASTY | st.sampled_from(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|", "\r\n", "small text ", "👩\u200d👩\u200d👧"]), max_size=4
+    NASTY
+    | st.sampled_from(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|", "\r\n", "small text ", "👩\u200d👩\u200d👧"]
+    ),
+    max_size=4,
 ).map("".join)
 
 
@@ -116,9 +121,9 @@ def test_corrections_repair_decoding_that_drifts(codec, monkeypatch):
     documents = [list(range(3, 35))]
     windows = compress_windows(model, documents, 4.0)
     monkeypatch.setattr(
-        exact, "teacher_forced", lambda model, windows, documents: (
-            torch.tensor(documents[0]), torch.full((32,), 1e9), None
-        ),
+        exact,
+        "teacher_forced",
+        lambda model, windows, documents: (torch.tensor(documents[0]), torch.full((32,), 1e9), None),
     )
     corrections = find_corrections(model, windows, documents)
     assert corrections[0] and decompress_windows(model, windows, corrections) == documents
@@ -129,9 +134,7 @@ def test_corrections_repair_decoding_that_drifts(codec, monkeypatch):
 def test_join_and_split_are_inverse(lengths, data):
     from ztok_fast.codec.corrections import Corrections
 
-    windows = [
-        {p: data.draw(st.integers(0, 99)) for p in data.draw(st.sets(st.integers(0, n - 1)))} for n in lengths
-    ]
+    windows = [{p: data.draw(st.integers(0, 99)) for p in data.draw(st.sets(st.integers(0, n - 1)))} for n in lengths]
     positions, tokens = join(windows, lengths)
     assert split(Corrections(positions, tokens), lengths) == windows
     assert split(None, lengths) == [{} for _ in lengths]

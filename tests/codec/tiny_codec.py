@@ -29,8 +29,13 @@ def tiny_causal_lm(family: str, vocab_size: int, seed: int = 0):
         config = GPT2Config(n_positions=128, n_embd=HIDDEN, n_layer=2, n_head=4, **shared)
         return GPT2LMHeadModel(config).eval()
     sizes = {
-        "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
     }
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, **shared)).eval()
@@ -47,8 +52,15 @@ def tiny_base(family: str = "llama", seed: int = 0) -> BaseModel:
 
 def tiny_config(base: BaseModel, **settings) -> ZTokConfig:
     values = {
-        "base_model": base.name, "base_fingerprint": base.fingerprint, "segment_length": 16, "window_segments": 4,
-        "num_codebooks": 2, "codebook_size": 16, "latent_dim": 8, "max_unit_length": 8, "lora_rank": 2,
+        "base_model": base.name,
+        "base_fingerprint": base.fingerprint,
+        "segment_length": 16,
+        "window_segments": 4,
+        "num_codebooks": 2,
+        "codebook_size": 16,
+        "latent_dim": 8,
+        "max_unit_length": 8,
+        "lora_rank": 2,
     }
     return ZTokConfig(**(values | settings))
 

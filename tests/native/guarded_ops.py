@@ -153,7 +153,12 @@ def zhead(width, size, count, dtype):
     for temperature, top_p in ((0.0, 1.0), (0.8, 1.0), (0.8, 0.7)):
         ids = torch.arange(count) + 5
         ops.z_select(
-            rows(count, width, dtype=dtype).detach(), rows(size, width, dtype=dtype).detach(), temperature, top_p, 3, ids
+            rows(count, width, dtype=dtype).detach(),
+            rows(size, width, dtype=dtype).detach(),
+            temperature,
+            top_p,
+            3,
+            ids,
         )
 
 

@@ -94,8 +94,8 @@ void sum_rows(const Interleave* layout, int source, const Indices& index, int64_
     sorted_keys.push_back(keys[k]);
     sorted_values.push_back(values[k]);
   }
-  const SortedRows<T, Number> sorted{static_cast<const T*>(rows), row_stride, width, sorted_keys.data(),
-                                     sorted_values.data(), count, num_rows};
+  const SortedRows<T, Number> sorted{static_cast<const T*>(rows), row_stride, width,   sorted_keys.data(),
+                                     sorted_values.data(),        count,      num_rows};
   const int64_t chunks = sorted.num_chunks();
   std::vector<Sum> heads(chunks * width), tails(chunks * width);
   auto* result = static_cast<T*>(out);
@@ -117,8 +117,8 @@ template <typename T>
 void sum_rows_of(bool narrow, const Interleave* layout, int source, const Indices& index, int64_t count,
                  const void* rows, int64_t row_stride, int64_t total, int64_t width, int64_t num_rows, bool wide,
                  void* out) {
-  (narrow ? sum_rows<T, uint32_t> : sum_rows<T, uint64_t>)(layout, source, index, count, rows, row_stride, total,
-                                                           width, num_rows, wide, out);
+  (narrow ? sum_rows<T, uint32_t> : sum_rows<T, uint64_t>)(layout, source, index, count, rows, row_stride, total, width,
+                                                           num_rows, wide, out);
 }
 
 // Where the last call went out of bounds, which ended it; 0 if it did not.
@@ -142,8 +142,12 @@ void host_pack(const void* padded, const void* cu_seqlens, int64_t cu_wide, int6
     with_unit(unit_bytes, [&](auto unit) {
       using Unit = decltype(unit);
       const int64_t size = sizeof(Unit);
-      const PackRows<Unit> locator{static_cast<const Unit*>(padded), {cu_seqlens, cu_wide != 0}, batch, max_length,
-                                   batch_stride / size, row_stride / size};
+      const PackRows<Unit> locator{static_cast<const Unit*>(padded),
+                                   {cu_seqlens, cu_wide != 0},
+                                   batch,
+                                   max_length,
+                                   batch_stride / size,
+                                   row_stride / size};
       copy_rows<Unit>(locator, packed, total, row_bytes, nullptr);
     });
   });
@@ -156,8 +160,8 @@ void host_unpack(const void* packed, const void* cu_seqlens, int64_t cu_wide, in
     with_unit(unit_bytes, [&](auto unit) {
       using Unit = decltype(unit);
       const int64_t size = sizeof(Unit);
-      const UnpackRows<Unit> locator{static_cast<const Unit*>(packed), {cu_seqlens, cu_wide != 0}, total, max_length,
-                                     row_stride / size};
+      const UnpackRows<Unit> locator{
+          static_cast<const Unit*>(packed), {cu_seqlens, cu_wide != 0}, total, max_length, row_stride / size};
       copy_rows<Unit>(locator, padded, batch * max_length, row_bytes, fill);
     });
   });
@@ -214,9 +218,9 @@ void host_return_rows(const SourceArguments* sources, int64_t count, int64_t bat
 }
 
 // `type`: 0 float, 1 double, 2 half, 3 bfloat16. With `count` 0 the rows are summed in their own order.
-void host_sum(int64_t type, int64_t narrow, int64_t wide, const SourceArguments* sources, int64_t count,
-              int64_t batch, int64_t source, const void* index, int64_t index_wide, int64_t num_pairs,
-              const void* rows, int64_t row_stride, int64_t total, int64_t width, int64_t num_rows, void* out) {
+void host_sum(int64_t type, int64_t narrow, int64_t wide, const SourceArguments* sources, int64_t count, int64_t batch,
+              int64_t source, const void* index, int64_t index_wide, int64_t num_pairs, const void* rows,
+              int64_t row_stride, int64_t total, int64_t width, int64_t num_rows, void* out) {
   guarded([&] {
     const auto sum = type == 0   ? sum_rows_of<float>
                      : type == 1 ? sum_rows_of<double>

@@ -12,9 +12,7 @@ from ztok_fast import native
 
 NATIVE = torch.ops.ztok
 CANARY = 99
-needs_cpu = pytest.mark.skipif(
-    not native.status("cpu").available, reason=f"cpu: {native.status('cpu').reason}"
-)
+needs_cpu = pytest.mark.skipif(not native.status("cpu").available, reason=f"cpu: {native.status('cpu').reason}")
 DEVICES = [pytest.param("cpu", marks=needs_cpu), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

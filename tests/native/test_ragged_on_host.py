@@ -138,7 +138,19 @@ def test_pack_and_unpack(kernels, lengths, spare, slack, width, dtype, start, of
     row = width * padded.element_size()
     unit = widest_unit(padded.data_ptr(), packed.data_ptr(), row)
     strides = (max_length * row, row)
-    call(kernels, "host_pack", padded, cu_seqlens, wide(cu_seqlens), batch, max_length, *strides, packed, total, row, unit
+    call(
+        kernels,
+        "host_pack",
+        padded,
+        cu_seqlens,
+        wide(cu_seqlens),
+        batch,
+        max_length,
+        *strides,
+        packed,
+        total,
+        row,
+        unit,
     )
     assert torch.equal(packed, reference.ragged_pack(padded, cu_seqlens, total))
     assert canaries_intact(storage, first, total * row)
@@ -197,9 +209,7 @@ class Sources:
 
     def array(self, side):
         """The parameters in C, of copies at guard pages, which live until the next call; of the tensors for None."""
-        self.held = [
-            [t if t is None or side is None else guard(t, side) for t in tensors] for tensors in self.tensors
-        ]
+        self.held = [[t if t is None or side is None else guard(t, side) for t in tensors] for tensors in self.tensors]
         return (Source * self.count)(
             *(
                 Source(

@@ -19,7 +19,15 @@ HALVES = (torch.bfloat16, torch.float16)
 METRICS = ("l2", "cosine", "dot")
 # rows, codes, width, levels: without packing (few rows, more of them if wide); codes in several blocks of 128, the last one not full; tiles
 # of 6 rows and vectors of 8 or 16 elements not full; the width in parts of at most 256; rows in several blocks
-SHAPES = [(1, 1, 1, 1), (3, 131, 45, 2), (7, 129, 300, 2), (11, 200, 40, 2), (50, 257, 700, 1), (701, 300, 40, 3), (400, 128, 1000, 1)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 131, 45, 2),
+    (7, 129, 300, 2),
+    (11, 200, 40, 2),
+    (50, 257, 700, 1),
+    (701, 300, 40, 3),
+    (400, 128, 1000, 1),
+]
 
 
 @contextmanager
@@ -240,7 +248,9 @@ def test_shared_offsets_and_outliers(rows, width, dtype, metric):
     shift = torch.zeros(width)
     shift[3], shift[width - 1] = 1000.0, -250.0
     x = torch.randn(rows, width, generator=generator) + shift
-    books = (torch.randn(2, 200, width, generator=generator) + shift * torch.tensor([1.0, 0.0])[:, None, None]).to(dtype)
+    books = (torch.randn(2, 200, width, generator=generator) + shift * torch.tensor([1.0, 0.0])[:, None, None]).to(
+        dtype
+    )
     with ztok_fast.backend("cpp"):
         found = ops.codebook_assign(x, books, metric)
     with ztok_fast.backend("reference"):

@@ -28,7 +28,7 @@ def linear(arch, key, tile):
             # the stride of a contiguous dimension is specialised away as the constant 1
             strides = {"stride_k": 1, "stride_up_r": 1} if not transposed else {"stride_c": 1, "stride_up_c": 1}
             free = tuple(name for name in names if name not in strides)
-            signature = {name: f"*{dtype}" for name in ("x", "weight", "bias", "y")}
+            signature = dict.fromkeys(("x", "weight", "bias", "y"), f"*{dtype}")
             signature |= {"up": f"*{adapter_type}", "low_rank": "*fp32"} | numbers | dict.fromkeys(free, "i32")
             signature |= {"adapters": "*i32"} if several else {}
             yield Case(

@@ -13,7 +13,7 @@ POINTERS = {
     "grad_end_rows": "*fp32", "levels": "*i32", "latents": "*fp32", "scales": "*fp32", "unit_levels": "*i32",
     "grad_latents": "*fp32", "from_codes": "*fp32",
 }  # fmt: skip
-NUMBERS = {name: "i32" for name in ("T", "B", "L", "M", "total_units")} | {"bits": "i64"}
+NUMBERS = dict.fromkeys(("T", "B", "L", "M", "total_units"), "i32") | {"bits": "i64"}
 # whether the mode is "stop", and the dtype of the mass
 MODES = ((False, "*bf16"), (True, "*fp32"), (False, "*fp64"))
 

@@ -4,7 +4,7 @@ from tests.ops.aot_case import Case, capability_of, text_of
 
 MODULE = "ztok_fast.ops.zhead.triton_kernels"
 TENSORS = {"row_ids": "*i64", "scores": "*fp32", "indices": "*i32", "sums": "*fp32", "V": "i32", "parts": "i32"}
-KEY = {name: "i32" for name in ("temperature_low", "temperature_high", "seed_low", "seed_high", "step")}
+KEY = dict.fromkeys(("temperature_low", "temperature_high", "seed_low", "seed_high", "step"), "i32")
 CONSTANTS = {"D": 576, "SAMPLE": True, "ROW_IDS": True}
 
 

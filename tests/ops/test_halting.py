@@ -313,7 +313,10 @@ class TestIntegrateUnits:
         # a weight where no share exists counts for nothing, and so its gradient is 0
         weights = units.weights.clone().requires_grad_()
         assert gradcheck(
-            lambda r, w: ops.integrate_units(r, units._replace(weights=w), total_units), (rows, weights), backend, device
+            lambda r, w: ops.integrate_units(r, units._replace(weights=w), total_units),
+            (rows, weights),
+            backend,
+            device,
         )
 
     def test_gradcheck_through_halting(self, backend, device):

@@ -123,8 +123,10 @@ def test_residual_backward_matches_float64(backend, device, dtype, rows, width):
 @pytest.mark.parametrize("op", ["halting_units", "quantize_ragged"])
 def test_graph_capture_and_memory(op):
     """No host synchronisation: a captured run gives what an eager one gave. No padded copy: memory grows with units."""
-    if not any(row.backend == "triton" and not requirements.unmet(row, torch.device("cuda"))
-               for row in requirements.rows_of(op)):
+    if not any(
+        row.backend == "triton" and not requirements.unmet(row, torch.device("cuda"))
+        for row in requirements.rows_of(op)
+    ):
         pytest.skip("no Triton here")
     arguments = arguments_of("cuda", [300, 0, 5000], width=512, code_width=64, size=256)
     call = {

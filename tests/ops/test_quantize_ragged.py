@@ -8,6 +8,7 @@ from tests.ops.test_quantize import HYPOTHESIS, on
 from tests.ops.tolerances import assert_close
 from ztok_fast import ops
 
+
 def ragged_inputs(device, dtype=torch.float32, lengths=(5, 0, 1, 7), width=6, code_width=3):
     rows = sum(lengths)
     # sixteenths with an offset at the start of each sequence keep prefix sums off the multiples of the threshold
@@ -158,9 +159,7 @@ class TestQuantizeRagged:
         for name in FLOATS:
             arguments[name].requires_grad_()
         levels = torch.tensor([1, 2, 0, 2], device=device)
-        torch.library.opcheck(
-            torch.ops.ztok.quantize_ragged.default, (*arguments.values(), levels, 1.0, mode, 13)
-        )
+        torch.library.opcheck(torch.ops.ztok.quantize_ragged.default, (*arguments.values(), levels, 1.0, mode, 13))
 
     def test_compiles_in_full(self, backend, device):
         arguments = ragged_inputs(device)

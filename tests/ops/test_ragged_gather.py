@@ -21,6 +21,7 @@ from tests.ops.tolerances import assert_close
 from ztok_fast import ops
 from ztok_fast.ops.requirements import ANY_DTYPE
 
+
 @pytest.mark.op("ragged_gather")
 @RAGGED
 @given(spec=sources(), dtype=st.sampled_from(ANY_DTYPE), index_dtype=st.sampled_from([torch.int32, torch.int64]))

@@ -10,6 +10,7 @@ from tests.ops.tolerances import assert_close
 from ztok_fast import ops
 from ztok_fast.ops.ragged import reference
 
+
 @pytest.mark.op("ragged_layout")
 @RAGGED
 @given(spec=sources())

@@ -88,7 +88,10 @@ def test_questions_go_with_text_that_fits_one_chunk(tmp_path):
     rows = [
         {"text": "a short text, one chunk", "question": "q?", "answer": "a!"},
         {"text": "long " * 30, "question": "q?", "answer": "a!"},
-        {"text": "another short text here", "qa": [{"question": "1?", "answer": "one"}, {"question": "2?", "answer": "two"}, "x"]},
+        {
+            "text": "another short text here",
+            "qa": [{"question": "1?", "answer": "one"}, {"question": "2?", "answer": "two"}, "x"],
+        },
         {"text": "a text without an answer", "question": "q?", "answer": ""},
     ]
     stream = stream_of(write_rows(tmp_path / "a.jsonl", rows))
@@ -138,7 +141,9 @@ def test_files_with_nothing_to_read(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected at least one row, got none"):
         stream_of(empty).next_batch()
     short = write_rows(tmp_path / "short.jsonl", [{"text": ""}] * 3)
-    with pytest.raises(ValueError, match="expected rows of at least 16 tokens outside the excluded sources, got none in 50 rows"):
+    with pytest.raises(
+        ValueError, match="expected rows of at least 16 tokens outside the excluded sources, got none in 50 rows"
+    ):
         stream_of(short).next_batch()
 
 

@@ -112,7 +112,9 @@ class TestCare:
         care.usage = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
         assert care.perplexity() == pytest.approx([1.0]) and care.alive() == [1]
         care.usage = torch.tensor([[0.5, 0.5, 0.0, 0.02]])
-        assert care.perplexity()[0] == pytest.approx(math.exp(2 * -(0.5 / 1.02) * math.log(0.5 / 1.02) - 0.02 / 1.02 * math.log(0.02 / 1.02)))
+        assert care.perplexity()[0] == pytest.approx(
+            math.exp(2 * -(0.5 / 1.02) * math.log(0.5 / 1.02) - 0.02 / 1.02 * math.log(0.02 / 1.02))
+        )
         assert care.alive() == [2] and care.alive(0.01) == [3]
 
     def test_usage_follows_the_counts_and_latents_the_last_seen(self):

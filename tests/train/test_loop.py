@@ -155,7 +155,9 @@ def test_checkpoint_of_other_settings_is_refused(whole_run, tmp_path):
     settings = tiny_settings(tmp_path)
     settings.out = str(whole_run)
     settings.codec = settings.codec | {"latent_dim": 4}
-    with pytest.raises(SettingsError, match="expected a checkpoint of the same codec settings.*got other .'latent_dim'"):
+    with pytest.raises(
+        SettingsError, match="expected a checkpoint of the same codec settings.*got other .'latent_dim'"
+    ):
         Trainer(settings, tiny_base())
     settings.codec = tiny_settings(tmp_path).codec
     with pytest.raises(SettingsError, match="got other .'base_fingerprint'"):
@@ -170,15 +172,28 @@ def test_accumulated_batches_equal_one_larger_batch(tmp_path):
     off = dict.fromkeys(("commitment", "codebook", "length", "usage", "density", "zspace", "answer"), 0)
     for accumulation, batch_tokens in ((1, 160), (2, 80)):
         settings = tiny_settings(
-            tmp_path, out=str(tmp_path / f"run-{accumulation}"), accumulation=accumulation, batch_tokens=batch_tokens,
-            loss=off, noise=0, noise_end=0, sampling=0, level_dropout=0, surprisal_steps=0, gradient_clip=1e9,
+            tmp_path,
+            out=str(tmp_path / f"run-{accumulation}"),
+            accumulation=accumulation,
+            batch_tokens=batch_tokens,
+            loss=off,
+            noise=0,
+            noise_end=0,
+            sampling=0,
+            level_dropout=0,
+            surprisal_steps=0,
+            gradient_clip=1e9,
             codec=tiny_settings(tmp_path).codec | {"budgets": [4.0]},
         )
         trainer = Trainer(settings, tiny_base())
         # Rows of at least 80 tokens give chunks of exactly 40 and rests, which are left out.
         trainer.stream.min_tokens = 40
         row = trainer.train_step()
-        first_moments = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.model.trainable_parameters().values() if p in trainer.optimizer.state]
+        first_moments = [
+            trainer.optimizer.state[p]["exp_avg"]
+            for p in trainer.model.trainable_parameters().values()
+            if p in trainer.optimizer.state
+        ]
         results.append((row, first_moments))
     (one, moments), (two, accumulated) = results
     assert two["reconstruction"] == pytest.approx(one["reconstruction"], rel=1e-5)
@@ -212,8 +227,14 @@ def test_two_processes_train_one_model(tmp_path):
     (tmp_path / "train_two.py").write_text(TWO_PROCESSES)
     root = Path(__file__).resolve().parents[2]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(tmp_path / "train_two.py"), str(tmp_path),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "train_two.py"),
+        str(tmp_path),
     ]  # and the minutes after which all stop
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     for minutes, steps in (("1e-9", 1), ("0", 8)):  # stops after a step; goes on from there

@@ -15,9 +15,25 @@ from ztok_fast.train.objective import LossWeights, Objective, Phase, blend_vecto
 TERMS = [f.name for f in dataclasses.fields(LossWeights)]
 NONE = dict.fromkeys(TERMS, 0.0)
 
-COMPRESSOR = ("compressor", "budget_embedding", "end_projection", "mean_projection", "binding", "hidden_gain", "embedding_gain")
+COMPRESSOR = (
+    "compressor",
+    "budget_embedding",
+    "end_projection",
+    "mean_projection",
+    "binding",
+    "hidden_gain",
+    "embedding_gain",
+)
 MASS = ("compressor", "budget_embedding", "halting")
-DECOMPRESSOR = ("decompressor", "z_projection", "length_embedding", "start_embedding", "offset_embedding", "unbinding", "copy_gains")
+DECOMPRESSOR = (
+    "decompressor",
+    "z_projection",
+    "length_embedding",
+    "start_embedding",
+    "offset_embedding",
+    "unbinding",
+    "copy_gains",
+)
 ZSPACE_HEAD = ("inferencer", "zspace", "serial")
 
 # term -> what it moves, what gets no gradient from it
@@ -28,9 +44,14 @@ LIVE = {
     "length": (MASS, (*DECOMPRESSOR, *ZSPACE_HEAD, "codebooks", "end_projection", "mean_projection", "binding")),
     "usage": ((*COMPRESSOR, "codebooks"), (*DECOMPRESSOR, *ZSPACE_HEAD)),
     "density": (MASS, (*DECOMPRESSOR, *ZSPACE_HEAD, "codebooks", "end_projection", "mean_projection", "binding")),
-    "zspace": (("inferencer", "zspace.queries", "zspace.end_row", "zspace.length", "zspace.marks"),
-               (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks")),
-    "serial": (("compressor", "budget_embedding", "serial"), (*DECOMPRESSOR, "inferencer", "zspace", "halting", "codebooks", "binding")),
+    "zspace": (
+        ("inferencer", "zspace.queries", "zspace.end_row", "zspace.length", "zspace.marks"),
+        (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks"),
+    ),
+    "serial": (
+        ("compressor", "budget_embedding", "serial"),
+        (*DECOMPRESSOR, "inferencer", "zspace", "halting", "codebooks", "binding"),
+    ),
     "answer": (("inferencer", "zspace.marks"), (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks", "zspace.queries")),
 }
 
@@ -49,7 +70,9 @@ def batch_of(codec, lengths=(40, 23), asked=True):
 
 
 def run(codec, weights, phase=Phase(), ratios=(3.0, 2.0), **batch):
-    return Objective(codec.model, LossWeights(**(NONE | weights)))(batch_of(codec, **batch), torch.tensor(ratios), phase)
+    return Objective(codec.model, LossWeights(**(NONE | weights)))(
+        batch_of(codec, **batch), torch.tensor(ratios), phase
+    )
 
 
 def belongs(name: str, groups) -> bool:
@@ -108,7 +131,9 @@ def test_blend_goes_from_latents_to_codes(codec):
     torch.testing.assert_close(blend_vectors(encoded, 1.0), codes)
     weights = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
     gradients = [
-        torch.autograd.grad((weights * blend_vectors(encoded, b)).sum(), codec.model.mean_projection, retain_graph=True)[0]
+        torch.autograd.grad(
+            (weights * blend_vectors(encoded, b)).sum(), codec.model.mean_projection, retain_graph=True
+        )[0]
         for b in (0.0, 0.5, 1.0)
     ]
     for gradient in gradients[1:]:  # straight through, whatever the blend

@@ -18,9 +18,20 @@ def tiny_pretraining(folder, **changed) -> PretrainConfig:
         write_corpus(data, rows=20)
         write_corpus(folder / "dev.jsonl", rows=6, seed=1)
     values = {
-        "out": str(folder / "run"), "train_files": [str(data)], "dev_files": [str(folder / "dev.jsonl")],
-        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2,
-        "num_kv_heads": 1, "context": 16, "batch_size": 4, "steps": 6, "warmup_steps": 2, "checkpoint_every": 2,
+        "out": str(folder / "run"),
+        "train_files": [str(data)],
+        "dev_files": [str(folder / "dev.jsonl")],
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "context": 16,
+        "batch_size": 4,
+        "steps": 6,
+        "warmup_steps": 2,
+        "checkpoint_every": 2,
         "eval_every": 3,
     }
     return PretrainConfig(**(values | changed))

@@ -23,7 +23,12 @@ def write_corpus(path: Path, rows: int = 16, seed: int = 0, words: int = 20) -> 
 
 
 CODEC = {
-    "segment_length": 16, "num_codebooks": 2, "codebook_size": 8, "latent_dim": 8, "max_unit_length": 8, "lora_rank": 2,
+    "segment_length": 16,
+    "num_codebooks": 2,
+    "codebook_size": 8,
+    "latent_dim": 8,
+    "max_unit_length": 8,
+    "lora_rank": 2,
     "budgets": [2.0, 4.0],
 }
 
@@ -35,10 +40,28 @@ def tiny_settings(folder: Path, **changed) -> TrainSettings:
         write_corpus(data)
         write_corpus(folder / "dev.jsonl", rows=4, seed=1)
     values = {
-        "base": "tiny", "out": str(folder / "run"), "train_files": [str(data)], "dev_files": [str(folder / "dev.jsonl")],
-        "codec": CODEC, "steps": 8, "batch_tokens": 64, "chunk_tokens": 40, "warmup_steps": 2, "surprisal_steps": 1,
-        "continuous_steps": 2, "blend_steps": 2, "kmeans_latents": 64, "kmeans_iterations": 2, "dead_code_every": 2,
-        "dead_code_threshold": 0.99, "level_dropout": 0.5, "sampling_start": 0.5, "density_every": 2, "eval_every": 0,
-        "eval_documents": 2, "eval_tokens": 20, "checkpoint_every": 4,
+        "base": "tiny",
+        "out": str(folder / "run"),
+        "train_files": [str(data)],
+        "dev_files": [str(folder / "dev.jsonl")],
+        "codec": CODEC,
+        "steps": 8,
+        "batch_tokens": 64,
+        "chunk_tokens": 40,
+        "warmup_steps": 2,
+        "surprisal_steps": 1,
+        "continuous_steps": 2,
+        "blend_steps": 2,
+        "kmeans_latents": 64,
+        "kmeans_iterations": 2,
+        "dead_code_every": 2,
+        "dead_code_threshold": 0.99,
+        "level_dropout": 0.5,
+        "sampling_start": 0.5,
+        "density_every": 2,
+        "eval_every": 0,
+        "eval_documents": 2,
+        "eval_tokens": 20,
+        "checkpoint_every": 4,
     }
     return TrainSettings(**(values | changed))

@@ -172,7 +172,13 @@ def progress_bar(total: int, description: str) -> Iterator[Callable[[int], None]
     from tqdm import tqdm
 
     with tqdm(
-        total=total, desc=description, unit=" tokens", unit_scale=True, delay=BAR_DELAY_SECONDS, leave=False,
-        file=sys.stderr, disable=not shows_progress(),
+        total=total,
+        desc=description,
+        unit=" tokens",
+        unit_scale=True,
+        delay=BAR_DELAY_SECONDS,
+        leave=False,
+        file=sys.stderr,
+        disable=not shows_progress(),
     ) as bar:
         yield bar.update

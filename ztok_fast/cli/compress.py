@@ -36,8 +36,12 @@ def run(options: argparse.Namespace) -> int:
     # Exact mode decodes all that it has encoded.
     with common.progress_bar(2 * total if options.exact else total, "compress") as progress:
         z = codec.compress(
-            documents, options.ratio, options.exact,
-            levels=options.levels, fixed_units=options.fixed_units, progress=progress,
+            documents,
+            options.ratio,
+            options.exact,
+            levels=options.levels,
+            fixed_units=options.fixed_units,
+            progress=progress,
         )
     if not options.exact:
         _note_lossy_bytes(options.files, documents)

@@ -17,7 +17,10 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("file", metavar="FILE.ztok")
     parser.add_argument(
-        "-o", "--output", default="-", metavar="OUT",
+        "-o",
+        "--output",
+        default="-",
+        metavar="OUT",
         help="file to write, or for several documents a new folder (default -: stdout, one after another)",
     )
     parser.add_argument("--document", type=int, metavar="N", help="only document N, the first being 0")

@@ -108,13 +108,27 @@ def evaluate_variants(codec: ZTokCodec, documents: list[list[int]], budgets: lis
 def render(result: dict) -> str:
     """The table that ``ztok eval`` prints."""
     header = (
-        "budget", "units", "levels", "free-running", "teacher-forced", "ratio", "rate", "loss bits", "length~surprisal"
+        "budget",
+        "units",
+        "levels",
+        "free-running",
+        "teacher-forced",
+        "ratio",
+        "rate",
+        "loss bits",
+        "length~surprisal",
     )
     rows = [
         [
-            f"{row['budget']:g}", row["units"], str(row["levels"]), report.percent(row["free_running"]),
-            report.percent(row["teacher_forced"]), report.number(row["ratio"]), report.number(row["rate"]),
-            report.number(row["loss_bits"]), report.number(row["length_surprisal_correlation"]),
+            f"{row['budget']:g}",
+            row["units"],
+            str(row["levels"]),
+            report.percent(row["free_running"]),
+            report.percent(row["teacher_forced"]),
+            report.number(row["ratio"]),
+            report.number(row["rate"]),
+            report.number(row["loss_bits"]),
+            report.number(row["length_surprisal_correlation"]),
         ]
         for row in result["rows"]
     ]

@@ -82,8 +82,14 @@ _DOCUMENT_COLUMNS = ("document", "tokens", "Z-tokens", "budget", "ratio", "level
 def _document_row(index: int, one: ZBatch) -> list[str]:
     info = one.documents[0]
     return [
-        str(index), f"{info.tokens:,}", f"{one.ztokens:,}", f"{info.budget:g}", report.number(one.achieved_ratio),
-        str(info.levels), report.number(one.rate), "-" if info.byte_length is None else f"{info.byte_length:,}",
+        str(index),
+        f"{info.tokens:,}",
+        f"{one.ztokens:,}",
+        f"{info.budget:g}",
+        report.number(one.achieved_ratio),
+        str(info.levels),
+        report.number(one.rate),
+        "-" if info.byte_length is None else f"{info.byte_length:,}",
         _exactness(info),
     ]
 

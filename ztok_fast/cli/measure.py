@@ -93,8 +93,13 @@ def measure(codec: ZTokCodec, text: str, ratio: float) -> Measurement:
     for window, piece in zip(codec.windows_of(z), pieces):
         predicted += teacher_forced(codec.model, [window], [piece])[0].tolist()
     return Measurement(
-        tokens, z, written, predicted, torch.cat([surprisal(codec, piece) for piece in pieces]),
-        compressed - started, decompressed - compressed,
+        tokens,
+        z,
+        written,
+        predicted,
+        torch.cat([surprisal(codec, piece) for piece in pieces]),
+        compressed - started,
+        decompressed - compressed,
     )
 
 

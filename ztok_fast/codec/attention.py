@@ -124,7 +124,9 @@ def _refuse_others(longest: int, kwargs: dict) -> None:
         raise ValueError(f"attention: expected at most {window} rows (the base's sliding window), got {longest}")
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"attention: expected a base model without {name}, which is not implemented, got one with it")
+            raise ValueError(
+                f"attention: expected a base model without {name}, which is not implemented, got one with it"
+            )
 
 
 def no_mask(*args, attention_mask=None, **kwargs) -> None:

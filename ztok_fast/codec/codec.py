@@ -146,12 +146,21 @@ class ZTokCodec:
         pieces = [[d[i : i + limit] for i in range(0, len(d), limit)] for d in documents]
         flat = [p for own in pieces for p in own]
         windows = compress_windows(
-            self.model, flat, ratio, fixed_units=fixed_units, levels=levels, batch_tokens=batch_tokens, progress=progress
+            self.model,
+            flat,
+            ratio,
+            fixed_units=fixed_units,
+            levels=levels,
+            batch_tokens=batch_tokens,
+            progress=progress,
         )
         infos = [
             DocumentInfo(
-                tokens=len(tokens), budget=ratio, levels=levels or self.config.num_codebooks,
-                sha256=hashlib.sha256(original).hexdigest(), byte_length=len(original),
+                tokens=len(tokens),
+                budget=ratio,
+                levels=levels or self.config.num_codebooks,
+                sha256=hashlib.sha256(original).hexdigest(),
+                byte_length=len(original),
             )
             for tokens, original in zip(documents, originals)
         ]
@@ -163,7 +172,9 @@ class ZTokCodec:
             for info, own, tokens, original in zip(infos, pieces, documents, originals):
                 positions, values = exact_mode.join(corrections[at : at + len(own)], [len(p) for p in own])
                 at += len(own)
-                info.corrections = exact_mode.document_corrections(positions, values, self._text_bytes(tokens), original)
+                info.corrections = exact_mode.document_corrections(
+                    positions, values, self._text_bytes(tokens), original
+                )
         return self._zbatch(windows, [len(own) for own in pieces], infos)
 
     def _contents(self, texts) -> tuple[list[bytes], list[str]]:
@@ -215,9 +226,7 @@ class ZTokCodec:
             ZBatchError: the batch is damaged or another codec made it.
             ExactMismatchError: exact mode, and what came back is not the original.
         """
-        return [
-            _as_text(data) for data in self.decompress_bytes(z, batch_segments=batch_segments, progress=progress)
-        ]
+        return [_as_text(data) for data in self.decompress_bytes(z, batch_segments=batch_segments, progress=progress)]
 
     def decompress_bytes(
         self, z: ZBatch, *, batch_segments: int = 128, progress: Progress | None = None
@@ -248,9 +257,7 @@ class ZTokCodec:
             counts.append(len(own))
             windows += own
             forced += exact_mode.split(info.corrections, [sum(w.segment_lengths) for w in own])
-        pieces = decompress_windows(
-            self.model, windows, forced, batch_segments=batch_segments, progress=progress
-        )
+        pieces = decompress_windows(self.model, windows, forced, batch_segments=batch_segments, progress=progress)
         results, at = [], 0
         for count in counts:
             results.append([t for piece in pieces[at : at + count] for t in piece])

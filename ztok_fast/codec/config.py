@@ -95,7 +95,12 @@ class ZTokConfig:
             raise ConfigError(f"codec setting compressor_layers: expected an integer of at least 1, got {layers!r}")
         if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)):
             raise ConfigError(f"codec setting lora_alpha: expected a number, got {self.lora_alpha!r}")
-        for name, kind in (("base_model", str), ("base_fingerprint", str), ("unit_conditioning", bool), ("copy_path", bool)):
+        for name, kind in (
+            ("base_model", str),
+            ("base_fingerprint", str),
+            ("unit_conditioning", bool),
+            ("copy_path", bool),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"codec setting {name}: expected {kind.__name__}, got {getattr(self, name)!r}")
         if self.copy_path and not self.unit_conditioning:

@@ -54,8 +54,14 @@ def continue_ztokens(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     for step in range(max_new_ztokens):
         codes, lengths, drawn_end = model.zspace.select(
-            session.last, model.codebooks, temperature=temperature, top_p=top_p, seed=seed, row_ids=row_ids,
-            step=step, allow_end=end_threshold is None,
+            session.last,
+            model.codebooks,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            row_ids=row_ids,
+            step=step,
+            allow_end=end_threshold is None,
         )
         # A drawn end-of-Z is all the mass there is.
         mass = (drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)).double()
@@ -69,7 +75,9 @@ def continue_ztokens(
             session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
             position = position + 1
     kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0).tolist()
-    return _as_windows(model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept)
+    return _as_windows(
+        model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept
+    )
 
 
 def check_count(name: str, value: object) -> None:
@@ -89,7 +97,9 @@ def check_positions(model: ZTokModel, cu_prefix: torch.Tensor, new_rows: int) ->
         return
     needed = int(cu_prefix.diff().max()) + new_rows
     if needed > limit:
-        raise CodecError(f"Z-tokens: expected at most {limit} rows with what is to be written (the base's positions), got {needed}")
+        raise CodecError(
+            f"Z-tokens: expected at most {limit} rows with what is to be written (the base's positions), got {needed}"
+        )
 
 
 def _as_windows(model, z, codes, lengths, kept) -> tuple[list[Window], list[DocumentInfo]]:
@@ -121,11 +131,18 @@ def answer_question(model: ZTokModel, z: ZBatch, questions: list[list[int]], max
     cu_mark = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
     once = torch.zeros(len(z), dtype=torch.int64, device=device)
     joined = ragged_gather(
-        [embeds, marks[1:2], words.to(embeds.dtype), marks[2:3]], [None, once, None, once], [cu_context, cu_mark, cu_words, cu_mark]
+        [embeds, marks[1:2], words.to(embeds.dtype), marks[2:3]],
+        [None, once, None, once],
+        [cu_context, cu_mark, cu_words, cu_mark],
     )
     check_positions(model, joined.cu_seqlens, max_new_tokens - 1)
     return write_answer(
-        model.adapted, joined.values, joined.position_ids, joined.cu_seqlens, max_new_tokens, set(model.adapted.end_tokens)
+        model.adapted,
+        joined.values,
+        joined.position_ids,
+        joined.cu_seqlens,
+        max_new_tokens,
+        set(model.adapted.end_tokens),
     )
 
 

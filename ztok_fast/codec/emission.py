@@ -52,7 +52,9 @@ def fixed_mass(ratio: torch.Tensor) -> torch.Tensor:
     return (1.0 / ratio + 2.0**-19).clamp(max=1.0)
 
 
-def surprisal_mass(bits: torch.Tensor, ratio: torch.Tensor, cu_groups: torch.Tensor, config: ZTokConfig) -> torch.Tensor:
+def surprisal_mass(
+    bits: torch.Tensor, ratio: torch.Tensor, cu_groups: torch.Tensor, config: ZTokConfig
+) -> torch.Tensor:
     """The mass that the halting head learns: in part uniform, in part in proportion to the token's surprisal.
 
     Args:

@@ -57,7 +57,14 @@ class DecodeSession:
     """
 
     def __init__(
-        self, adapted: AdaptedBase, adapter: str, embeds, position_ids, cu_seqlens, new_rows: int, layers: int | None = None
+        self,
+        adapted: AdaptedBase,
+        adapter: str,
+        embeds,
+        position_ids,
+        cu_seqlens,
+        new_rows: int,
+        layers: int | None = None,
     ) -> None:
         self.adapted, self.adapter, self.layers = adapted, adapter, layers
         lengths = cu_seqlens.diff().long()
@@ -90,7 +97,12 @@ class DecodeSession:
         """
         mask = self.valid[: len(embeds), None, None, : self.cache.filled + 1]
         hidden = self.adapted(
-            embeds[:, None], position_ids[:, None], mask=mask, cache=self.cache, adapter=self.adapter, layers=self.layers
+            embeds[:, None],
+            position_ids[:, None],
+            mask=mask,
+            cache=self.cache,
+            adapter=self.adapter,
+            layers=self.layers,
         )
         self.cache.advance(1)
         self.last = hidden[:, -1]

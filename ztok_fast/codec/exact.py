@@ -59,7 +59,9 @@ def _verify(model, windows, members, corrections, progress) -> None:
     pending = members
     for attempt in range(ROUNDS):
         written = decompress_windows(
-            model, [windows[i] for _, i in pending], [corrections[t] for t, _ in pending],
+            model,
+            [windows[i] for _, i in pending],
+            [corrections[t] for t, _ in pending],
             progress=progress if attempt == 0 else None,
         )
         failed = []

@@ -14,7 +14,6 @@ from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, positio
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
 
-
 MASS_STEP = 2.0**-20
 """The grid that mass is rounded to; one step more than 1 / n lets n tokens end a unit despite rounding."""
 
@@ -190,7 +189,9 @@ class ZTokModel(nn.Module):
         )
         return Encoded(raw_mass, scaled, quantized, lengths, units.cu_units)
 
-    def compressor_inputs(self, tokens, cu_segments, cu_groups, ratio) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def compressor_inputs(
+        self, tokens, cu_segments, cu_groups, ratio
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of text rows packed as in :meth:`encode`: embeddings ``[T, D]``, the same told the ratio, the ratio ``[T]``."""
         group_of_segment = sequence_of_row(cu_groups, len(cu_segments) - 1)
         row_ratio = ratio[group_of_segment[sequence_of_row(cu_segments, len(tokens))]]
@@ -209,7 +210,9 @@ class ZTokModel(nn.Module):
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """Sum of the code vectors, ``[K, d_z]``; a code of -1 is a dropped level and adds nothing."""
-        vectors = torch.stack([self.codebooks[level][codes[:, level].clamp(min=0).long()] for level in range(codes.shape[1])])
+        vectors = torch.stack(
+            [self.codebooks[level][codes[:, level].clamp(min=0).long()] for level in range(codes.shape[1])]
+        )
         return (vectors * (codes.T >= 0)[:, :, None]).sum(0)
 
     def z_embeddings(self, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -243,9 +246,7 @@ class ZTokModel(nn.Module):
         back = sequence_of_row(cu_prefix, len(rows)) - segment_of_unit[rows]
         return rows, own[rows] + (config.context_segments - back) * config.segment_length, cu_prefix
 
-    def decoder_inputs(
-        self, embeddings, lengths, cu_units, first_segment, tokens, cu_segments
-    ) -> DecoderInputs:
+    def decoder_inputs(self, embeddings, lengths, cu_units, first_segment, tokens, cu_segments) -> DecoderInputs:
         """Teacher-forced decompressor inputs of packed segments (see :class:`DecoderInputs`)."""
         total = len(tokens)
         rows, z_positions, cu_prefix = self.prefix(embeddings, lengths, cu_units, first_segment)
@@ -274,7 +275,9 @@ class ZTokModel(nn.Module):
         unbound = embeddings[unit] * self.unbinding[gate]
         if self.copy_gains is None:
             return unbound + self.offset_embedding(offset), None
-        return self.copy_gains[1] * unbound + self.offset_embedding(offset), self.evidence_scale * self.copy_gains[0] * unbound
+        return self.copy_gains[1] * unbound + self.offset_embedding(offset), self.evidence_scale * self.copy_gains[
+            0
+        ] * unbound
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""

@@ -60,14 +60,22 @@ def grouped(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def encode_documents(
-    model: ZTokModel, documents: list[list[int]], ratio: float, fixed_units: bool | None = None, levels: int | None = None
+    model: ZTokModel,
+    documents: list[list[int]],
+    ratio: float,
+    fixed_units: bool | None = None,
+    levels: int | None = None,
 ) -> Encoded:
     """One compression pass over documents that share a ratio, each at most one window long."""
     return model.encode(*_packed(model, documents, ratio, levels), fixed_units)
 
 
 def emit_documents(
-    model: ZTokModel, documents: list[list[int]], ratio: float, fixed_units: bool | None = None, levels: int | None = None
+    model: ZTokModel,
+    documents: list[list[int]],
+    ratio: float,
+    fixed_units: bool | None = None,
+    levels: int | None = None,
 ) -> Written:
     """The Z-tokens of such documents by the emission that the codec is configured for.
 

@@ -76,7 +76,14 @@ def write_ztokens(
         if step == longest or bool((torch.stack(masses).amax(0) >= STOP_THRESHOLD).all()):
             break
         chosen, length, _ = model.serial.select(
-            session.last, model.codebooks, temperature=0.0, top_p=1.0, seed=0, row_ids=row_ids, step=step, allow_end=False
+            session.last,
+            model.codebooks,
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
+            row_ids=row_ids,
+            step=step,
+            allow_end=False,
         )
         if levels is not None:
             unused = torch.arange(config.num_codebooks, device=device) >= levels[:, None]
@@ -108,7 +115,11 @@ def serial_loss(model: ZTokModel, tokens, cu_segments, cu_groups, ratio, encoded
         model, told, cu_segments, embeddings.detach(), encoded.lengths, encoded.cu_units
     )
     hidden = model.adapted(
-        values, position_ids, cu_joined, int(cu_joined.diff().max()), adapter="compressor",
+        values,
+        position_ids,
+        cu_joined,
+        int(cu_joined.diff().max()),
+        adapter="compressor",
         layers=model.adapted.compressor_layers,
     )
     segments = len(cu_segments) - 1
@@ -136,7 +147,9 @@ def _serial_rows(model: ZTokModel, told, cu_segments, embeddings=None, lengths=N
     cu_mark = torch.arange(segments + 1, dtype=torch.int32, device=device)
     parts = [cu_segments, cu_mark, cu_units]
     marks = torch.zeros(segments, dtype=torch.int64, device=device)
-    joined = ragged_gather([told, model.serial.marks[:1].to(told.dtype), embeddings.to(told.dtype)], [None, marks, None], parts)
+    joined = ragged_gather(
+        [told, model.serial.marks[:1].to(told.dtype), embeddings.to(told.dtype)], [None, marks, None], parts
+    )
     layout = ragged_layout(parts, [len(told), segments, len(embeddings)])
     segment = sequence_of_row(cu_units, len(lengths))
     ends = offsets(lengths).long()[1:] - cu_segments.long()[segment]

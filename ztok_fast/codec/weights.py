@@ -15,8 +15,16 @@ WEIGHTS = "codec.safetensors"
 
 
 DECODING_SETTINGS = (
-    "segment_length", "context_segments", "window_segments", "num_codebooks", "codebook_size", "max_unit_length",
-    "z_position", "unit_conditioning", "copy_path", "lora_alpha",
+    "segment_length",
+    "context_segments",
+    "window_segments",
+    "num_codebooks",
+    "codebook_size",
+    "max_unit_length",
+    "z_position",
+    "unit_conditioning",
+    "copy_path",
+    "lora_alpha",
 )
 """Settings that the weights' names and shapes do not show and that change what codes decode to."""
 
@@ -45,7 +53,9 @@ def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> 
     """Copy ``state`` into the tensors of ``own`` by name, after checking every name and shape."""
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
-        raise WeightsError(f"codec weights: expected the tensors of this codec, got missing {missing[:3]}, unknown {unknown[:3]}")
+        raise WeightsError(
+            f"codec weights: expected the tensors of this codec, got missing {missing[:3]}, unknown {unknown[:3]}"
+        )
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise WeightsError(

@@ -204,7 +204,8 @@ def run(registered: torch._ops.OpOverload, kernel: Callable, *args):
         flat = [item for a in args for item in (a if type(a) is list else (a,))]
     if (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)
+        or torch.is_grad_enabled()
+        and torch._C._any_requires_grad(*flat)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or not _PLAIN.issuperset(map(type, flat))

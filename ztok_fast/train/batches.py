@@ -41,7 +41,9 @@ class Batch:
     chunks: list[Chunk]
 
     def to(self, device) -> Batch:
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_groups, self.first_segment))
+        moved = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_groups, self.first_segment)
+        )
         return Batch(*moved, self.chunks)
 
 
@@ -92,8 +94,11 @@ class ChunkStream:
         world: int = 1,
     ) -> None:
         for name, value, low in (
-            ("segment_length", segment_length, 1), ("chunk_tokens", chunk_tokens, min_tokens),
-            ("batch_tokens", batch_tokens, 1), ("buffer_chunks", buffer_chunks, 1), ("min_tokens", min_tokens, 1),
+            ("segment_length", segment_length, 1),
+            ("chunk_tokens", chunk_tokens, min_tokens),
+            ("batch_tokens", batch_tokens, 1),
+            ("buffer_chunks", buffer_chunks, 1),
+            ("min_tokens", min_tokens, 1),
         ):
             if value < low:
                 raise ValueError(f"{name}: expected at least {low}, got {value}")

@@ -47,7 +47,9 @@ def initialise_codebooks(codebooks: torch.Tensor, latents: torch.Tensor, iterati
     codebooks.zero_()
     for codebook, (begin, end) in zip(codebooks, block_bounds(latents.shape[1], len(codebooks))):
         if begin < end:
-            codebook[:, begin:end] = kmeans(latents[:, begin:end].float().contiguous(), len(codebook), iterations, generator)
+            codebook[:, begin:end] = kmeans(
+                latents[:, begin:end].float().contiguous(), len(codebook), iterations, generator
+            )
 
 
 @torch.no_grad()

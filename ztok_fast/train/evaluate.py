@@ -146,7 +146,9 @@ def _base_hits(model, tokens, cu_segments) -> tuple[int, int]:
         model.adapted.embedding(tokens), position, cu_segments, int(cu_segments.diff().max()), adapter=None
     )
     inner = position[1:] > 0
-    guesses = torch.cat([model.adapted.logits(h).argmax(-1) for h in hidden[:-1].split(4096)]) if total > 1 else tokens[:0]
+    guesses = (
+        torch.cat([model.adapted.logits(h).argmax(-1) for h in hidden[:-1].split(4096)]) if total > 1 else tokens[:0]
+    )
     return int(((guesses == tokens[1:]) & inner).sum()), int(inner.sum())
 
 

@@ -106,7 +106,10 @@ class Trainer:
         """
         settings, started = self.settings, time.monotonic()
         progress = tqdm(
-            initial=self.step, total=settings.steps, desc="train", mininterval=5,
+            initial=self.step,
+            total=settings.steps,
+            desc="train",
+            mininterval=5,
             disable=not self.accelerator.is_local_main_process,
         )
         saved_at = self.step
@@ -118,8 +121,12 @@ class Trainer:
                         row["eval"] = self.evaluate()
                     self._log(row)
                     progress.set_postfix(
-                        loss=f"{row['reconstruction']:.3f}", acc=f"{row['accuracy']:.3f}", ratio=f"{row['ratio']:.2f}",
-                        used=min(row["codes_alive"]), ppl=f"{min(row['perplexity']):.0f}", refresh=False,
+                        loss=f"{row['reconstruction']:.3f}",
+                        acc=f"{row['accuracy']:.3f}",
+                        ratio=f"{row['ratio']:.2f}",
+                        used=min(row["codes_alive"]),
+                        ppl=f"{min(row['perplexity']):.0f}",
+                        refresh=False,
                     )
                     progress.update()
                     if self.step % settings.checkpoint_every == 0:
@@ -177,8 +184,12 @@ class Trainer:
             row["codes_replaced"] = self._replace_dead()
         keep_blocks(self.model.codebooks)
         row.update(
-            gradient_norm=float(norm), ratio=tokens / max(1, units), blend=phase.blend, sampling=phase.sampling,
-            codes_alive=self.care.alive(), perplexity=self.care.perplexity(),
+            gradient_norm=float(norm),
+            ratio=tokens / max(1, units),
+            blend=phase.blend,
+            sampling=phase.sampling,
+            codes_alive=self.care.alive(),
+            perplexity=self.care.perplexity(),
             tokens_per_second=tokens / (time.monotonic() - began),
         )
         return row
@@ -223,9 +234,7 @@ class Trainer:
             self.care.observe(encoded.quantized.latents, None)
             stored += encoded.total_units
         latents = gather(self.care.latents.to(self.accelerator.device))
-        initialise_codebooks(
-            self.model.codebooks, latents, self.settings.kmeans_iterations, self.settings.seed
-        )
+        initialise_codebooks(self.model.codebooks, latents, self.settings.kmeans_iterations, self.settings.seed)
         broadcast(self.model.codebooks.data)
 
     def _replace_dead(self) -> int:
@@ -318,4 +327,3 @@ def _interrupts_between_steps() -> Iterator[list[int]]:
 
 def _sync_when(last: bool, accelerator: Accelerator, module):
     return nullcontext() if last else accelerator.no_sync(module)
-

@@ -1,8 +1,8 @@
 """The training objective, term by term; every weighted term moves the parameters it is meant to move.
 
-    loss = CE(x | Z) + λ_commit·commitment + λ_code·codebook + λ_len·(E[K]/N − 1/r)²
-           + λ_use·usage + λ_density·density + λ_z·CE(next Z-token) + λ_answer·CE(answer | Z, question)
-           + λ_serial·CE(Z-tokens that the compressor writes one by one), for the emission "stop"
+loss = CE(x | Z) + λ_commit·commitment + λ_code·codebook + λ_len·(E[K]/N − 1/r)²
+       + λ_use·usage + λ_density·density + λ_z·CE(next Z-token) + λ_answer·CE(answer | Z, question)
+       + λ_serial·CE(Z-tokens that the compressor writes one by one), for the emission "stop"
 """
 
 from __future__ import annotations
@@ -197,7 +197,11 @@ class Objective(nn.Module):
             [s[2] for s in sources], [groups, total, mark_count, len(question), mark_count, len(answer)]
         ).destinations
         hidden = model.adapted(
-            joined.values, joined.position_ids, joined.cu_seqlens, int(joined.cu_seqlens.diff().max()), adapter="inferencer"
+            joined.values,
+            joined.position_ids,
+            joined.cu_seqlens,
+            int(joined.cu_seqlens.diff().max()),
+            adapter="inferencer",
         )
         # The start row and every Z row predict: the next Z-token, and after the last one the end.
         order = ragged_layout([one_each, cu_z], [groups, total])

@@ -24,16 +24,30 @@ from ztok_fast.train.text_data import iter_texts
 
 END_OF_TEXT = "<|endoftext|>"
 
-MODEL_SETTINGS = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "context")
+MODEL_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "context",
+)
 """Settings that a checkpoint's model and the order of its blocks depend on."""
+
+PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 @dataclass
 class PretrainConfig:
     """Settings of ``ztok pretrain`` (read from YAML).
 
-    Lengths are in tokens, ``tokenizer_chars`` in characters; ``learning_rate`` is the peak of a
-    linear warm-up followed by a cosine decay to a tenth.
+    Lengths are in tokens, ``tokenizer_chars`` in characters. Learning rates rise linearly for ``warmup_steps``, stay, and
+    fall linearly to zero over the last ``decay_steps``: before the decay begins ``steps`` can be changed and the run
+    resumed. Matrices inside the layers are trained by Muon (Jordan et al., 2024) at ``learning_rate``, everything else
+    by AdamW at ``adamw_learning_rate``. ``precision`` is that of the matrix products: "bfloat16" (autocast; weights and
+    optimiser state stay float32), "float32", or "auto", which takes bfloat16 where the CPU multiplies it natively.
+    ``compile`` runs the model through `torch.compile`.
     """
 
     out: str
@@ -50,9 +64,13 @@ class PretrainConfig:
     context: int = 256
     batch_size: int = 16
     steps: int = 2000
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-2
+    adamw_learning_rate: float = 3e-3
     warmup_steps: int = 100
+    decay_steps: int = 400
     weight_decay: float = 0.05
+    precision: str = "auto"
+    compile: bool = False
     checkpoint_every: int = 200
     eval_every: int = 200
     seed: int = 0
@@ -73,8 +91,18 @@ class PretrainConfig:
         """Raise :class:`SettingsError` (a ``ValueError``) that names the first setting that is not right."""
         check_types(self, "pretrain setting")
         for name in (
-            "vocab_size", "tokenizer_chars", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-            "context", "batch_size", "steps", "checkpoint_every", "eval_every",
+            "vocab_size",
+            "tokenizer_chars",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "context",
+            "batch_size",
+            "steps",
+            "checkpoint_every",
+            "eval_every",
         ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"pretrain setting {name}: expected a positive number, got {getattr(self, name)}")
@@ -82,6 +110,10 @@ class PretrainConfig:
             raise SettingsError(
                 "pretrain settings: expected hidden_size divisible by num_heads and num_heads by num_kv_heads, "
                 f"got {self.hidden_size}, {self.num_heads}, {self.num_kv_heads}"
+            )
+        if self.precision not in PRECISIONS:
+            raise SettingsError(
+                f"pretrain setting precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
         if not self.train_files:
             raise SettingsError("pretrain setting train_files: expected at least one file, got none")
@@ -185,17 +217,39 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return _ORDERS[key]
 
 
-def learning_rate(step: int, config: PretrainConfig) -> float:
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+def schedule(step: int, config: PretrainConfig) -> float:
+    """The share of the peak learning rates that step ``step`` (from 0) is taken with."""
+    rising = (step + 1) / max(1, config.warmup_steps)
+    falling = (config.steps - step) / max(1, config.decay_steps)
+    return min(1.0, rising, falling)
 
 
-def next_token_loss(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of ``blocks[:, 1:]`` given what precedes."""
-    logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The dtype of matrix products for a ``precision`` setting; None for that of the weights."""
+    if precision == "auto":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else None
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def next_token_loss(model: LlamaForCausalLM, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Mean cross-entropy in nats of ``blocks[:, 1:]`` given what precedes; matrix products in ``dtype``, if given."""
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
+
+
+def build_optimizers(model: LlamaForCausalLM, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms."""
+    inside = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
+    chosen = {id(p) for p in inside}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(inside, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95)
+    adamw = torch.optim.AdamW(rest, lr=config.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adamw]
 
 
 @torch.no_grad()
@@ -238,55 +292,64 @@ def pretrain(config: PretrainConfig) -> Path:
     if config.dev_files:
         dev = token_stream(config.dev_files, config.exclude_sources, tokenizer, out / "tokens-dev.npy")
     model = build_model(config, tokenizer)
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    first = _resume(out / "checkpoint.pt", model, optimizer, config)
+    optimizers = build_optimizers(model, config)
+    dtype = autocast_dtype(config.precision)
+    loss_of = torch.compile(next_token_loss) if config.compile else next_token_loss
+    first = _resume(out / "checkpoint.pt", model, optimizers, config)
     metrics = out / "metrics.jsonl"
     drop_rows_after(metrics, first)
     started = time.monotonic()
     progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="pretrain", mininterval=5)
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        loss = next_token_loss(model, blocks_of_step(train, step, config))
+        share = schedule(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"]
+        loss = loss_of(model, blocks_of_step(train, step, config), dtype)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        row = {"step": step + 1, "loss": loss.item(), "lr": learning_rate(step, config)}
-        row["tokens_per_second"] = (step + 1 - first) * config.batch_size * config.context / (time.monotonic() - started)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        row = {"step": step + 1, "loss": loss.item(), "schedule": share}
+        row["tokens_per_second"] = (
+            (step + 1 - first) * config.batch_size * config.context / (time.monotonic() - started)
+        )
         done = step + 1 == config.steps
         if dev is not None and (done or (step + 1) % config.eval_every == 0):
             row["dev_bits_per_token"] = dev_bits_per_token(model, dev, config)
         append_row(metrics, row)
         progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         if done or (step + 1) % config.checkpoint_every == 0:
-            _save(out / "checkpoint.pt", model, optimizer, step + 1, config)
+            _save(out / "checkpoint.pt", model, optimizers, step + 1, config)
     folder = out / "model"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _save(path: Path, model, optimizer, step: int, config: PretrainConfig) -> None:
+def _save(path: Path, model, optimizers, step: int, config: PretrainConfig) -> None:
     temporary = path.with_suffix(".tmp")
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config)}
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "config": asdict(config),
+    }
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def _resume(path: Path, model, optimizer, config: PretrainConfig) -> int:
+def _resume(path: Path, model, optimizers, config: PretrainConfig) -> int:
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
     changed = [name for name in MODEL_SETTINGS if state["config"][name] != getattr(config, name)]
     if changed:
-        raise SettingsError(f"{path}: expected a checkpoint of the same model, got another {changed}; choose another `out`")
+        raise SettingsError(
+            f"{path}: expected a checkpoint of the same model, got another {changed}; choose another `out`"
+        )
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return state["step"]

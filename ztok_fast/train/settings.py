@@ -76,16 +76,35 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_types(self, "training setting")
-        for name in ("steps", "accumulation", "batch_tokens", "chunk_tokens", "sampling_every", "density_every", "kmeans_latents"):
+        for name in (
+            "steps",
+            "accumulation",
+            "batch_tokens",
+            "chunk_tokens",
+            "sampling_every",
+            "density_every",
+            "kmeans_latents",
+        ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"training setting {name}: expected at least 1, got {getattr(self, name)}")
         for name in ("noise", "noise_end", "sampling", "sampling_start", "level_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"training setting {name}: expected a share in [0, 1], got {getattr(self, name)}")
         for name, low in (
-            ("checkpoint_every", 1), ("eval_documents", 1), ("eval_tokens", 1), ("kmeans_iterations", 1),
-            ("continuous_steps", 0), ("blend_steps", 0), ("warmup_steps", 0), ("surprisal_steps", 0), ("eval_every", 0),
-            ("dead_code_every", 0), ("dead_code_threshold", 0), ("max_minutes", 0), ("threads", 0), ("seed", 0),
+            ("checkpoint_every", 1),
+            ("eval_documents", 1),
+            ("eval_tokens", 1),
+            ("kmeans_iterations", 1),
+            ("continuous_steps", 0),
+            ("blend_steps", 0),
+            ("warmup_steps", 0),
+            ("surprisal_steps", 0),
+            ("eval_every", 0),
+            ("dead_code_every", 0),
+            ("dead_code_threshold", 0),
+            ("max_minutes", 0),
+            ("threads", 0),
+            ("seed", 0),
             ("module_learning_rate", 0),
         ):
             if not low <= getattr(self, name) < math.inf:

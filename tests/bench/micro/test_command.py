@@ -30,7 +30,9 @@ def raises(padded, cu_seqlens, total):
     ("function", "status", "reason"),
     [("off_by_one", "wrong", "elements differ"), ("raises", "failed", "RuntimeError: no such kernel image")],
 )
-def test_a_backend_that_is_wrong_gets_no_speed_and_fails_the_command(tmp_path, monkeypatch, capsys, function, status, reason):
+def test_a_backend_that_is_wrong_gets_no_speed_and_fails_the_command(
+    tmp_path, monkeypatch, capsys, function, status, reason
+):
     row = requirements.Requirement("ragged_pack", "broken", f"{__name__}:{function}", ("cpu",))
     monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))
     assert bench(tmp_path, "--ops", "ragged_pack", "--cases", CASE, "--backends", "broken", "reference") == 1
@@ -85,7 +87,16 @@ def test_what_is_recorded_of_the_machine(tmp_path, monkeypatch):
     assert bench(tmp_path, "--ops", "ragged_pack", "--cases", CASE, "--backends", "--peers", "copy") == 0
     (facts,) = results.load(tmp_path / "out.json")["runs"].values()
     assert facts["command"].startswith("python -m bench --set tiny")
-    assert {"commit", "date", "threads", "load_average", "last_cache_bytes", "python", "packages", "cpu"} <= facts.keys()
+    assert {
+        "commit",
+        "date",
+        "threads",
+        "load_average",
+        "last_cache_bytes",
+        "python",
+        "packages",
+        "cpu",
+    } <= facts.keys()
     assert facts["variables"]["OPENBLAS_NUM_THREADS"] == "2"
     assert facts["marks"]["copy_gbs"] > 0 and facts["marks"]["mm_gflops"]["float32"] > 0
     assert "faiss-cpu" in facts["packages"]

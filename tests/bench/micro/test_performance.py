@@ -22,9 +22,18 @@ def without_speed(name, kind, status, reason):
 def nearest(M, d, ours, faiss, mm):
     shape = {"M": M, "V": 1024, "d": d}
     return {
-        "key": f"codebook_assign[M={M},V=1024,d={d}]/float32/forward", "op": "codebook_assign", "shape": shape,
-        "dtype": "float32", "direction": "forward", "device": "cpu", "set": "default", "cold": False, "input_sets": 1,
-        "run": "r1", "marks": {"mm_gflops": {"float32": 90.0}, "copy_gbs": 19.0}, "disturbance": {"others": 0.01, "steal": 0.002},
+        "key": f"codebook_assign[M={M},V=1024,d={d}]/float32/forward",
+        "op": "codebook_assign",
+        "shape": shape,
+        "dtype": "float32",
+        "direction": "forward",
+        "device": "cpu",
+        "set": "default",
+        "cold": False,
+        "input_sets": 1,
+        "run": "r1",
+        "marks": {"mm_gflops": {"float32": 90.0}, "copy_gbs": 19.0},
+        "disturbance": {"others": 0.01, "steal": 0.002},
         "work": {"flops": 2e6, "bytes": 1e5, "floor_seconds": 1e-5},
         "contenders": [
             entry("cpp", "backend", ours, default=True, **{"with": {}}),
@@ -40,9 +49,13 @@ def nearest(M, d, ours, faiss, mm):
 @pytest.fixture
 def found():
     facts = {
-        "command": "python -m bench --json x.json", "commit": "0123456789ab", "date": "2026-01-02T03:04:05+00:00",
-        "python": "3.11.1", "packages": {"torch": "2.13.0", "transformers": None, "peft": None},
-        "cpu": {"model": "Some CPU", "cores": 2, "threads": 2}, "cuda": {"devices": []},
+        "command": "python -m bench --json x.json",
+        "commit": "0123456789ab",
+        "date": "2026-01-02T03:04:05+00:00",
+        "python": "3.11.1",
+        "packages": {"torch": "2.13.0", "transformers": None, "peft": None},
+        "cpu": {"model": "Some CPU", "cores": 2, "threads": 2},
+        "cuda": {"devices": []},
         "variables": {"GOMP_SPINCOUNT": "0", "ZTOK_BACKEND": None},
         "marks": {"mm_gflops": {"float32": 100.0}, "mm_size": 2048, "copy_gbs": 20.0, "copy_bytes": 1},
     }
@@ -72,7 +85,10 @@ def test_a_target_is_met_on_every_shape_or_says_where_not(found):
 def test_what_was_not_measured_decides_no_target(found):
     """The backend that would be chosen has no time: nothing is said, not that another one meets the target."""
     found["cases"] = [found["cases"][2]]
-    found["cases"][0]["contenders"][0] = without_speed("cpp", "backend", "wrong", "Mismatch") | {"default": True, "with": {}}
+    found["cases"][0]["contenders"][0] = without_speed("cpp", "backend", "wrong", "Mismatch") | {
+        "default": True,
+        "with": {},
+    }
     assert verdict("≥ 1.2× faiss IndexFlatL2, d = 576", found).measured() == "not measured"
 
 
@@ -89,7 +105,11 @@ def test_several_adapters_are_compared_with_one():
 
 def test_bandwidth_counts_the_bytes_of_each():
     ours = entry("cpp", "backend", 2.0, default=True, **{"with": {}}) | {"gbs": 6.0}
-    case = {"op": "ragged_unpack", "direction": "forward", "contenders": [ours, entry("clone", "mark", 1.0) | {"gbs": 8.0}]}
+    case = {
+        "op": "ragged_unpack",
+        "direction": "forward",
+        "contenders": [ours, entry("clone", "mark", 1.0) | {"gbs": 8.0}],
+    }
     measure = targets.bandwidth_of("ragged_unpack", "clone")
     assert measure(case, [case]) == pytest.approx(0.75)
     assert measure(case | {"direction": "forward+backward"}, [case]) is None
@@ -131,7 +151,14 @@ def test_a_gpu_case_is_compared_by_its_graph_replays(found):
 
 def test_check_notices_another_document(found, tmp_path, capsys):
     results.save(found, tmp_path / "cpu.json")
-    options = ["--cpu", str(tmp_path / "cpu.json"), "--cuda", str(tmp_path / "none.json"), "--out", str(tmp_path / "p.md")]
+    options = [
+        "--cpu",
+        str(tmp_path / "cpu.json"),
+        "--cuda",
+        str(tmp_path / "none.json"),
+        "--out",
+        str(tmp_path / "p.md"),
+    ]
     assert performance.main([*options, "--check"]) == 1
     assert performance.main(options) == 0
     assert performance.main([*options, "--check"]) == 0
@@ -148,9 +175,13 @@ BREAKS = {
     "an unknown status": (lambda r: r["cases"][0]["contenders"][0].update(status="fine"), "expected a status of"),
     "ok without a time": (lambda r: r["cases"][0]["contenders"][0].pop("seconds"), "lacks seconds"),
     "wrong with a time": (
-        lambda r: r["cases"][0]["contenders"][0].update(status="wrong", reason="x"), "needs a reason and no time"
+        lambda r: r["cases"][0]["contenders"][0].update(status="wrong", reason="x"),
+        "needs a reason and no time",
     ),
-    "missing without a reason": (lambda r: r["cases"][0]["contenders"][5].update(reason=None), "needs a reason and no time"),
+    "missing without a reason": (
+        lambda r: r["cases"][0]["contenders"][5].update(reason=None),
+        "needs a reason and no time",
+    ),
 }
 
 

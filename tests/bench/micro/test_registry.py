@@ -137,7 +137,9 @@ def test_the_check_sees_one_wrong_element_of_any_result(case):
 @pytest.mark.parametrize("case", [case for case in TINY if OPS[case.op].check_peer], ids=ids)
 def test_the_check_of_peers_sees_a_wrong_answer(case):
     op = OPS[case.op]
-    peers = [p for p in op.peers if p.read and not p.refuses(case) and (not p.package or importlib.util.find_spec(p.package))]
+    peers = [
+        p for p in op.peers if p.read and not p.refuses(case) and (not p.package or importlib.util.find_spec(p.package))
+    ]
     inputs = inputs_of(case)
     for peer in peers:
         found = peer.read(peer.prepare(case, inputs)())

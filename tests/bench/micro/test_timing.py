@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from bench.micro import machine, timing
+from bench.micro import machine
 from bench.micro.timing import Contender, stats, take_turns
 
 
@@ -79,7 +79,7 @@ def test_the_process_starts_anew_with_the_pinned_variables(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delitem(machine.sys.modules, "torch")
     machine.restart_with_pinned_environment("bench", ["--list"], 3)
-    (argv, env), = started
+    ((argv, env),) = started
     assert argv[1:] == ["-m", "bench", "--list"]
     assert env["GOMP_SPINCOUNT"] == "0" and env["OMP_NUM_THREADS"] == "3"
 

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the host, block after block, every thread of a block a fiber of its own. What the kernels take
-// from csrc/cuda/device.cuh (barriers, shuffles, tensor-core products) is plain C++ here; they are compiled as they are.
-// Fibers are resumed in an order drawn from a seed, so that a missing barrier shows; memory ordering between
+// from csrc/cuda/device.cuh (barriers, shuffles, tensor-core products) is plain C++ here; they are compiled as they
+// are. Fibers are resumed in an order drawn from a seed, so that a missing barrier shows; memory ordering between
 // blocks does not.
 #pragma once
 

@@ -73,7 +73,8 @@ struct Arguments {
 };
 
 // dtype: 0 bfloat16, 1 float16, 2 float32. splits: 0 lets the plan decide. Returns the splits, or, when
-// `scratch_floats` is another number, minus what is needed. `fault`: 0, or the address of an access out of bounds, which ended the run.
+// `scratch_floats` is another number, minus what is needed. `fault`: 0, or the address of an access out of bounds,
+// which ended the run.
 int64_t lora_decode_on_host(const Arguments* a, int dtype, bool float_adapters, bool wide_offsets, bool aligned,
                             bool aligned_B, int row_tiles, int multiprocessors, int splits, float* scratch,
                             int64_t scratch_floats, uint32_t seed, uint64_t* fault) {

@@ -19,6 +19,7 @@ from ztok_fast.ops.halting import triton_kernels as kernels
 from ztok_fast.ops.requirements import triton_is_interpreted
 from ztok_fast.ops.triton_tables import capability_of, look_up
 
+
 class Prefix(NamedTuple):
     """int64 [T + 1] prefix sums, the tile of rows, and the grid over such tiles."""
 

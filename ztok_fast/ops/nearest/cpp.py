@@ -18,6 +18,4 @@ def codebook_assign_backward(x, codebook, codes, grad_distances, metric):
 
     O(M L d + L V d) time; O(L V d) extra memory if the codebook is not float32, and O(M L) for "cosine".
     """
-    return torch.ops.ztok.codebook_assign_backward_native(
-        x, codebook, codes, grad_distances, METRIC_NUMBERS[metric]
-    )
+    return torch.ops.ztok.codebook_assign_backward_native(x, codebook, codes, grad_distances, METRIC_NUMBERS[metric])

@@ -60,9 +60,7 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
     check_codebook("residual_quantize", "codebooks", codebooks, "[L, V, d]", "latents", latents)
     if levels is not None:
         check_levels("residual_quantize", levels, "[M]", latents.shape[0], "rows of latents", "latents", latents)
-    quantized, commitment, codebook_loss, codes, usage = dispatch.run(
-        _registered, _kernel, latents, codebooks, levels
-    )
+    quantized, commitment, codebook_loss, codes, usage = dispatch.run(_registered, _kernel, latents, codebooks, levels)
     return ResidualCodes(codes, quantized, commitment, codebook_loss, usage)
 
 
@@ -82,9 +80,7 @@ def check_level_values(op: str, levels: Tensor | None, num_levels: int) -> None:
         checks.fail(op, "levels", f"in [0, {num_levels}] (the number of codebooks)", low if low < 0 else high)
 
 
-def _kernel(
-    latents: Tensor, codebooks: Tensor, levels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _kernel(latents: Tensor, codebooks: Tensor, levels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def check() -> None:
         checks.check_finite_values("residual_quantize", "codebooks", codebooks)
         check_level_values("residual_quantize", levels, codebooks.shape[0])
@@ -225,9 +221,7 @@ def quantize_ragged(
         total_units = int(halting.halting_units(mass.detach(), cu_seqlens, threshold, mode).cu_units[-1])
     checks.check_count(op, "total_units", total_units)
     arguments = hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels
-    outputs = dispatch.run(
-        _registered_ragged, _ragged_kernel, *arguments, float(threshold), mode, total_units
-    )
+    outputs = dispatch.run(_registered_ragged, _ragged_kernel, *arguments, float(threshold), mode, total_units)
     quantized, latents, commitment, codebook_loss, weights, codes, usage, _, ends, unit, counts, cu_units = outputs
     units = halting.HaltingUnits(ends, unit, weights, counts, cu_units)
     return QuantizedUnits(codes, quantized, latents, commitment, codebook_loss, usage, units)

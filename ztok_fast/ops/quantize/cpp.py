@@ -18,9 +18,7 @@ def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_c
     )
 
 
-def quantize_ragged(
-    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
-):
+def quantize_ragged(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
     """See `ztok_fast.ops.quantize.reference.quantize_ragged`; csrc/cpu/quantize_ragged.cpp.
 
     One pass over the mass, one over the rows that have a share in a unit, a block of units at a time; then the search of

@@ -99,9 +99,7 @@ def _unit_levels(levels, cu_units, num_levels, total_units):
     return levels[sequence_of(cu_units, torch.arange(total_units, device=cu_units.device))]
 
 
-def quantize_ragged(
-    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
-):
+def quantize_ragged(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
     """See `ztok_fast.ops.quantize.contract.quantize_ragged`.
 
     Returns:

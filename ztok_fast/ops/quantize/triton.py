@@ -19,6 +19,7 @@ from ztok_fast.ops.quantize import triton_kernels as kernels
 from ztok_fast.ops.quantize.triton_residual import residual_quantize_backward
 from ztok_fast.ops.triton_tables import capability_of, look_up
 
+
 def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, num_levels, total_units):
     """Normalised latents float32 [K, d], the factors that normalised them, and the residual levels of units."""
     width, sequences = end_weight.shape[0], cu_units.shape[0] - 1
@@ -58,9 +59,7 @@ def unnormalise(latents: Tensor, scale: Tensor, grad_latents: Tensor, from_codes
     return grad
 
 
-def quantize_ragged(
-    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units
-):
+def quantize_ragged(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
     """See `ztok_fast.ops.quantize.contract.quantize_ragged`.
 
     Returns:

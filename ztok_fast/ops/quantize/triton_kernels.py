@@ -99,7 +99,9 @@ def normalise_kernel(latents, scales, M, D: tl.constexpr, BM: tl.constexpr, BD: 
 
 
 @triton.jit(do_not_specialize=["M"])
-def unnormalise_kernel(latents, scales, grad_latents, from_codes, grad, M, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
+def unnormalise_kernel(
+    latents, scales, grad_latents, from_codes, grad, M, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
     """Gradient of what was normalised to BM latents: z = s r with s = (|r|^2 / D + eps)^(-1/2) gives s (g - z <g, z> / D),
     g the sum of both gradients of z."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)

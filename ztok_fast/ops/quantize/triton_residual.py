@@ -3,7 +3,6 @@ the codes and the losses; and its backward pass."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ztok_fast.ops.nearest import triton as nearest

@@ -113,9 +113,7 @@ _ragged_unpack.register_autograd(_unpack_backward, setup_context=_unpack_context
 _registered_unpack = torch.ops.ztok.ragged_unpack.default
 
 
-def ragged_unpack(
-    packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: float = 0.0, exact: bool = True
-) -> Tensor:
+def ragged_unpack(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: float = 0.0, exact: bool = True) -> Tensor:
     """Pad a packed batch.
 
     Args:

@@ -49,9 +49,7 @@ def _length(value: object) -> object:
     return len(value) if hasattr(value, "__len__") else "unknown"
 
 
-def _check_index_values(
-    op: str, argument: str, index: Tensor, num_rows: int, cu_seqlens: Tensor | None = None
-) -> None:
+def _check_index_values(op: str, argument: str, index: Tensor, num_rows: int, cu_seqlens: Tensor | None = None) -> None:
     """All in [0, num_rows), or of those that `cu_seqlens` cover."""
     if not checks.value_checks(index):
         return
