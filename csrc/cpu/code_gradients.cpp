@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -116,13 +117,13 @@ std::vector<float> cosine_terms(const Inputs& inputs, const ChosenCodes& chosen)
 }
 
 std::tuple<Tensor, Tensor> codebook_assign_backward(const Tensor& x, const Tensor& codebooks, const Tensor& codes,
-                                                    const Tensor& grad_distances, int64_t metric_number) {
+                                                    const Tensor& grad_distances, const std::string& metric_name) {
   constexpr const char* kOp = "codebook_assign_backward";
   const Inputs inputs = checked(kOp, "x", x, codebooks, codes);
   const Tensor weights = as_float(as_contiguous(grad_distances));
   ZTOK_CHECK(weights.dim() == 2 && weights.size(0) == inputs.num_rows && weights.size(1) == inputs.levels, kOp,
              "grad_distances: expected [", inputs.num_rows, ", ", inputs.levels, "]");
-  const Metric metric = metric_of(kOp, metric_number);
+  const Metric metric = metric_of(kOp, metric_name);
   ChosenCodes chosen = chosen_codes(inputs, "x", metric);
   chosen.weights = static_cast<const float*>(weights.const_data_ptr());
   std::vector<float> terms;
@@ -161,16 +162,7 @@ std::tuple<Tensor, Tensor> residual_quantize_backward(const Tensor& latents, con
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "codebook_assign_backward_native(Tensor x, Tensor codebooks, Tensor codes, Tensor grad_distances, int metric)"
-      " -> (Tensor, Tensor)");
-  m.def(
-      "residual_quantize_backward_native(Tensor latents, Tensor codebooks, Tensor codes, Tensor grad_quantized,"
-      " Tensor grad_commitment, Tensor grad_codebook_loss) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("codebook_assign_backward_native", TORCH_BOX(&ztok::codebook_assign_backward));
-  m.impl("residual_quantize_backward_native", TORCH_BOX(&ztok::residual_quantize_backward));
+  m.impl("codebook_assign_backward", TORCH_BOX(&ztok::codebook_assign_backward));
+  m.impl("residual_quantize_backward", TORCH_BOX(&ztok::residual_quantize_backward));
 }

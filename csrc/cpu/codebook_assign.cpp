@@ -1,4 +1,5 @@
 // codebook_assign on the CPU.
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +12,7 @@ namespace {
 
 constexpr const char* kOp = "codebook_assign";
 
-std::tuple<Tensor, Tensor> codebook_assign(const Tensor& x, const Tensor& codebooks, int64_t metric) {
+std::tuple<Tensor, Tensor> codebook_assign(const Tensor& x, const Tensor& codebooks, const std::string& metric) {
   check_search(kOp, "x", x, codebooks);
   const Tensor rows = with_adjacent_elements(x), books = with_adjacent_elements(codebooks);
   Tensor distances = torch::stable::new_empty(x, {x.size(0), codebooks.size(0)}, ScalarType::Float);
@@ -25,8 +26,4 @@ std::tuple<Tensor, Tensor> codebook_assign(const Tensor& x, const Tensor& codebo
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def("codebook_assign_native(Tensor x, Tensor codebooks, int metric) -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("codebook_assign_native", TORCH_BOX(&ztok::codebook_assign)); }
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("codebook_assign", TORCH_BOX(&ztok::codebook_assign)); }

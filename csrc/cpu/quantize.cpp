@@ -77,10 +77,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tenso
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "residual_quantize_native(Tensor latents, Tensor codebooks, Tensor? levels)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("residual_quantize_native", TORCH_BOX(&ztok::residual_quantize)); }
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("residual_quantize", TORCH_BOX(&ztok::residual_quantize)); }

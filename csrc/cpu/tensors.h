@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -33,9 +34,11 @@ inline Tensor as_float(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
 }
 
-inline Metric metric_of(const char* op, int64_t number) {
-  ZTOK_CHECK(number >= 0 && number <= 2, op, "metric: expected 0 (l2), 1 (cosine) or 2 (dot), got ", number);
-  return static_cast<Metric>(number);
+inline Metric metric_of(const char* op, const std::string& name) {
+  if (name == "l2") return Metric::l2;
+  if (name == "cosine") return Metric::cosine;
+  ZTOK_CHECK(name == "dot", op, "metric: expected l2, cosine or dot, got ", name);
+  return Metric::dot;
 }
 
 // Rows are read in place, whatever lies between them; elements that are themselves strided are copied first.

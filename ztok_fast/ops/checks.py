@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ztok_fast.ops.requirements import FLOATS
+from ztok_fast.ops.backends import FLOATS
 
 INDICES = (torch.int32, torch.int64)
 

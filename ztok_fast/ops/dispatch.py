@@ -11,103 +11,15 @@ decides for it, not the one in which the forward pass ran, and not the thread th
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib import import_module
 
 import torch
 
 from ztok_fast.ops import requirements
 
-# Where the forced backends are kept: op -> backend, the key None standing for every op not named. In the thread-local
-# objects of torch and not in a ContextVar, because autograd takes those along into the threads that run the backward
-# passes of a GPU.
-_FORCED = "ztok_forced_backend"
-
-
-def _stash_takes_a_reference() -> bool:
-    """Whether torch counts a reference to what it stores. torch 2.11 does not, and gives up one that it never had."""
-    probe = object()
-    before = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls("ztok_probe", probe)
-    counted = sys.getrefcount(probe) > before
-    if not counted:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
-    return counted
-
-
-_STASH_TAKES_A_REFERENCE = _stash_takes_a_reference()
-
-
-def _stash(forced: dict[str | None, str]) -> None:
-    if not _STASH_TAKES_A_REFERENCE:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(forced))
-    torch._C._stash_obj_in_tls(_FORCED, forced)
-
-
-def _forced() -> dict[str | None, str]:
-    return torch._C._get_obj_in_tls(_FORCED) if torch._C._is_key_in_tls(_FORCED) else {}
-
-
-class BackendUnavailable(ValueError):
-    """No backend, or not the forced one, can run an op on the given input; the message says why for each."""
-
-
-def _check_backend_name(name: str, source: str) -> None:
-    known = requirements.backends()
-    if name not in known:
-        raise ValueError(f"{source} must be one of {', '.join(known)}, got {name!r}")
-
-
-@contextmanager
-def backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
-    """Force a backend inside the `with` block, in the current thread.
-
-    Args:
-        name: a backend of the requirements table, for example "reference".
-        ops: names of the ops it is forced for, with their backward passes; None forces it for all. Blocks nest: the
-            inner one decides for the ops it names.
-
-    Raises:
-        ValueError: the backend or an op is not in the table.
-
-    Inside the block an op, or a backward pass, that this backend cannot run raises `BackendUnavailable`; another backend
-    can be forced for that one: `backend("reference", ops=["codebook_assign_backward"])`. Enter the block outside of code
-    given to `torch.compile`.
-    """
-    _check_backend_name(name, "backend: name")
-    if ops is None:
-        forced: dict[str | None, str] = {None: name}
-    else:
-        forced = dict(_forced())
-        for op in ops:
-            if op not in requirements.ops():
-                raise ValueError(f"backend: ops must name ops of {', '.join(requirements.ops())}, got {op!r}")
-            forced[op] = forced[f"{op}_backward"] = name
-    outer = _forced()
-    _stash(forced)
-    try:
-        yield
-    finally:
-        _stash(outer)
-
-
-def forced_backend(op: str) -> str | None:
-    """The backend forced for an op by the innermost `backend` block or else by `ZTOK_BACKEND`; None when free."""
-    forced = _forced()
-    if op in forced:
-        return forced[op]
-    if None in forced:
-        return forced[None]
-    name = os.environ.get("ZTOK_BACKEND")
-    if not name:
-        return None
-    _check_backend_name(name, "ZTOK_BACKEND")
-    return name
+from ztok_fast.ops.backends import BackendUnavailable, backend, forced_backend  # noqa: E402
 
 
 def choose(

@@ -167,12 +167,6 @@ _NOT_TRANSPOSED = Arguments(
 )
 
 REQUIREMENTS: tuple[Requirement, ...] = (
-    _cpp("codebook_assign", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
-    _triton("codebook_assign", "nearest"),
-    _reference("codebook_assign", "nearest"),
-    _cpp("codebook_assign_backward", "nearest", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
-    _triton("codebook_assign_backward", "nearest", "triton_gradients"),
-    _reference("codebook_assign_backward", "nearest"),
     _cpp("halting_units", "halting", checks_values=True),
     _triton("halting_units", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
     _reference("halting_units", "halting"),
@@ -185,12 +179,6 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("integrate_units_backward", "halting"),
     _triton("integrate_units_backward", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
     _reference("integrate_units_backward", "halting"),
-    _cpp("residual_quantize", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
-    _triton("residual_quantize", "quantize", "triton_residual"),
-    _reference("residual_quantize", "quantize"),
-    _cpp("residual_quantize_backward", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
-    _triton("residual_quantize_backward", "quantize", "triton_residual"),
-    _reference("residual_quantize_backward", "quantize"),
     _cpp("quantize_ragged", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
     _triton("quantize_ragged", "quantize"),
     _reference("quantize_ragged", "quantize"),

@@ -1,5 +1,5 @@
 """Nearest-code search."""
 
-from ztok_fast.ops.nearest.contract import Assignment, codebook_assign
+from ztok_fast.ops.nearest.codebook_assign import Assignment, codebook_assign
 
 __all__ = ["Assignment", "codebook_assign"]

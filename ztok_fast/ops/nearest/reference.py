@@ -8,16 +8,16 @@ go to the lowest index.
 import torch
 
 from ztok_fast.ops.checks import compute_dtype
-from ztok_fast.ops.segments import segment_sum
+from ztok_fast.ops.op import vjp
 
 # elements of the largest temporary block, which bounds the extra memory whatever M is
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their length; a zero row stays zero."""
-    norms = rows.norm(dim=-1, keepdim=True)
-    return torch.where(norms > 0, rows / norms, 0)
+    """Rows divided by their length; a zero row stays zero and has no gradient."""
+    squares = rows.square().sum(-1, keepdim=True)
+    return rows * torch.where(squares > 0, torch.where(squares > 0, squares, 1).rsqrt(), 0)
 
 
 def _direct_scores(rows: torch.Tensor, codes: torch.Tensor, metric: str) -> torch.Tensor:
@@ -81,51 +81,56 @@ def nearest_codes(rows: torch.Tensor, book: torch.Tensor, metric: str) -> tuple[
     return torch.where(finite, best, 0), torch.where(finite, distances, torch.nan).to(rows.dtype)
 
 
-def codebook_assign(x, codebook, metric):
-    """See `ztok_fast.ops.nearest.contract.codebook_assign`; always with levels: returns distances and codes [M, L]."""
-    dtype = compute_dtype(x, codebook)
-    residual, books = x.to(dtype), codebook.to(dtype)
-    codes, distances = [], []
-    for book in books:
-        code, distance = nearest_codes(residual, book, metric)
-        residual = residual - book[code]
-        codes.append(code)
-        distances.append(distance)
-    return torch.stack(distances, 1), torch.stack(codes, 1).int()
-
-
-def _distance_gradients(residual, chosen, metric):
-    """Derivatives of one level's distances by its residual and by the chosen code, both [M, d]."""
+def distance_and_terms(rows, codes, metric):
+    """Distances [M] between matching rows and codes [M, d], differentiable, and the sums of their terms' sizes."""
     if metric == "l2":
-        difference = 2 * (residual - chosen)
-        return difference, -difference
-    if metric == "dot":
-        return -chosen, -residual
-    residual_norm = residual.norm(dim=1, keepdim=True)
-    chosen_norm = chosen.norm(dim=1, keepdim=True)
-    a, b = _unit_rows(residual), _unit_rows(chosen)
-    cosine = (a * b).sum(1, keepdim=True)
-    by_residual = torch.where(residual_norm > 0, (cosine * a - b) / residual_norm, 0)
-    by_chosen = torch.where(chosen_norm > 0, (cosine * b - a) / chosen_norm, 0)
-    return by_residual, by_chosen
+        distances = (rows - codes).square().sum(-1)
+        return distances, distances.detach()
+    if metric == "cosine":
+        rows, codes = _unit_rows(rows), _unit_rows(codes)
+        return 1 - (rows * codes).sum(-1), 1 + (rows * codes).detach().abs().sum(-1)
+    return -(rows * codes).sum(-1), (rows * codes).detach().abs().sum(-1)
 
 
-def codebook_assign_backward(x, codebook, codes, grad_distances, metric):
-    """Gradients of `x` [M, d] and `codebook` [L, V, d] from that of the distances [M, L], the codes held fixed."""
-    dtype = compute_dtype(x, codebook)
-    levels, size, _ = codebook.shape
-    residual, books, grad = x.to(dtype), codebook.to(dtype), grad_distances.to(dtype)
-    by_level = []
-    for level in range(levels):
-        chosen = books[level][codes[:, level].long()]
-        by_level.append(_distance_gradients(residual, chosen, metric))
+def take_codes(book, codes):
+    """Rows [M, d] of `book` [V, d], 0 where the code is -1; the gradient is summed in a fixed order."""
+    return torch.where((codes >= 0)[:, None], _take(book, codes.clamp(min=0)), 0)
+
+
+def _take(book, codes):
+    return book.index_select(0, codes.long())
+
+
+def codebook_assign(x, codebooks, metric):
+    """See `ztok_fast.ops.codebook_assign`; always with levels: returns distances and codes [M, L]."""
+    with torch.no_grad():
+        codes = _search(x, codebooks, metric)
+    return _distances(x, codebooks, codes, metric), codes
+
+
+def _search(x, codebooks, metric):
+    residual, codes = x.to(compute_dtype(x, codebooks)), []
+    for book in codebooks.to(residual.dtype):
+        codes.append(nearest_codes(residual, book, metric)[0])
+        residual = residual - book[codes[-1]]
+    return torch.stack(codes, 1).int()
+
+
+def _distances(x, codebooks, codes, metric):
+    """Distances [M, L] of given codes, differentiable; NaN for rows that are not finite."""
+    dtype = compute_dtype(x, codebooks)
+    residual, distances = x.to(dtype), []
+    for book, code in zip(codebooks.to(dtype), codes.unbind(1)):
+        chosen = _take(book, code)
+        # float64 products: squares of any float32 neither overflow nor vanish
+        distance, _ = distance_and_terms(residual.double(), chosen.double(), metric)
+        finite = torch.isfinite(residual).all(1)
+        distances.append(torch.where(finite, distance, torch.nan).to(dtype))
         residual = residual - chosen
-    # residual_{l+1} = residual_l - chosen_l: what a level's residual gathers flows to all earlier codes as well
-    grad_residual = torch.zeros_like(residual)
-    grad_books = []
-    for level in reversed(range(levels)):
-        by_residual, by_chosen = by_level[level]
-        grad_chosen = grad[:, level : level + 1] * by_chosen - grad_residual
-        grad_books.append(segment_sum(grad_chosen, codes[:, level], size))
-        grad_residual = grad_residual + grad[:, level : level + 1] * by_residual
-    return grad_residual.to(x.dtype), torch.stack(grad_books[::-1]).to(codebook.dtype)
+    return torch.stack(distances, 1)
+
+
+def codebook_assign_backward(x, codebooks, codes, grad_distances, metric):
+    """Gradients of `x` [M, d] and `codebooks` [L, V, d] from that of the distances [M, L], the codes held fixed."""
+    grads = vjp(lambda x, books: _distances(x, books, codes, metric), (x, codebooks), (grad_distances,))
+    return tuple(grads)

@@ -3,21 +3,6 @@
 import torch
 
 
-def residual_quantize(latents, codebooks, levels):
-    """See `ztok_fast.ops.quantize.reference.residual_quantize`. The search is that of `ops.nearest.cpp`."""
-    return torch.ops.ztok.residual_quantize_native(latents, codebooks, levels)
-
-
-def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
-    """See `ztok_fast.ops.quantize.reference.residual_quantize_backward`; csrc/cpu/code_gradients.cpp.
-
-    O(M L d + L V d) time; O(L V d) extra memory if the codebooks are not float32.
-    """
-    return torch.ops.ztok.residual_quantize_backward_native(
-        latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
-    )
-
-
 def quantize_ragged(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
     """See `ztok_fast.ops.quantize.reference.quantize_ragged`; csrc/cpu/quantize_ragged.cpp.
 
@@ -37,7 +22,7 @@ def quantize_ragged_backward(
 
     The rows that end units and the means are gathered again; four matrix products of K units; one pass over the rows.
     """
-    from_codes, grad_codebooks = residual_quantize_backward(
+    from_codes, grad_codebooks = torch.ops.ztok.residual_quantize_backward(
         latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
     )
     grad = grad_latents + from_codes

@@ -4,73 +4,92 @@ import torch
 
 from ztok_fast.ops.checks import compute_dtype
 from ztok_fast.ops.halting import reference as halting
-from ztok_fast.ops.nearest.reference import nearest_codes
-from ztok_fast.ops.segments import segment_sum, sequence_of
+from ztok_fast.ops.nearest.reference import nearest_codes, take_codes
+from ztok_fast.ops.op import vjp
+from ztok_fast.ops.segments import sequence_of
 
 # added to the mean square of a latent before it is normalised, so that a latent of zeros stays zero
 RMS_EPS = 1e-6
 
 
+class _StraightThrough(torch.autograd.Function):
+    """`values`, with the gradient of `through`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values, through):
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+    @staticmethod
+    def jvp(ctx, _, tangent):
+        return tangent.clone()
+
+
 def residual_quantize(latents, codebooks, levels):
-    """See `ztok_fast.ops.quantize.contract.residual_quantize`.
+    """See `ztok_fast.ops.residual_quantize`.
 
     Returns:
         quantized, commitment, codebook_loss, codes, usage.
     """
+    with torch.no_grad():
+        codes = _search(latents, codebooks, levels)
+    usage = torch.stack([_counts(code, codebooks.shape[1]) for code in codes.unbind(1)])
+    return *quantized_and_losses(latents, codebooks, codes), codes, usage
+
+
+def _search(latents, codebooks, levels):
+    """Codes int32 [M, L], -1 where a level is not used."""
+    residual, codes = latents.to(compute_dtype(latents, codebooks)), []
+    for level, book in enumerate(codebooks.to(residual.dtype)):
+        code = nearest_codes(residual, book, "l2")[0]
+        codes.append(code if levels is None else torch.where(levels > level, code, -1))
+        residual = residual - take_codes(book, codes[-1])
+    return torch.stack(codes, 1).int()
+
+
+def _counts(codes, size):
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=codes.device)
+    index = torch.where(codes >= 0, codes, size).long()
+    return counts.scatter_add(0, index, torch.ones_like(index))[:size]
+
+
+def quantized_and_losses(latents, codebooks, codes):
+    """Quantised rows and both losses of given codes, differentiable.
+
+    With e_l = z - q_{<=l} and N used pairs, both losses are sum_l |e_l|^2 / (N d); the commitment sees z alone, the
+    codebook loss the codes alone, and code l is part of every e_l' with l' >= l.
+    """
     dtype = compute_dtype(latents, codebooks)
-    rows, width = latents.shape
-    num_levels, size, _ = codebooks.shape
-    residual, books = latents.to(dtype), codebooks.to(dtype)
-    quantized = torch.zeros_like(residual)
-    error = torch.zeros(rows, dtype=torch.float64, device=latents.device)
-    codes = torch.full((rows, num_levels), -1, dtype=torch.int64, device=latents.device)
-    usage = torch.zeros((num_levels, size), dtype=torch.int64, device=latents.device)
-    for level in range(num_levels):
-        used = torch.ones_like(error, dtype=torch.bool) if levels is None else levels > level
-        code, _ = nearest_codes(residual, books[level], "l2")
-        chosen = torch.where(used[:, None], books[level][code], 0)
-        residual = residual - chosen
-        quantized = quantized + chosen
-        error += torch.where(used, residual.double().square().sum(1), 0)
-        codes[:, level] = torch.where(used, code, -1)
-        usage[level].scatter_add_(0, code, used.long())
-    total = error.sum()
+    to_latents = latents.to(dtype)
+    to_books = to_latents.detach()
+    quantized, commitment, codebook_loss = torch.zeros_like(to_books), 0.0, 0.0
+    for book, code in zip(codebooks.to(dtype), codes.unbind(1)):
+        chosen, used = take_codes(book, code), (code >= 0)[:, None]
+        to_latents, to_books = to_latents - chosen.detach(), to_books - chosen
+        quantized = quantized + chosen.detach()
+        commitment = commitment + torch.where(used, to_latents.double(), 0).square().sum()
+        codebook_loss = codebook_loss + torch.where(used, to_books.double(), 0).square().sum()
+    count = (codes >= 0).sum().clamp(min=1) * latents.shape[1]
     # no square of a finite residual overflows float64: infinity is that of a row
-    total = torch.where(total.isfinite(), total, torch.nan)
-    loss = (total / (_used_pairs(codes) * width)).to(dtype)
-    return quantized.to(latents.dtype), loss, loss.clone(), codes.int(), usage
-
-
-def _used_pairs(codes):
-    """Number of (row, level) pairs that have a code, at least 1."""
-    return (codes >= 0).sum().clamp(min=1)
+    losses = [torch.where(torch.isinf(e), torch.nan, e / count).to(dtype) for e in (commitment, codebook_loss)]
+    quantized = quantized.to(latents.dtype)
+    through = torch.where((codes >= 0).any(1, keepdim=True), latents, 0)
+    return _StraightThrough.apply(quantized, through), *losses
 
 
 def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
-    """Gradients of the latents [M, d] and the codebooks [L, V, d], the codes held fixed.
-
-    With e_l = z - q_{<=l} and N used pairs, both losses are sum_l |e_l|^2 / (N d); the commitment sees z alone, the
-    codebook loss sees the codes alone, and code l is part of every e_l' with l' >= l.
-    """
-    dtype = compute_dtype(latents, codebooks)
-    num_levels, size, width = codebooks.shape
-    residual, books = latents.to(dtype), codebooks.to(dtype)
-    used = codes >= 0
-    errors = []
-    for level in range(num_levels):
-        has_code = used[:, level : level + 1]
-        residual = residual - torch.where(has_code, books[level][codes[:, level].clamp(min=0).long()], 0)
-        errors.append(torch.where(has_code, residual, 0))
-    factor = 2 / (_used_pairs(codes).to(dtype) * width)
-    later = torch.zeros_like(residual)
-    grad_books = []
-    for level in reversed(range(num_levels)):
-        later = later + errors[level]
-        index = torch.where(used[:, level], codes[:, level], size)
-        grad_books.append(segment_sum(-factor * grad_codebook_loss.to(dtype) * later, index, size))
-    straight_through = torch.where(used.any(1, keepdim=True), grad_quantized.to(dtype), 0)
-    grad_latents = straight_through + factor * grad_commitment.to(dtype) * later
-    return grad_latents.to(latents.dtype), torch.stack(grad_books[::-1]).to(codebooks.dtype)
+    """Gradients of the latents [M, d] and the codebooks [L, V, d], the codes held fixed."""
+    grads = grad_quantized, grad_commitment, grad_codebook_loss
+    return tuple(vjp(lambda z, books: quantized_and_losses(z, books, codes), (latents, codebooks), grads))
 
 
 def _end_rows(hidden, unit, ends, total_units):

@@ -1,0 +1,129 @@
+"""The specification of an op: sample inputs, exactness and costs. Tests, guard pages, ahead-of-time compilation and
+benchmarks iterate over it, so that each of these facts stands once, beside the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORWARD = "forward"
+BACKWARD = "forward+backward"
+SETS = ("tiny", "quick", "default", "full")
+"""Sets of benchmark cases. `tiny` is for tests; each of the others contains the ones before it, `tiny` excepted."""
+
+# dtype of the input -> (relative, absolute) tolerance of a result accumulated in float32 (float64 for float64); an op's
+# `tolerance` widens both
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-12),
+    torch.float32: (2e-5, 2e-6),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+
+
+class Mismatch(AssertionError):
+    """A result is not the float64 answer within the op's tolerance."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that any implementation has to do.
+
+    Attributes:
+        flops: floating-point operations, a multiply-add counted as two.
+        bytes: each input read once, each output written once.
+    """
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape, to be benchmarked.
+
+    Attributes:
+        sizes: named sizes and options, in the order in which they are printed.
+        dtype: dtype of the op's main tensor.
+        direction: `FORWARD` or `BACKWARD` (forward and backward in one measurement).
+        set: smallest of `SETS` that has the case.
+        devices: device types it is meant for.
+        cold: rotate over inputs that together exceed the last cache, because in use they come from memory (the
+            weights of a decode step). On CUDA every case is.
+        tags: marks that baselines look at.
+    """
+
+    sizes: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    direction: str = FORWARD
+    set: str = "default"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    cold: bool = False
+    tags: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.sizes[name]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What tests and benchmarks need to know of an op.
+
+    Attributes:
+        public: the public function.
+        make: (sizes, dtype, generator) -> its keyword arguments, on the generator's device.
+        samples: small adversarial sizes and options for `make`: around the widths of vectors and blocks, empty, ragged.
+        check: (inputs, result) raises `Mismatch` unless the result is exact as the docstring says. None: the result is
+            compared with that of the reference in float64.
+        differentiable: arguments that receive gradients; a list of tensors counts as one.
+        outputs: (result) -> the outputs through which gradients flow.
+        tolerance: how much wider than `TOLERANCES` results may be off; gradients four times that.
+        dtypes: dtypes of the main tensor that samples are made in.
+        cases: benchmark cases.
+        work: (case, inputs) -> `Work` of the forward pass, or of both where the case has both directions.
+        flops_of_reference: how many times the flops of `work` the reference does, for a guess of its time.
+    """
+
+    public: Callable
+    make: Callable[[dict[str, Any], torch.dtype, torch.Generator], dict[str, Any]]
+    samples: tuple[dict[str, Any], ...]
+    check: Callable[[dict[str, Any], Any], None] | None = None
+    differentiable: tuple[str, ...] = ()
+    outputs: Callable[[Any], tuple[Tensor, ...]] = field(default=lambda result: (result,))
+    tolerance: float = 1.0
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    cases: tuple[Case, ...] = ()
+    work: Callable[[Case, dict[str, Any]], Work] | None = None
+    flops_of_reference: float = 1.0
+
+
+def randn(generator: torch.Generator, *shape: int, dtype=torch.float32, scale: float = 1.0) -> Tensor:
+    """Standard normal values times `scale` on the generator's device, rounded to `dtype`."""
+    return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0, what: str = "result") -> None:
+    """Raise `Mismatch` where `actual` is further from `expected` than `scale` times the tolerance of `dtype`."""
+    rtol, atol = (scale * t for t in TOLERANCES[dtype])
+    try:
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
+    except AssertionError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise Mismatch(f"{what}: {'; '.join(lines[:4])}") from None
+
+
+def equal(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Raise `Mismatch` unless two tensors are the same, bit for bit (NaN equal to NaN)."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise Mismatch(
+            f"{what}: expected {expected.dtype} {list(expected.shape)}, got {actual.dtype} {list(actual.shape)}"
+        )
+    same = actual == expected
+    if actual.is_floating_point():
+        same |= actual.isnan() & expected.isnan()
+    if not bool(same.all()):
+        raise Mismatch(f"{what}: {int((~same).sum())} of {same.numel()} elements differ")
