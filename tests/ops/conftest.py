@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ztok_fast
-from ztok_fast.ops import requirements
+from ztok_fast.ops import backends, requirements
+from ztok_fast.ops.op import OPS
 
 DEVICES = ("cpu", "cuda")
 
@@ -45,7 +46,7 @@ QUICK_EVEN_INTERPRETED = (
 def pytest_collection_modifyitems(items):
     for item in items:
         call = getattr(item, "callspec", None)
-        interpreted = call and call.params.get("backend") == "triton" and requirements.triton_is_interpreted()
+        interpreted = call and call.params.get("backend") == "triton" and backends.triton_is_interpreted()
         if interpreted and _matches(item, SLOW_WHEN_INTERPRETED) and not _matches(item, QUICK_EVEN_INTERPRETED):
             item.add_marker(pytest.mark.slow)
 
@@ -59,16 +60,34 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "dtype(dtype): the dtype of the op's tensors, which not every backend takes")
 
 
-def _cases(op):
-    for row in requirements.rows_of(op):
-        for device in DEVICES:
-            if not requirements.runs_on(row, device):
+def backend_cases(op):
+    """A parameter (backend, device) for each backend of an op on each device; skipped, with why, where it cannot run."""
+    for device in DEVICES:
+        for row in _rows(op):
+            if not row.runs_on(device):
                 continue
-            reasons = requirements.unmet(row, torch.device(device), forced=True)
+            reasons = list(row.unmet(torch.device(device), forced=True))
             if device == "cuda" and not torch.cuda.is_available():
                 reasons.append("no CUDA device")
             marks = pytest.mark.skip(reason="; ".join(reasons)) if reasons else ()
-            yield pytest.param(row.backend, device, id=f"{row.backend}-{device}", marks=marks)
+            yield pytest.param(row.name, device, id=f"{row.name}-{device}", marks=marks)
+
+
+def _rows(op):
+    return OPS[op].backends if op in OPS else [_Old(row) for row in requirements.rows_of(op)]
+
+
+class _Old:
+    """A row of the old table, until all ops are declared the new way."""
+
+    def __init__(self, row):
+        self.row, self.name, self.dtypes = row, row.backend, row.dtypes
+
+    def runs_on(self, device):
+        return requirements.runs_on(self.row, device)
+
+    def unmet(self, device, forced):
+        return requirements.unmet(self.row, device, forced=forced)
 
 
 def pytest_generate_tests(metafunc):
@@ -79,12 +98,12 @@ def pytest_generate_tests(metafunc):
         raise pytest.UsageError(f"{metafunc.definition.nodeid} uses `backend` without @pytest.mark.op")
     if "device" not in metafunc.fixturenames:
         raise pytest.UsageError(f"{metafunc.definition.nodeid} uses `backend` without `device`")
-    metafunc.parametrize(("backend", "device"), list(_cases(*marker.args)), indirect=["backend"])
+    metafunc.parametrize(("backend", "device"), list(backend_cases(*marker.args)), indirect=["backend"])
 
 
 def dtypes_of(op, backend):
     """The dtypes that a backend takes an op's tensors in."""
-    return next(row.dtypes for row in requirements.rows_of(op) if row.backend == backend)
+    return next(row.dtypes for row in _rows(op) if row.name == backend)
 
 
 def skip_beyond_rows(op, backend, rows):
@@ -108,7 +127,8 @@ def backend(request):
     with ExitStack() as forced:
         forced.enter_context(ztok_fast.backend(request.param, ops=[op]))
         backward = f"{op}_backward"
-        if backward in requirements.ops() and request.param not in {r.backend for r in requirements.rows_of(backward)}:
+        known = backward in OPS or backward in requirements.ops()
+        if known and request.param not in {row.name for row in _rows(backward)}:
             forced.enter_context(ztok_fast.backend("reference", ops=[backward]))
         yield request.param
 

@@ -125,6 +125,7 @@ def triton(implementation: str, dtypes: tuple[torch.dtype, ...] = UP_TO_FLOAT32,
 
 # --- what backends need
 
+
 @functools.cache
 def _triton_missing() -> str | None:
     if not importlib.util.find_spec("triton"):
@@ -168,6 +169,7 @@ LIBRARIES: dict[str, Callable[[], str | None]] = {
 
 
 # --- forcing one
+
 
 class _Forced(threading.local):
     # op -> backend, the key None standing for every op not named

@@ -158,7 +158,9 @@ def _cases() -> tuple[Case, ...]:
 
     def add(M, V, d, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
         # the smallest set that names a case comes first
-        found.setdefault((M, V, d, direction, dtype), Case({"M": M, "V": V, "d": d}, dtype, direction, smallest, devices))
+        found.setdefault(
+            (M, V, d, direction, dtype), Case({"M": M, "V": V, "d": d}, dtype, direction, smallest, devices)
+        )
 
     add(33, 50, 12, "tiny")
     add(17, 9, 5, "tiny", BACKWARD)
@@ -231,5 +233,8 @@ CODEBOOK_ASSIGN_BACKWARD = Op(
     " -> (Tensor, Tensor)",
     reference=reference.codebook_assign_backward,
     fake=lambda x, codebooks, *_: (x.new_empty(x.shape), codebooks.new_empty(codebooks.shape)),
-    backends=(cpp(UP_TO_FLOAT32), triton("ztok_fast.ops.nearest.triton_gradients:codebook_assign_backward", contiguous=True)),
+    backends=(
+        cpp(UP_TO_FLOAT32),
+        triton("ztok_fast.ops.nearest.triton_gradients:codebook_assign_backward", contiguous=True),
+    ),
 )
