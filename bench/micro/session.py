@@ -20,10 +20,7 @@ from bench.micro.runner import measure, wrong_backends
 from bench.tables import percent, table
 
 # Measured before every case, so within a fraction of a second.
-SHORT_MARKS = {
-    "cpu": {"seconds": 0.1, "size": 1024},
-    "cuda": {"seconds": 0.05, "size": 4096, "count": 1 << 28},
-}
+SHORT_MARKS = {"cpu": {"seconds": 0.1, "size": 1024}, "cuda": {"seconds": 0.05, "size": 4096, "count": 1 << 28}}
 
 
 class SessionError(ValueError):

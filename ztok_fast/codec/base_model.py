@@ -293,7 +293,7 @@ def export_base(
             smallest = math.ceil((needed + header) / 1e5) / 10
             raise BaseModelError(
                 f"shard_mb: expected at least {smallest} for the largest tensor, {name} as {dtype}, "
-                f"got {shard_mb:g}; choose bfloat16, larger shards, or ztok_fast.codec.file_parts"
+                f"got {shard_mb:g}; choose bfloat16 or larger shards"
             )
     converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are stored once
     state = {}

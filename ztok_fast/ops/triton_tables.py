@@ -3,7 +3,7 @@
 A table maps an architecture to entries {(size at most, *kind): configuration}. The size is the dimension that matters
 to the kernel (rows, width), the kind whatever else the choice depends on. The entry of the least bound that holds the
 size is taken; the last bound is ANY, so that every shape has one. The tables are in the `triton_configs.py` of each
-family and are made by `python -m bench.tune`.
+family.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_train
-from bench.run_files import PART_BYTES
+from bench.gpu import train
+from bench.gpu.run_files import PART_BYTES
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.settings import TrainSettings
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the script is for bash")
 
 
@@ -21,7 +21,7 @@ def run_script(*arguments):
     environment = {**os.environ, "PYTHON": sys.executable}
     environment.pop("OUT", None)
     return subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu_train.sh"), *map(str, arguments)],
+        ["bash", str(ROOT / "bench" / "gpu" / "train.sh"), *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -31,7 +31,7 @@ def run_script(*arguments):
 
 def test_the_dry_run_joins_trains_resumes_evaluates_and_exports(tmp_path, capsys):
     out = tmp_path / "out"
-    assert gpu_train.main(["--dry", "--out", str(out)]) == 0
+    assert train.main(["--dry", "--out", str(out)]) == 0
     files = {path.name: path.stat().st_size for path in out.iterdir()}
     assert {"checkpoint.pt.parts.json", "metrics.jsonl", "evaluation.json"} <= set(files)
     assert max(files.values()) <= PART_BYTES
@@ -47,13 +47,13 @@ def test_the_dry_run_joins_trains_resumes_evaluates_and_exports(tmp_path, capsys
 
 def test_no_time_left_is_an_error_before_training(tmp_path, capsys):
     late = ["--dry", "--out", str(tmp_path), "--minutes", "2", "--started", "0"]
-    assert gpu_train.main(late) == 1
+    assert train.main(late) == 1
     assert "expected time left for training" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_train, "NEEDED", ("torch", "no_such_package_here"))
-    assert gpu_train.main(["--dry", "--out", str(tmp_path)]) == 2
+    monkeypatch.setattr(train, "NEEDED", ("torch", "no_such_package_here"))
+    assert train.main(["--dry", "--out", str(tmp_path)]) == 2
     assert (
         "packages not found: no_such_package_here; give a folder with their wheels as --wheels"
         in capsys.readouterr().err
@@ -61,16 +61,16 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gguf_base_without_its_reader_is_an_error(tmp_path, monkeypatch):
-    from ztok_fast.codec.file_parts import split_file
+    from bench.gpu.file_parts import split_file
 
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     manifest = split_file(tmp_path / "base.gguf", tmp_path / "parts", 2)
     assert len(list((tmp_path / "parts").glob("*.part0*"))) == 2
-    monkeypatch.setattr(gpu_train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    with pytest.raises(gpu_train.RunError, match="needs the package gguf; give its wheel's folder as --wheels"):
-        gpu_train.load_parts(str(manifest), "name", scratch)
+    with pytest.raises(train.RunError, match="needs the package gguf; give its wheel's folder as --wheels"):
+        train.load_parts(str(manifest), "name", scratch)
 
 
 @needs_bash

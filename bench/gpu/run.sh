@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of at most nine minutes on a CUDA machine without a network:
 #
-#   OUT=results bench/gpu_run.sh           build, contract tests, compute-sanitizer, benchmarks, codec, profile, Triton tuning
-#   OUT=results bench/gpu_run.sh --dry     the same steps on the CPU with tiny shapes and nothing built
+#   OUT=results bench/gpu/run.sh           build, the tests of the ops, compute-sanitizer, benchmarks, codec, profile
+#   OUT=results bench/gpu/run.sh --dry     the same steps on the CPU with tiny shapes and nothing built
 #
 # Needs torch with CUDA, Triton, nvcc, g++, CMake >= 3.24, pytest, hypothesis; ninja, compute-sanitizer, matplotlib and the
-# benchmark peers are used where they are there. Every step has a time budget and none stops the others. A table comes
+# baselines are used where they are there. Every step has a time budget and none stops the others. A table comes
 # last; the exit status is 0 only when no step failed. In $OUT: summary.txt, log.txt, bench-cuda.json with its plots,
-# bench-codec-cuda.json, profile.txt, trace.json.gz, tuning.txt.
+# bench-codec-cuda.json, profile.txt, trace.json.gz.
 #
-# --steps a,b   only these steps (build tests memcheck bench codec profile racecheck tune)
+# --steps a,b   only these steps (build tests memcheck bench codec profile racecheck)
 # --seconds N   time of the whole run (default 540)
 # PYTHON=... picks the interpreter. In a tree without .git, BENCH_COMMIT=... is recorded as its commit.
 set -uo pipefail
 
 started=$(date +%s)
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$root" || exit 2
 python=${PYTHON:-python3}
 if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then
@@ -137,20 +137,10 @@ profile() {
     "$python" -m bench.profile_codec --device cuda --out "$OUT"
 }
 
-tune() {
-    [ -d bench/tune ] || { echo "bench/tune is not in this tree"; return 77; }
-    if [ $dry = 1 ]; then
-        "$python" -m bench.tune --help
-        return
-    fi
-    set -o pipefail
-    "$python" -m bench.tune | tee "$OUT/tuning.txt"
-}
-
-export -f build tests sanitize bench codec profile tune
+export -f build tests sanitize bench codec profile
 export python dry OUT
 
-run=(bash -c '"$@"' gpu_run)
+run=(bash -c '"$@"' run)
 step build     120 "${run[@]}" build
 step tests     110 "${run[@]}" tests
 step memcheck   60 "${run[@]}" sanitize memcheck
@@ -158,7 +148,6 @@ step bench     170 "${run[@]}" bench
 step codec      70 "${run[@]}" codec
 step profile    40 "${run[@]}" profile
 step racecheck  50 "${run[@]}" sanitize racecheck
-step tune       60 "${run[@]}" tune
 
 {
     if [ -f "$OUT/bench-cuda.json" ]; then

@@ -4,8 +4,8 @@ A base model often has to reach a machine through a channel that bounds the size
 parts lie beside a small JSON manifest with the SHA-256 of each part and of the whole; joining
 checks all of them, so that a missing, short or mixed-up part is an error and never a broken model.
 
-    python -m ztok_fast.codec.file_parts split model.gguf parts/ --part-mb 60
-    python -m ztok_fast.codec.file_parts join parts/model.gguf.parts.json restored/
+    python -m bench.gpu.file_parts split model.gguf parts/ --part-mb 60
+    python -m bench.gpu.file_parts join parts/model.gguf.parts.json restored/
 """
 
 from __future__ import annotations
@@ -20,20 +20,10 @@ from ztok_fast.codec.atomic import replace_atomically
 
 MANIFEST_SUFFIX = ".parts.json"
 MANIFEST_FORMAT = "ztok-file-parts-1"
-_CHUNK = 1 << 20
 
 
 class FilePartsError(ValueError):
     """A file cannot be split, or parts cannot be joined; the message names the file and the fault."""
-
-
-def sha256_of_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes as 64 lower-case hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def split_file(path: str | Path, folder: str | Path, part_bytes: int = 60_000_000) -> Path:
@@ -139,7 +129,7 @@ def _read_part(path: Path, part: dict) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ztok_fast.codec.file_parts", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.file_parts", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     split = commands.add_parser("split", help="write a file as parts and a manifest")
     split.add_argument("file")

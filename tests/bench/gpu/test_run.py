@@ -1,4 +1,4 @@
-"""bench/gpu_run.sh: its steps, run on the CPU; and what it does with steps that fail, hang or cannot run."""
+"""bench/gpu/run.sh: its steps, run on the CPU; and what it does with steps that fail, hang or cannot run."""
 
 import os
 import shutil
@@ -10,11 +10,11 @@ import pytest
 
 from bench.micro import once, results
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(
     shutil.which("bash") is None or shutil.which("timeout") is None, reason="the script is for bash and GNU timeout"
 )
-STEPS = ["build", "tests", "memcheck", "bench", "codec", "profile", "racecheck", "tune"]
+STEPS = ["build", "tests", "memcheck", "bench", "codec", "profile", "racecheck"]
 
 # An interpreter that does nothing, but fails in the tests and hangs in the profile.
 STUB = """#!/usr/bin/env bash
@@ -32,7 +32,7 @@ def run_script(out, *arguments, python=sys.executable):
     if out is not None:
         environment["OUT"] = str(out)
     return subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu_run.sh"), *arguments],
+        ["bash", str(ROOT / "bench" / "gpu" / "run.sh"), *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -77,7 +77,7 @@ def test_a_step_that_cannot_run_is_skipped_with_its_reason(tmp_path):
     if Path("/usr/local/cuda/bin/compute-sanitizer").exists():
         pytest.skip("it is installed at its usual place")
     run = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu_run.sh"), "--steps", "memcheck,racecheck"],
+        ["bash", str(ROOT / "bench" / "gpu" / "run.sh"), "--steps", "memcheck,racecheck"],
         capture_output=True,
         text=True,
         env=environment,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ztok_fast.codec.file_parts import FilePartsError, join_file, main, split_file
+from bench.gpu.file_parts import FilePartsError, join_file, main, split_file
 
 
 @pytest.fixture
