@@ -1,8 +1,7 @@
 """Every Triton kernel as it is launched, for `tests/ops/test_aot.py`, which compiles it ahead of time without a GPU.
 
 The cases come from the tables of launch configurations: for every table there is a function that makes the cases of
-one entry, so that every entry of every architecture is compiled, and `python -m bench.tune --dry` compiles candidates
-in the same way. To add a kernel, add its case to the function of its table (`aot_nearest.py`, `aot_lora.py`,
+one entry, so that every entry of every architecture is compiled. To add a kernel, add its case to the function of its table (`aot_nearest.py`, `aot_lora.py`,
 `aot_units.py`, `aot_zhead.py`):
 
     Case(
