@@ -47,7 +47,7 @@ def test_links_lead_to_files(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_scripts_that_documents_name_exist(path):
-    for module in re.findall(r"python -m (bench\.\w+)", path.read_text()):
+    for module in re.findall(r"python -m (bench[.\w]*\w)", path.read_text()):
         folder = ROOT / module.replace(".", "/")
         assert folder.with_suffix(".py").is_file() or (folder / "__main__.py").is_file(), module
     for config in re.findall(r"configs/\w+\.yaml", path.read_text()):
