@@ -6,10 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.codec.tiny_codec import packed_documents, tiny_codec
-from ztok_fast.codec.emission import HaltingHead, fixed_mass, mass_floor, scale_to_budget, surprisal_mass, unit_lengths
+from ztok_fast.codec import emission
+from ztok_fast.codec import model as model_module
+from ztok_fast.codec.emission import (
+    HaltingHead,
+    fixed_mass,
+    mass_floor,
+    scale_to_budget,
+    surprisal_mass,
+    unit_counts,
+    unit_lengths,
+)
 from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.codec.passes import encode_documents
 from ztok_fast.ops import halting_units
+from ztok_fast.ops.halting import contract as halting_contract
 
 LONGEST = 16
 
@@ -34,6 +45,32 @@ def test_achieved_ratio_is_the_budget_whatever_the_mass(seed, ratio, spread):
     lengths = unit_lengths(units, int(units.cu_units[-1]))
     assert int(lengths.min()) >= 1 and int(lengths.max()) <= LONGEST
     assert lengths.dtype == torch.int32 and int(lengths.sum()) == 1664
+
+
+def on_the_edge(draw, total, segments):
+    """Mass whose sums come close to whole numbers, or reach them, and any mass between."""
+    kinds = torch.tensor([0.0, 1.0, 0.5, 0.25, 1 / 3, 0.5 + 2.0**-21, 1 - 2.0**-20, 2.0**-20, 2.0**-22])
+    chosen = kinds[torch.randint(len(kinds), (total,), generator=draw)]
+    mass = torch.where(torch.rand(total, generator=draw) < 0.5, chosen, torch.rand(total, generator=draw))
+    cuts = torch.randint(total + 1, (segments - 1,), generator=draw).sort().values
+    return mass, torch.cat([torch.tensor([0]), cuts, torch.tensor([total])]).int()
+
+
+@given(st.integers(0, 2**31), st.integers(0, 60), st.integers(1, 9), st.sampled_from(["f32", "f16", "f64"]))
+@settings(max_examples=60, deadline=None)
+def test_counts_from_sums_are_those_of_the_op(seed, total, segments, dtype):
+    mass, cu = on_the_edge(torch.Generator().manual_seed(seed), total, segments)
+    mass = mass.to({"f32": torch.float32, "f16": torch.float16, "f64": torch.float64}[dtype])
+    assert torch.equal(unit_counts(mass, cu), halting_units(mass, cu).counts.long())
+
+
+def test_one_pass_runs_halting_once(codec, monkeypatch):
+    calls = []
+    for module in (emission, model_module):
+        monkeypatch.setattr(module, "halting_units", lambda *a: calls.append(a) or halting_units(*a))
+    monkeypatch.setattr(halting_contract, "halting_units", lambda *a: calls.append(a) or halting_units(*a))
+    codec.compress(["A small text to compress; " * 8], ratio=3)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("longest", [1, 2, 16, 64])

@@ -77,7 +77,9 @@ class AdaptedBase(nn.Module):
             )
         register()
         base.set_attn_implementation(ATTENTION_NAME)
-        layer_count = len(find_layers(find_decoder(base))[1])
+        decoder = find_decoder(base)
+        stack_name, stack = find_layers(decoder)
+        layer_count = len(stack)
         depth = config.compressor_layers or layer_count
         if depth > layer_count:
             raise ConfigError(f"codec setting compressor_layers: expected at most {layer_count}, got {depth}")
@@ -100,6 +102,10 @@ class AdaptedBase(nn.Module):
             else:
                 model.add_adapter(name, lora)
         self.peft = model
+        # Found once, because a step of decoding is short. A tuple registers no module twice. Adapters are set on modules
+        # within the layers, so the decoder and its stack stay these objects.
+        self._stack = (decoder, stack_name, stack)
+        self._truncated_stack = (stack[:depth],)
         self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer)]
         self.patch = patch(model)
         """Runs the adapted layers through ``ops.lora_linear``; ``patch.undo()`` gives them PEFT's forward pass back."""
@@ -130,8 +136,9 @@ class AdaptedBase(nn.Module):
 
     def activate(self, name: str) -> None:
         """Make ``name`` the adapter of every layer that has it; layers without it run as the base."""
-        # A step of decoding comes here too, and PEFT's switch takes longer than the products of a small base.
-        if self._active == name and all(layer.active_adapter == [name] for layer in self._tuned):
+        # A step of decoding comes here too, and PEFT's switch takes longer than the products of a small base. PEFT
+        # switches all layers or none, so one of them tells whether somebody else has switched since.
+        if self._active == name and self._tuned[0].active_adapter == [name]:
             return
         for layer in self._tuned:
             layer.set_adapter(name)
@@ -170,8 +177,7 @@ class AdaptedBase(nn.Module):
         if adapter is not None:
             self.activate(adapter)
         with self._without_adapters(adapter is None), self._truncated(layers):
-            decoder = find_decoder(self.model)
-            hidden = decoder(inputs_embeds=embeds, position_ids=position_ids, **kwargs).last_hidden_state
+            hidden = self._stack[0](inputs_embeds=embeds, position_ids=position_ids, **kwargs).last_hidden_state
         return hidden[0] if packed else hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -189,12 +195,12 @@ class AdaptedBase(nn.Module):
 
     @contextmanager
     def _truncated(self, layers: int | None):
-        decoder = find_decoder(self.model)
-        name, stack = find_layers(decoder)
+        decoder, name, stack = self._stack
         if layers is None or layers >= len(stack):
             yield
             return
-        setattr(decoder, name, stack[:layers])
+        shorter = self._truncated_stack[0]
+        setattr(decoder, name, shorter if len(shorter) == layers else stack[:layers])
         try:
             yield
         finally:

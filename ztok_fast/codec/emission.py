@@ -15,10 +15,14 @@ from torch import nn
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.ops import HaltingUnits, halting_units
 
+MASS_BITS = 20
+MASS_STEP = 2.0**-MASS_BITS
+"""The grid that mass is rounded to; one step more than 1 / n lets n tokens end a unit despite rounding."""
+
 
 def mass_floor(max_unit_length: int) -> float:
     """The least mass of a token: ``max_unit_length`` of them reach the threshold despite rounding."""
-    return 1.0 / max_unit_length + 2.0**-20
+    return 1.0 / max_unit_length + MASS_STEP
 
 
 ADAPTIVITY = 0.15
@@ -49,7 +53,7 @@ class HaltingHead(nn.Module):
 def fixed_mass(ratio: torch.Tensor) -> torch.Tensor:
     """Equal mass for every token: units of r tokens, the baseline of every report."""
     # A hair above 1/r, so that r equal summands reach the threshold despite rounding.
-    return (1.0 / ratio + 2.0**-19).clamp(max=1.0)
+    return (1.0 / ratio + 2 * MASS_STEP).clamp(max=1.0)
 
 
 def surprisal_mass(
@@ -70,6 +74,26 @@ def surprisal_mass(
     return (density / ratio).clamp(mass_floor(config.max_unit_length), 1.0)
 
 
+def unit_counts(mass: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    """Units of every segment, int64 ``[S]``, as :func:`~ztok_fast.ops.halting_units` counts them (mode "fire").
+
+    Only the segments' sums are needed. On the op's fixed-point grid the sums are exact, and no row has more than the
+    threshold, so as many rows end a unit as the threshold goes into the sum. The rows after them are one more unit.
+
+    Args:
+        mass: ``[T]`` in [0, 1]; cu_segments: ``[S + 1]``.
+    """
+    steps = (mass.double() / MASS_STEP).round_().long()
+    before = torch.nn.functional.pad(steps.cumsum(0), (1, 0))
+    begin, end = cu_segments[:-1].long(), cu_segments[1:].long()
+    # An empty segment reads the row before it, or row 0, and is cleared below.
+    last = (end - 1).clamp(min=0)
+    without_last = (before[last] - before[begin]).clamp(min=0)
+    whole = (before[end] - before[begin]) >> MASS_BITS
+    has_rest = whole == without_last >> MASS_BITS
+    return torch.where(end > begin, whole + has_rest, 0)
+
+
 def scale_to_budget(
     mass: torch.Tensor,
     ratio: torch.Tensor,
@@ -80,7 +104,8 @@ def scale_to_budget(
 ) -> torch.Tensor:
     """Scale the mass of every group to the most units that are no more than tokens / ratio (one at least).
 
-    The number of units grows with the scale, so a bisection finds it; the scale itself carries no gradient.
+    The number of units grows with the scale, so a bisection finds it, for all groups at once and by
+    :func:`unit_counts` alone; the scale itself carries no gradient.
 
     Args:
         mass: ``[T]`` raw mass in [1/max_unit_length, 1].
@@ -110,9 +135,10 @@ def scale_to_budget(
         reach = max(4.0, math.log2(max_unit_length))
         low = torch.full_like(wanted, -reach)
         high = torch.full_like(wanted, reach)
+        spread_mass = mass * spread
         for _ in range(iterations):
             middle = (low + high) / 2
-            counts = halting_units((mass * spread * middle.exp2()[group]).clamp(floor, 1.0), cu_segments).counts
+            counts = unit_counts((spread_mass * middle.exp2()[group]).clamp(floor, 1.0), cu_segments)
             units = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, counts.float())
             over = units > wanted
             high = torch.where(over, middle, high)

@@ -9,13 +9,10 @@ from torch import nn
 
 from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
+from ztok_fast.codec.emission import MASS_STEP, HaltingHead, fixed_mass, scale_to_budget, unit_lengths
 from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
-
-MASS_STEP = 2.0**-20
-"""The grid that mass is rounded to; one step more than 1 / n lets n tokens end a unit despite rounding."""
 
 MASS_GRADIENT = 0.05
 """Share of the integration weights' gradient that reaches the halting mass."""
@@ -185,7 +182,14 @@ class ZTokModel(nn.Module):
         words = nn.functional.normalize(embeds.float(), dim=-1) * embeds.shape[1] ** 0.5
         rows = (self.hidden_gain * hidden + self.embedding_gain * words.to(hidden.dtype)) * self.binding[gate]
         quantized = quantize_ragged(
-            rows, even, cu_segments, self.end_projection, self.mean_projection, self.codebooks, levels
+            rows,
+            even,
+            cu_segments,
+            self.end_projection,
+            self.mean_projection,
+            self.codebooks,
+            levels,
+            total_units=len(lengths),
         )
         return Encoded(raw_mass, scaled, quantized, lengths, units.cu_units)
 
