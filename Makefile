@@ -1,6 +1,8 @@
 # make demo       compress and decompress a text that ships in the repository
 # make test       the tests, without those marked slow
 # make test-all   every test
+# make lint       ruff, clang-format and mypy; `make hooks` runs them before each commit
+# make docs       the API reference, into build/site
 # make bench      time the ops against their peers on this CPU (ARGS="--set quick"; see docs/benchmarks.md)
 # make bench-ready  the environment with the benchmark peers installed
 # make build      the package and its C++/CUDA libraries, in place
@@ -17,7 +19,9 @@ ARGS ?=
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 PINS := requirements/constraints.txt requirements/runtime.txt
 
-.PHONY: venv build demo test test-all bench bench-ready clean
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc')
+
+.PHONY: venv build demo test test-all lint hooks docs bench bench-ready clean
 
 venv: $(PY)
 build: $(VENV)/.built
@@ -31,6 +35,18 @@ test: $(VENV)/.test $(VENV)/.built
 test-all: $(VENV)/.test $(VENV)/.built
 	$(PY) -m pytest $(ARGS)
 
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+
+hooks: $(VENV)/.lint
+	$(VENV)/bin/pre-commit install
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+
 bench-ready: $(VENV)/.bench $(VENV)/.built
 
 bench: $(VENV)/.bench $(VENV)/.built
@@ -42,7 +58,7 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of requirements: a set is installed again when its pins change.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: requirements/%.txt $(PINS) | $(PY)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: requirements/%.txt $(PINS) | $(PY)
 	$(PIP) install -r $<
 	@touch $@
 

@@ -4,17 +4,27 @@ Public names are imported on first use, so that `import ztok_fast` stays cheap a
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.config import ZTokConfig
+    from ztok_fast.codec.zbatch import ZBatch
+    from ztok_fast.ops.backends import backend
+    from ztok_fast.patching import patch
+
+__version__ = "0.1.0"
 
 # name -> module that defines it
 _EXPORTS = {
     "ZBatch": "ztok_fast.codec.zbatch",
     "ZTokCodec": "ztok_fast.codec.codec",
     "ZTokConfig": "ztok_fast.codec.config",
-    "backend": "ztok_fast.ops.dispatch",
+    "backend": "ztok_fast.ops.backends",
     "patch": "ztok_fast.patching",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = ["ZBatch", "ZTokCodec", "ZTokConfig", "__version__", "backend", "patch"]
 
 
 def __getattr__(name: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -32,7 +33,7 @@ def requirement_lines(name: str) -> list[str]:
 
 def test_every_requirement_is_pinned():
     pinned = names(requirement_lines("constraints.txt"))
-    for file in ("runtime.txt", "demo.txt", "test.txt", "bench.txt"):
+    for file in ("runtime.txt", "demo.txt", "test.txt", "bench.txt", "lint.txt", "docs.txt"):
         assert names(requirement_lines(file)) <= pinned, file
 
 
@@ -49,15 +50,72 @@ def test_pinned_runtime_covers_the_declared_dependencies():
     assert build <= names(requirement_lines("runtime.txt"))
 
 
-def test_extras():
-    expected = {"triton", "flash-attn", "gguf", "ray", "plot", "bench", "test"}
-    assert set(METADATA["project"]["optional-dependencies"]) == expected
+IMPORT_NAMES = {"pyyaml": "yaml"}  # project -> module, where they differ
 
 
-def test_every_compiled_source_is_in_the_build_and_no_other():
-    listed = set(re.findall(r"csrc/\w+/\w+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
-    present = {str(path.relative_to(ROOT)) for suffix in ("cpp", "cu") for path in ROOT.glob(f"csrc/*/*.{suffix}")}
-    assert listed == present
+def imports_of_the_package() -> set[str]:
+    """Top-level modules of other projects that the package imports, anywhere."""
+    found = set()
+    for path in (ROOT / "ztok_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"ztok_fast"}
+
+
+def test_dependencies_are_what_the_package_imports():
+    extras = METADATA["project"]["optional-dependencies"]
+    assert set(extras) == {"triton", "gguf", "corpus", "bench", "test", "lint", "docs"}
+    declared = names(METADATA["project"]["dependencies"])
+    for name in ("triton", "gguf", "corpus"):
+        declared |= names(extras[name])
+    assert {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared} == imports_of_the_package()
+
+
+def test_one_version():
+    import ztok_fast
+
+    assert METADATA["project"]["dynamic"] == ["version"]
+    assert METADATA["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "ztok_fast.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ztok_fast.__version__)
+    assert set(ztok_fast.__all__) == {*ztok_fast._EXPORTS, "__version__"}
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_carries_what_runs():
+    """The data files that setuptools puts into a wheel, without building one."""
+    code = (
+        "from setuptools import Distribution\n"
+        "d = Distribution({'script_name': 'setup.py'}); d.parse_config_files()\n"
+        "build = d.get_command_obj('build_py'); build.ensure_finalized(); build.editable_mode = False\n"
+        "print('\\n'.join(f'{source}/{name}' for _, source, _, names in build.data_files for name in names))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    # Compiled parts are named by build_ext, and are here only where the checkout has been built in place.
+    files = {name for name in run.stdout.splitlines() if not name.endswith(".so") and "/lib/" not in name}
+    expected = {"ztok_fast/py.typed", "ztok_fast/data/demo.txt"}
+    for path in (ROOT / "ztok_fast/models").rglob("*"):
+        if path.is_file() and path.name != "metrics.jsonl":
+            expected.add(str(path.relative_to(ROOT)))
+    assert {name.removeprefix(f"{ROOT}/") for name in files if "egg-info" not in name} == expected
+
+
+def test_hooks_and_lint_run_the_same_tools():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    used = set(re.findall(r"\.venv/bin/(\S+)", hooks))
+    assert used == set(re.findall(r"\$\(VENV\)/bin/(\S+)", lint)) == {"ruff", "clang-format", "mypy"}
+    assert "http" not in hooks
+    assert used | {"pre-commit"} == set(METADATA["project"]["optional-dependencies"]["lint"])
+
+
+def test_every_compiled_source_is_in_the_build():
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    built = {path for pattern in re.findall(r"csrc/\w+/[*\w]+\.(?:cpp|cu)\b", cmake) for path in ROOT.glob(pattern)}
+    assert built == {path for suffix in ("cpp", "cu") for path in ROOT.glob(f"csrc/*/*.{suffix}")}
 
 
 def copy_of_the_package(folder: Path) -> Path:
