@@ -45,7 +45,7 @@ hooks: $(VENV)/.lint
 	$(VENV)/bin/pre-commit install
 
 docs: $(VENV)/.docs
-	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir build/site
 
 bench-ready: $(VENV)/.bench $(VENV)/.built
 
