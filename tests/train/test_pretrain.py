@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.tiny_run import write_corpus
 from ztok_fast.train import pretrain as module
-from ztok_fast.train.pretrain import PretrainConfig, blocks_of_step, learning_rate, pretrain, token_stream
+from ztok_fast.train.pretrain import PretrainConfig, blocks_of_step, build_model, build_optimizers, next_token_loss, pretrain, schedule, token_stream
 
 
 def tiny_pretraining(folder, **changed) -> PretrainConfig:
@@ -69,11 +69,11 @@ def test_metrics_and_model(whole_run):
 def test_interrupted_run_ends_with_the_same_bits(whole_run, tmp_path, monkeypatch, stop):
     step_loss, calls = module.next_token_loss, []
 
-    def interrupted(model, blocks):
+    def interrupted(model, blocks, dtype=None):
         calls.append(torch.is_grad_enabled())
         if sum(calls) == stop + 1:
             raise KeyboardInterrupt
-        return step_loss(model, blocks)
+        return step_loss(model, blocks, dtype)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "next_token_loss", interrupted)
@@ -100,11 +100,29 @@ def test_every_block_is_seen_once_an_epoch(tmp_path):
     assert sorted(first) == sorted(second) == [0, 4, 8, 12, 16, 20] and first != second
 
 
-def test_learning_rate_schedule(tmp_path):
-    config = tiny_pretraining(tmp_path, steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = [learning_rate(step, config) for step in range(101)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+def test_schedule_rises_stays_and_falls(tmp_path):
+    config = tiny_pretraining(tmp_path, steps=100, warmup_steps=10, decay_steps=20)
+    shares = [schedule(step, config) for step in range(101)]
+    assert shares[0] == 0.1 and set(shares[9:81]) == {1.0} and shares[90] == pytest.approx(0.5) and shares[100] == 0
+    prolonged = tiny_pretraining(tmp_path, steps=200, warmup_steps=10, decay_steps=20)
+    assert [schedule(step, prolonged) for step in range(81)] == shares[:81]
+
+
+def test_every_matrix_is_trained_by_one_optimizer(tmp_path, whole_run):
+    config = tiny_pretraining(tmp_path, learning_rate=0.5, adamw_learning_rate=0.25)
+    model = build_model(config, AutoTokenizer.from_pretrained(whole_run / "run" / "model"))
+    muon, adamw = build_optimizers(model, config)
+    held = [p for optimizer in (muon, adamw) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    assert {g["peak"] for g in muon.param_groups} == {0.5} and {g["peak"] for g in adamw.param_groups} == {0.25}
+
+
+def test_bfloat16_gives_the_loss_of_float32_within_rounding(tmp_path, whole_run):
+    model = AutoModelForCausalLM.from_pretrained(whole_run / "run" / "model", dtype=torch.float32)
+    blocks = torch.randint(0, 50, (2, 9))
+    full, half = next_token_loss(model, blocks), next_token_loss(model, blocks, torch.bfloat16)
+    assert full.dtype == half.dtype == torch.float32 and full != half
+    torch.testing.assert_close(half, full, rtol=2e-2, atol=0)
 
 
 def test_token_stream_ends_each_text_and_is_kept(whole_run, tmp_path):
@@ -126,6 +144,7 @@ def test_token_stream_ends_each_text_and_is_kept(whole_run, tmp_path):
         ({"checkpoint_every": 0}, "checkpoint_every: expected a positive number"),
         ({"hidden_size": 15}, "hidden_size divisible by num_heads"),
         ({"train_files": []}, "train_files: expected at least one file"),
+        ({"precision": "half"}, "precision: expected one of auto, bfloat16, float32, got 'half'"),
         ({"learning_rate": "1e-3"}, "learning_rate: expected float"),
     ],
 )
