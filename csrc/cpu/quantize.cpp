@@ -60,11 +60,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tenso
   check_search(kOp, "latents", latents, codebooks);
   const Tensor rows = with_adjacent_elements(latents), books = with_adjacent_elements(codebooks);
   const int64_t num_rows = latents.size(0), num_levels = codebooks.size(0);
-  Tensor quantized = torch::stable::new_empty(latents, {num_rows, latents.size(1)});
-  Tensor codes = torch::stable::new_empty(latents, {num_rows, num_levels}, ScalarType::Int);
-  Tensor usage = torch::stable::new_empty(latents, {num_levels, codebooks.size(1)}, ScalarType::Long);
-  Tensor commitment = torch::stable::new_empty(latents, {}, ScalarType::Float);
-  Tensor codebook_loss = torch::stable::new_empty(latents, {}, ScalarType::Float);
+  Tensor quantized = new_tensor(latents, {num_rows, latents.size(1)});
+  Tensor codes = new_tensor(latents, {num_rows, num_levels}, ScalarType::Int);
+  Tensor usage = new_tensor(latents, {num_levels, codebooks.size(1)}, ScalarType::Long);
+  Tensor commitment = new_tensor(latents, {}, ScalarType::Float);
+  Tensor codebook_loss = new_tensor(latents, {}, ScalarType::Float);
   const float loss =
       quantize_rows(kOp, matrix_of(kOp, "latents", rows), codebooks_of(kOp, books), level_counts(kOp, levels, num_rows),
                     {codes.mutable_data_ptr<int32_t>(), quantized.mutable_data_ptr(),

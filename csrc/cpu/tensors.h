@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "nearest.h"
+#include "new_tensor.h"
 
 namespace ztok {
 

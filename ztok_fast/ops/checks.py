@@ -57,7 +57,7 @@ def check_tensor(
 
 def check_same_device(op: str, argument: str, value: torch.Tensor, other_argument: str, other: torch.Tensor) -> None:
     """Two tensors on one device."""
-    if value.device != other.device:
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
         fail(op, argument, f"on the device of {other_argument} ({other.device})", describe(value))
 
 
@@ -69,7 +69,7 @@ def check_size(op: str, argument: str, value: torch.Tensor, dim: int, size: int,
 
 def check_not_empty(op: str, argument: str, value: torch.Tensor) -> None:
     """No dimension of size zero."""
-    if any(size == 0 for size in value.shape):
+    if 0 in value.shape:
         fail(op, argument, "not empty", describe(value))
 
 
