@@ -34,6 +34,7 @@ struct Inputs {
 
 Inputs checked(const char* op, const char* argument, const Tensor& rows, const Tensor& codebooks, const Tensor& codes) {
   check_search(op, argument, rows, codebooks);
+  ZTOK_CHECK(codebooks.dim() == 3, op, "codebooks: expected [L, V, d], got ", codebooks.dim(), " dimensions");
   const int64_t num_rows = rows.size(0), levels = codebooks.size(0), size = codebooks.size(1);
   ZTOK_CHECK(codes.dim() == 2 && codes.size(0) == num_rows && codes.size(1) == levels &&
                  codes.scalar_type() == ScalarType::Int,

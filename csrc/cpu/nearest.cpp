@@ -9,6 +9,7 @@
 
 #include "buffer.h"
 #include "nearest_kernel.h"
+#include "nearest_row_kernel.h"
 #include "pack_kernel.h"
 #include "share.h"
 
@@ -269,6 +270,45 @@ bool search_few(const Problem& problem) {
   return !suspect || all_finite(problem.codebooks);
 }
 
+// One row by squared distance, all levels. False where float32 distances overflow, are next to zero, or
+// are not numbers: the general search sorts those out.
+bool search_row(const Problem& problem) {
+  const int64_t width = problem.rows.width, size = problem.codebooks.first.rows, levels = problem.codebooks.levels;
+  thread_local Scratch scratch;
+  float* row = scratch.get(round_up(width, 16) + size);
+  float* distances = row + round_up(width, 16);
+  ZTOK_SELECT(to_floats)(problem.rows, 0, 1, row);
+  const double nanoseconds = static_cast<double>(size) * width * 4 / kBytesPerNanosecond;
+  // A distance has a rounding for the difference, its square and each addition; all terms are positive. Twice that, for
+  // the least and the one compared with it, and some for what is done with the bound.
+  const float tolerance = 1 + 1.01f * 0x1p-24f * static_cast<float>(2 * width + 40);
+  for (int64_t level = 0; level < levels; ++level) {
+    const Matrix codes = problem.codebooks.level(level);
+    const int64_t threads = std::min(threads_for(nanoseconds), blocks_of(size));
+    float least = HUGE_VALF;
+    if (threads == 1) {
+      least = ZTOK_SELECT(row_distances)(row, codes, 0, size, distances);
+    } else {
+      std::vector<float> found(threads, HUGE_VALF);
+      share_among(threads, blocks_of(size), 4, [&](int64_t thread, const auto& claims) {
+        claims([&](int64_t begin, int64_t end) {
+          const float here =
+              ZTOK_SELECT(row_distances)(row, codes, begin * kBlockCodes, std::min(end * kBlockCodes, size), distances);
+          if (!(here >= found[thread])) found[thread] = here;  // keeps a NaN
+          if (std::isnan(here)) found[thread] = -HUGE_VALF;
+        });
+      });
+      for (const float here : found) least = std::min(least, here);
+    }
+    if (!(least > 0x1p-60f && least < 0x1p120f)) return false;
+    const NearestCode nearest = ZTOK_SELECT(rerank_row)(row, codes, distances, least * tolerance);
+    problem.result.codes[level] = nearest.code;
+    if (problem.result.distances != nullptr) problem.result.distances[level] = static_cast<float>(nearest.distance);
+    if (problem.result.errors != nullptr) problem.result.errors[0] += ZTOK_SELECT(row_square)(row, width);
+  }
+  return true;
+}
+
 }  // namespace
 
 Matrix Codebooks::level(int64_t l) const {
@@ -284,6 +324,10 @@ bool search_codes(const Matrix& rows, const Codebooks& codebooks, Metric metric,
   if (levels.data != nullptr) std::fill_n(result.codes, rows.rows * codebooks.levels, -1);
   if (result.errors != nullptr) std::fill_n(result.errors, rows.rows, 0.0);
   const Problem problem{rows, codebooks, metric, levels, result};
+  if (rows.rows == 1 && metric == Metric::l2 && levels.data == nullptr) {
+    if (search_row(problem)) return true;
+    if (result.errors != nullptr) result.errors[0] = 0;
+  }
   const int64_t depth = part_depth(rows.width);
   const int64_t fitting = std::max<int64_t>(kTileRows, kRowBytes / (4 * depth) / kTileRows * kTileRows);
   if (rows.rows <= fitting) return search_few(problem);

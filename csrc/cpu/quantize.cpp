@@ -58,6 +58,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_quantize(const Tensor& latents, const Tensor& codebooks,
                                                                      const std::optional<Tensor>& levels) {
   check_search(kOp, "latents", latents, codebooks);
+  ZTOK_CHECK(codebooks.dim() == 3, kOp, "codebooks: expected [L, V, d], got ", codebooks.dim(), " dimensions");
   const Tensor rows = with_adjacent_elements(latents), books = with_adjacent_elements(codebooks);
   const int64_t num_rows = latents.size(0), num_levels = codebooks.size(0);
   Tensor quantized = new_tensor(latents, {num_rows, latents.size(1)});

@@ -7,6 +7,7 @@
 //   a >= b, a > b -> Mask; select(mask, a, b); any(mask); bits(mask): lane i is bit i
 //   Ints: 32-bit lanes, ints(i), lane_numbers(), +, select, store
 //   reduce_add, reduce_max: over the lanes, in the fixed order of a tree of halves
+//   sums_of(rows): lane i is the sum of the lanes of rows[i], for kWidth vectors
 //   transpose(rows): a square of kWidth vectors, in place
 //
 // Kernels are compiled with -ffp-contract=off: only fma() fuses. The baseline on x86 has no fused instruction, there

@@ -55,18 +55,19 @@ inline Matrix matrix_of(const char* op, const char* argument, const Tensor& tens
           tensor.stride(rows)};
 }
 
-// What every search asks of its rows [M, d] and codebooks [L, V, d].
+// What every search asks of its rows [M, d] and codebooks [V, d] or [L, V, d].
 inline void check_search(const char* op, const char* argument, const Tensor& rows, const Tensor& codebooks) {
   ZTOK_CHECK(rows.dim() == 2, op, argument, ": expected [M, d], got ", rows.dim(), " dimensions");
-  ZTOK_CHECK(codebooks.dim() == 3, op, "codebooks: expected [L, V, d], got ", codebooks.dim(), " dimensions");
-  ZTOK_CHECK(codebooks.size(2) == rows.size(1), op, "codebooks: expected width ", rows.size(1), ", got ",
-             codebooks.size(2));
-  ZTOK_CHECK(codebooks.size(0) > 0 && codebooks.size(1) > 0 && codebooks.size(2) > 0, op,
-             "codebooks: expected at least one level, code and element");
+  const int64_t dims = codebooks.dim();
+  ZTOK_CHECK(dims == 2 || dims == 3, op, "codebooks: expected [V, d] or [L, V, d], got ", dims, " dimensions");
+  ZTOK_CHECK(codebooks.size(dims - 1) == rows.size(1), op, "codebooks: expected width ", rows.size(1), ", got ",
+             codebooks.size(dims - 1));
+  ZTOK_CHECK(codebooks.numel() > 0, op, "codebooks: expected at least one level, code and element");
 }
 
 inline Codebooks codebooks_of(const char* op, const Tensor& codebooks) {
-  return {matrix_of(op, "codebooks", codebooks), codebooks.size(0), codebooks.stride(0)};
+  const bool levels = codebooks.dim() == 3;
+  return {matrix_of(op, "codebooks", codebooks), levels ? codebooks.size(0) : 1, levels ? codebooks.stride(0) : 0};
 }
 
 // Levels per row; the values are the caller's to check. int32 or int64 [expected], or none.

@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.tiny_run import write_corpus
 from ztok_fast.train import pretrain as module
-from ztok_fast.train.pretrain import PretrainConfig, blocks_of_step, build_model, build_optimizers, next_token_loss, pretrain, schedule, token_stream
+from ztok_fast.train.pretrain import (
+    PretrainConfig,
+    blocks_of_step,
+    build_model,
+    build_optimizers,
+    next_token_loss,
+    pretrain,
+    schedule,
+    token_stream,
+)
 
 
 def tiny_pretraining(folder, **changed) -> PretrainConfig:

@@ -2,7 +2,7 @@
 
 An op (`ztok_fast.ops.op.Op`) lists its backends in order of preference, the plain PyTorch reference last; the first one
 whose needs are met runs. `with ztok_fast.backend("reference"):` forces one in the current thread, the environment
-variable `ZTOK_BACKEND` in the whole process. A forced backend that cannot run an op is an error: nothing falls back in
+variable `ZTOK_BACKEND`, read when the package is imported, in the whole process. A forced backend that cannot run an op is an error: nothing falls back in
 silence.
 """
 
@@ -172,8 +172,8 @@ LIBRARIES: dict[str, Callable[[], str | None]] = {
 
 
 class _Forced(threading.local):
-    # op -> backend, the key None standing for every op not named
-    by_op: dict[str | None, str] = {}  # noqa: RUF012 (never mutated: blocks replace it)
+    # op -> backend, the key None standing for every op not named; blocks replace it
+    by_op: dict[str | None, str] = {None: os.environ["ZTOK_BACKEND"]} if os.environ.get("ZTOK_BACKEND") else {}
 
 
 _forced = _Forced()
@@ -187,14 +187,11 @@ def forced_backends() -> dict[str | None, str]:
 def forced_backend(op: str) -> str | None:
     """The backend forced for an op by the innermost `backend` block or else by `ZTOK_BACKEND`; None when free."""
     forced = _forced.by_op
-    if forced:
-        name = forced.get(op) or forced.get(None)
-        if name:
-            return name
-    name = os.environ.get("ZTOK_BACKEND")
-    if not name:
+    if not forced:
         return None
-    _check_name(name, "ZTOK_BACKEND")
+    name = forced.get(op) or forced.get(None)
+    if name is not None and name not in NAMES:  # a block checks its own
+        _check_name(name, "ZTOK_BACKEND")
     return name
 
 

@@ -74,6 +74,7 @@ class Op:
         )
         packet = getattr(torch.ops.ztok, self.name)
         self.default, self.by_name = packet.default, packet.backend
+        self._compiled = self.default._op  # spares a frame
         _LIBRARY.impl(self.default, self._run_uncompiled, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.by_name, self._run_by_name, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ztok::{self.name}", fake, lib=_LIBRARY)
@@ -110,20 +111,21 @@ class Op:
         Raises:
             BackendUnavailable: none can, or the named one cannot.
         """
-        main = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        main = args[0][0] if self.has_lists and not isinstance(args[0], Tensor) else args[0]
         flat = _flatten(args) if self.has_lists else args
-        dtypes = [a.dtype for a in flat if isinstance(a, Tensor)]
-        key = (name, main.device, self.backends, *dtypes)
+        key = (name, id(self.backends), main.get_device(), *[a.dtype for a in flat if isinstance(a, Tensor)])
         able = self._chosen.get(key)
         if able is None:
-            floats = [dtype for dtype in dtypes if dtype.is_floating_point]
-            named = [b for b in self.backends if name is None or b.name == name]
-            able = tuple(b for b in named if next(b.unmet(main.device, floats, name is not None), None) is None)
-            self._chosen[key] = able
+            able = self._chosen[key] = self._able(name, main.device, key[3:])
         for backend in able:
             if backend.condition is None or backend.condition[1](*args):
                 return backend
-        raise BackendUnavailable(self._refusal(name, main.device, dtypes, args))
+        raise BackendUnavailable(self._refusal(name, main.device, key[3:], args))
+
+    def _able(self, name, device, dtypes) -> tuple[Backend, ...]:
+        floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+        named = [b for b in self.backends if name is None or b.name == name]
+        return tuple(b for b in named if next(b.unmet(device, floats, name is not None), None) is None)
 
     def _refusal(self, name, device, dtypes, args) -> str:
         floats = [dtype for dtype in dtypes if dtype.is_floating_point]
@@ -141,7 +143,7 @@ class Op:
         try:
             if backend.compiled:
                 with _below_autograd():
-                    return self.default(*args)
+                    return self._compiled(*args)
             if backend.contiguous:
                 args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
             return load(backend.implementation)(*args)

@@ -58,14 +58,33 @@ def codebook_assign(x: Tensor, codebook: Tensor, metric: str = "l2") -> Assignme
     Raises:
         ValueError: bad rank, dtype, device, width or metric; a codebook that is empty or not finite.
     """
+    if not _is_valid(x, codebook, metric):
+        _check(x, codebook, metric)
+    return Assignment._make(CODEBOOK_ASSIGN(x, codebook, metric)[::-1])
+
+
+def _is_valid(x, codebook, metric) -> bool:
+    """Whether the commonest kind of call passes all checks; `_check` explains a no."""
+    try:
+        return (
+            x.is_cpu
+            and codebook.is_cpu
+            and x.dtype is torch.float32
+            and codebook.dtype is torch.float32
+            and metric in METRICS
+            and x.dim() == 2
+            and x.size(1) == codebook.size(-1)
+            and codebook.numel() > 0
+            and 2 <= codebook.dim() <= 3
+        )
+    except (AttributeError, TypeError, IndexError):  # not a tensor, or another rank
+        return False
+
+
+def _check(x, codebook, metric) -> None:
     checks.check_tensor("codebook_assign", "x", x, "[M, d]")
     check_codebook("codebook_assign", "codebook", codebook, "[V, d] or [L, V, d]", "x", x)
     checks.check_choice("codebook_assign", "metric", metric, METRICS)
-    if codebook.ndim == 3:
-        distances, codes = CODEBOOK_ASSIGN(x, codebook, metric)
-        return Assignment(codes, distances)
-    distances, codes = CODEBOOK_ASSIGN(x, codebook.unsqueeze(0), metric)
-    return Assignment(codes.squeeze(1), distances.squeeze(1))
 
 
 def check_codebook(op: str, argument: str, codebook: object, layout: str, main_argument: str, main: Tensor) -> None:
@@ -81,13 +100,17 @@ def _check_values(x: Tensor, codebooks: Tensor, metric: str) -> None:
 
 
 def _fake(x, codebooks, metric):
-    shape = (x.shape[0], codebooks.shape[0])
+    shape = (x.shape[0], *codebooks.shape[:-2])
     return x.new_empty(shape, dtype=checks.compute_dtype(x, codebooks)), x.new_empty(shape, dtype=torch.int32)
 
 
 def _backward(args, outputs, grads, needs):
-    x, codebooks, metric = args
-    return *CODEBOOK_ASSIGN_BACKWARD(x, codebooks, outputs[1], grads[0], metric), None
+    x, codebook, metric = args
+    codes, grad = outputs[1], grads[0]
+    if codebook.ndim == 3:
+        return *CODEBOOK_ASSIGN_BACKWARD(x, codebook, codes, grad, metric), None
+    by_x, by_codebook = CODEBOOK_ASSIGN_BACKWARD(x, codebook[None], codes[:, None], grad[:, None], metric)
+    return by_x, by_codebook.squeeze(0), None
 
 
 # --- specification

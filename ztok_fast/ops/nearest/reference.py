@@ -102,7 +102,10 @@ def _take(book, codes):
 
 
 def codebook_assign(x, codebooks, metric):
-    """See `ztok_fast.ops.codebook_assign`; always with levels: returns distances and codes [M, L]."""
+    """See `ztok_fast.ops.codebook_assign`; returns distances and codes."""
+    if codebooks.ndim == 2:
+        distances, codes = codebook_assign(x, codebooks[None], metric)
+        return distances.squeeze(1), codes.squeeze(1)
     with torch.no_grad():
         codes = _search(x, codebooks, metric)
     return _distances(x, codebooks, codes, metric), codes

@@ -173,10 +173,13 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, sums, rel, 
 
 
 def codebook_assign(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """See `ztok_fast.ops.nearest.contract.codebook_assign`; always with levels: distances and codes [M, L].
+    """See `ztok_fast.ops.codebook_assign`; returns distances and codes.
 
     Work: M V d multiply-adds per level on the tensor cores (three times as many for float32 rows and codes, twice for
     float32 rows and bfloat16 codes), plus 2 d per row to settle the best two.
     """
+    if codebook.ndim == 2:
+        found = search(x, codebook[None], metric, None, quantize=False)
+        return found.distances.squeeze(1), found.codes.squeeze(1)
     found = search(x, codebook, metric, None, quantize=False)
     return found.distances, found.codes

@@ -1,0 +1,108 @@
+// One row against codes as they lie in memory: a single pass over the codes at the rate at which memory gives them,
+// then a look at the few whose float32 distance cannot be told from the least.
+#include "nearest_row_kernel.h"
+
+#include "exact_score.h"
+#include "simd.h"
+
+namespace ztok {
+namespace ZTOK_ISA {
+namespace {
+
+constexpr int64_t kAhead = 1024;  // bytes that are asked for before they are needed
+
+template <typename T>
+inline __attribute__((always_inline)) Vec squared_differences(const float* row, const T* code, int64_t width) {
+  Vec sum = zeros(), other = zeros();
+  int64_t k = 0;
+  for (; k + 2 * kWidth <= width; k += 2 * kWidth) {
+    __builtin_prefetch(reinterpret_cast<const char*>(code + k) + kAhead, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(code + k + kWidth) + kAhead, 0, 3);
+    const Vec left = load(row + k) - load(code + k), right = load(row + k + kWidth) - load(code + k + kWidth);
+    sum = fma(left, left, sum);
+    other = fma(right, right, other);
+  }
+  for (; k < width; k += kWidth) {
+    const int rest = static_cast<int>(smaller(kWidth, width - k));
+    const Vec last = load_first(row + k, rest) - load_first(code + k, rest);
+    sum = fma(last, last, sum);
+  }
+  return sum + other;
+}
+
+template <typename T>
+float distances_from(const float* row, const T* book, const Matrix& codes, int64_t begin, int64_t end,
+                     float* distances) {
+  Vec least = broadcast(__builtin_inff()), sum = zeros();
+  int64_t code = begin;
+  for (; code + kWidth <= end; code += kWidth) {
+    Vec sums[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) sums[i] = squared_differences(row, book + (code + i) * codes.stride, codes.width);
+    const Vec found = sums_of(sums);
+    store(distances + code, found);
+    least = min(found, least);
+    sum += found;  // a minimum alone loses NaN
+  }
+  float best = -reduce_max(zeros() - least), total = reduce_add(sum);
+  for (; code < end; ++code) {
+    const float distance = reduce_add(squared_differences(row, book + code * codes.stride, codes.width));
+    distances[code] = distance;
+    if (distance < best) best = distance;
+    total += distance;
+  }
+  return total < __builtin_inff() ? best : __builtin_nanf("");
+}
+
+template <typename T>
+void take_off(float* row, const T* code, int64_t width) {
+  for (int64_t k = 0; k < width; k += kWidth) {
+    const int rest = static_cast<int>(smaller(kWidth, width - k));
+    store_first(row + k, load_first(row + k, rest) - load_first(code + k, rest), rest);
+  }
+}
+
+}  // namespace
+
+float row_distances(const float* row, const Matrix& codes, int64_t begin, int64_t end, float* distances) {
+  switch (codes.element) {
+    case Element::float16:
+      return distances_from(row, static_cast<const Half*>(codes.data), codes, begin, end, distances);
+    case Element::bfloat16:
+      return distances_from(row, static_cast<const BFloat16*>(codes.data), codes, begin, end, distances);
+    default:
+      return distances_from(row, static_cast<const float*>(codes.data), codes, begin, end, distances);
+  }
+}
+
+NearestCode rerank_row(float* row, const Matrix& codes, const float* distances, float threshold) {
+  NearestCode nearest{-1, 0};
+  const Vec bound = broadcast(threshold);
+  for (int64_t first = 0; first < codes.rows; first += kWidth) {
+    const int rest = static_cast<int>(smaller(kWidth, codes.rows - first));
+    uint32_t near = bits(bound >= load_first(distances + first, rest));
+    if (rest < kWidth) near &= (1u << rest) - 1;
+    for (; near != 0; near &= near - 1) {
+      const int64_t code = first + __builtin_ctz(near);
+      const double distance = exact_score(row, codes, code, Metric::l2);
+      if (nearest.code < 0 || distance < nearest.distance) nearest = {static_cast<int32_t>(code), distance};
+    }
+  }
+  const int64_t offset = nearest.code * codes.stride;
+  switch (codes.element) {
+    case Element::float16:
+      take_off(row, static_cast<const Half*>(codes.data) + offset, codes.width);
+      break;
+    case Element::bfloat16:
+      take_off(row, static_cast<const BFloat16*>(codes.data) + offset, codes.width);
+      break;
+    default:
+      take_off(row, static_cast<const float*>(codes.data) + offset, codes.width);
+  }
+  return nearest;
+}
+
+double row_square(const float* row, int64_t width) { return squared_norm(row, width); }
+
+}  // namespace ZTOK_ISA
+}  // namespace ztok
