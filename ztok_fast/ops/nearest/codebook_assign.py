@@ -229,6 +229,8 @@ SPEC = Spec(
         {"M": 33, "V": 50, "d": 12},
         {"M": 20, "V": 131, "d": 300},
         {"M": 40, "V": 33, "d": 16, "L": 3, "tie": True},
+        {"M": 1, "V": 131, "d": 65, "L": 2},
+        {"M": 1, "V": 33, "d": 16, "L": 3, "tie": True},
     ),
     check=check,
     differentiable=("x", "codebook"),
