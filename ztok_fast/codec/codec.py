@@ -10,9 +10,11 @@ import torch
 
 from ztok_fast.codec import exact as exact_mode
 from ztok_fast.codec.base_model import BaseModel, load_base
+from ztok_fast.codec.batch_checks import check_fits
+from ztok_fast.codec.byte_loss import warn_of_lost_bytes
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
-from ztok_fast.codec.errors import CodecError, ZBatchError
+from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.passes import Progress, Window, compress_windows, decompress_windows, window_tokens
@@ -134,6 +136,9 @@ class ZTokCodec:
 
         Raises:
             ValueError: a text that is no string, a ratio or level count that this codec cannot give.
+
+        Warns:
+            LossyTextWarning: without ``exact``, tokens cannot represent every byte of a document.
         """
         ratio = self.config.check_ratio(ratio)
         originals, contents = self._contents(texts)
@@ -142,6 +147,8 @@ class ZTokCodec:
             if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks:
                 raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
         documents = self._tokenize(contents)
+        if not exact:
+            warn_of_lost_bytes(originals, map(self._text_bytes, documents))
         limit = window_tokens(self.model)
         pieces = [[d[i : i + limit] for i in range(0, len(d), limit)] for d in documents]
         flat = [p for own in pieces for p in own]
@@ -278,11 +285,7 @@ class ZTokCodec:
         if not isinstance(z, ZBatch):
             raise CodecError(f"z: expected a ZBatch, got {type(z).__name__}")
         z.validate().check_codec(self.fingerprint)
-        tokens = offsets(z.unit_lengths)[z.cu_segments.long()].diff()
-        if len(tokens) and int(tokens.max()) > self.config.segment_length:
-            raise ZBatchError(
-                f"segments: expected at most {self.config.segment_length} text tokens in each, got {int(tokens.max())}"
-            )
+        check_fits(z, self.config, self.model.adapted.embedding.weight.shape[0])
 
     # Z-space
 

@@ -19,3 +19,19 @@ class ExactMismatchError(ValueError):
 
 class CodecError(ValueError):
     """A codec cannot be found, does not fit its base model, or is asked for what it cannot do."""
+
+
+class LossyTextWarning(UserWarning):
+    """Bytes of a document are lost before it is compressed: they are not UTF-8, or the tokenizer changes them.
+
+    Attributes:
+        documents: indices of these documents; first_byte: offset of the first lost byte in the first of them.
+    """
+
+    def __init__(self, documents: list[int], first_byte: int) -> None:
+        self.documents, self.first_byte = documents, first_byte
+        others = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
+        super().__init__(
+            f"texts[{documents[0]}]{others}: bytes that tokens cannot represent, from byte {first_byte} on, are lost; "
+            "exact=True keeps every byte"
+        )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import zlib
 from pathlib import Path
 
@@ -203,7 +204,9 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> ZB
     for index, (one, entry) in enumerate(zip(batch, described)):
         for name in ("achieved_ratio", "rate"):
             if not _same_number(entry.get(name), getattr(one, name)):
-                raise ZFileError(f"document {index}: {name}: expected {getattr(one, name)}, got {entry.get(name)!r}")
+                raise ZFileError(
+                    f"document {index}: {name}: expected {getattr(one, name)}, got {str(entry.get(name))[:40]}"
+                )
     return batch
 
 
@@ -247,7 +250,7 @@ class _Reader:
 def _read_documents(text: str) -> list[dict]:
     try:
         entries = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also for an integer of thousands of digits
         raise ZFileError(f"metadata documents: expected a JSON list, got {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ZFileError("metadata documents: expected a JSON list of objects")
@@ -256,8 +259,8 @@ def _read_documents(text: str) -> list[dict]:
 
 def _document_from(entry: dict, levels: int, readers: dict[str, _Reader]) -> DocumentInfo:
     budget = entry.get("budget")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise ZFileError(f"budget: expected a number, got {budget!r}")
+    if not _is_number(budget):
+        raise ZFileError(f"budget: expected a number, got {str(budget)[:40]}")
     byte_length = None if entry.get("byte_length") is None else _count(entry, "byte_length")
     stated = entry.get("corrections")
     corrections = None
@@ -339,4 +342,9 @@ def _number(value: float) -> float | None:
 def _same_number(stated: object, computed: float) -> bool:
     if math.isnan(computed):
         return stated is None
-    return isinstance(stated, (int, float)) and math.isclose(stated, computed, rel_tol=1e-9)
+    return _is_number(stated) and math.isclose(stated, computed, rel_tol=1e-9)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a number that a float holds; JSON's integers have no largest one."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
