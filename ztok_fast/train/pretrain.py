@@ -42,8 +42,8 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 class PretrainConfig:
     """Settings of ``ztok pretrain`` (read from YAML).
 
-    Lengths are in tokens, ``tokenizer_chars`` in characters. Learning rates rise linearly for ``warmup_steps``, stay, and
-    fall linearly to zero over the last ``decay_steps``: before the decay begins ``steps`` can be changed and the run
+    Lengths are in tokens, ``tokenizer_chars`` in characters. Learning rates rise linearly for ``warmup_steps``, stay,
+    and fall linearly to zero over the last ``decay_steps``: before the decay begins ``steps`` can be changed and the run
     resumed. Matrices inside the layers are trained by Muon (Jordan et al., 2024) at ``learning_rate``, everything else
     by AdamW at ``adamw_learning_rate``. ``precision`` is that of the matrix products: "bfloat16" (autocast; weights and
     optimiser state stay float32), "float32", or "auto", which takes bfloat16 where the CPU multiplies it natively.
@@ -169,7 +169,8 @@ def token_stream(paths, exclude, tokenizer, cache: Path) -> np.ndarray:
     if cache.is_file():
         return np.load(cache, mmap_mode="r")
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    pieces, batch = [], []
+    pieces: list[np.ndarray] = []
+    batch: list[str] = []
 
     def flush():
         if not batch:
