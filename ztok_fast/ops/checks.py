@@ -14,6 +14,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def _ranks(layout: str) -> tuple[int, ...]:
 def check_tensor(
     op: str,
     argument: str,
-    value: object,
+    value: Any,
     layout: str,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
@@ -91,7 +92,7 @@ def check_count(op: str, argument: str, value: object) -> None:
         fail(op, argument, "an integer of at least 0", repr(value))
 
 
-def check_cu_seqlens(op: str, argument: str, value: object, main_argument: str, main: torch.Tensor) -> None:
+def check_cu_seqlens(op: str, argument: str, value: Any, main_argument: str, main: torch.Tensor) -> None:
     """int32 or int64 [B + 1] on the device of the packed rows; its values are checked by `check_cu_seqlens_values`."""
     check_tensor(op, argument, value, "[B + 1]", INDICES)
     if value.shape[0] == 0:

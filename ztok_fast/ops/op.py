@@ -161,8 +161,8 @@ class Op:
         return self.run(able[-1], args)
 
     def _run_by_name(self, *args):
-        *args, name = args
-        return self.run(self.choose(tuple(args), name or forced_backend(self.name)), tuple(args))
+        args, name = args[:-1], args[-1]
+        return self.run(self.choose(args, name or forced_backend(self.name)), args)
 
     # --- gradients
 
@@ -286,7 +286,7 @@ def _transforms() -> bool:
 
 
 def _flatten(args) -> list[Any]:
-    flat = []
+    flat: list[Any] = []
     for a in args:
         if isinstance(a, (list, tuple)):
             flat.extend(a)
@@ -306,7 +306,7 @@ def _unflatten(flat, shape: tuple[int | None, ...]) -> tuple:
 
 
 def _flatten_grads(grads, args) -> list[Tensor | None]:
-    flat = []
+    flat: list[Tensor | None] = []
     for grad, a in zip(grads, args):
         if isinstance(a, (list, tuple)):
             flat.extend([None] * len(a) if grad is None else grad)

@@ -43,11 +43,11 @@ class PretrainConfig:
     """Settings of ``ztok pretrain`` (read from YAML).
 
     Lengths are in tokens, ``tokenizer_chars`` in characters. Learning rates rise linearly for ``warmup_steps``, stay,
-    and fall linearly to zero over the last ``decay_steps``: before the decay begins ``steps`` can be changed and the run
-    resumed. Matrices inside the layers are trained by Muon (Jordan et al., 2024) at ``learning_rate``, everything else
-    by AdamW at ``adamw_learning_rate``. ``precision`` is that of the matrix products: "bfloat16" (autocast; weights and
-    optimiser state stay float32), "float32", or "auto", which takes bfloat16 where the CPU multiplies it natively.
-    ``compile`` runs the model through `torch.compile`.
+    and fall linearly to zero over the last ``decay_steps``: before the decay begins ``steps`` can be changed and the
+    run resumed. Matrices inside the layers are trained by Muon (Jordan et al., 2024) at ``learning_rate``, everything
+    else by AdamW at ``adamw_learning_rate``. ``precision`` is that of the matrix products: "bfloat16" (autocast;
+    weights and optimiser state stay float32), "float32", or "auto", which takes bfloat16 where the CPU multiplies it
+    natively. ``compile`` runs the model through `torch.compile`.
     """
 
     out: str

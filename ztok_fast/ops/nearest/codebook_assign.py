@@ -4,7 +4,7 @@ Vector quantisation as in VQ-VAE (van den Oord et al., arXiv:1711.00937), residu
 et al., arXiv:2107.03312).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def _check(x, codebook, metric) -> None:
     checks.check_choice("codebook_assign", "metric", metric, METRICS)
 
 
-def check_codebook(op: str, argument: str, codebook: object, layout: str, main_argument: str, main: Tensor) -> None:
+def check_codebook(op: str, argument: str, codebook: Any, layout: str, main_argument: str, main: Tensor) -> None:
     """A codebook that is not empty, as wide as `main` and on its device."""
     checks.check_tensor(op, argument, codebook, layout)
     checks.check_same_device(op, argument, codebook, main_argument, main)
