@@ -33,8 +33,23 @@ def test_bytes_that_are_not_utf8_come_back_in_exact_mode_only(tiny, tmp_path):
     exact = tiny("compress", tmp_path / "latin.txt", "-o", tmp_path / "exact.ztok", "--exact")
     assert exact.status == 0 and exact.err == ""
     assert tiny("decompress", tmp_path / "exact.ztok").bytes == data
-    lossy = tiny("compress", tmp_path / "latin.txt", "-o", tmp_path / "lossy.ztok")
-    assert lossy.status == 0 and "latin.txt is not UTF-8 from byte 3 on" in lossy.err
+
+
+def test_lost_bytes_are_said_in_one_line(tiny, tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    names = [tmp_path / name for name in ("text.txt", "latin.txt", "image.png")]
+    one = tiny("compress", names[1])
+    assert one.status == 0
+    assert one.err == (
+        f"ztok: warning: {names[1]}: bytes that are not text, from byte 3 on, are lost; --exact keeps every byte\n"
+    )
+    several = tiny("compress", *names, "-o", tmp_path / "lossy.ztok")
+    assert several.status == 0 and several.err.count("\n") == 1
+    assert "latin.txt and 1 more: " in several.err and "--exact" in several.err
+    assert tiny("compress", names[0]).err == ""
+    assert tiny("info", names[1]).err == ""  # nothing is kept of what it compresses
 
 
 def test_summary_states_what_the_file_holds(tiny, tmp_path):
@@ -117,6 +132,34 @@ def test_output_that_cannot_be_written(ztok, tmp_path, compressed):
     assert_mistake(ztok("compress", "-", "-", "-o", tmp_path / "a.ztok"), "stdin (-) at most once")
     assert_mistake(ztok("decompress", compressed, "-o", tmp_path), "got a folder")
     assert_mistake(ztok("decompress", compressed, "-o", below), "cannot be written")
+    assert_mistake(ztok("compress", tmp_path / "a.txt", "-o", "-"), "output -", "standard output")
+    assert_mistake(ztok("decompress", "-"), "-: ", "standard input")
+
+
+def test_output_that_is_an_input_is_refused(ztok, tmp_path, compressed):
+    own = tmp_path / "own.ztok"
+    own.write_bytes(compressed.read_bytes())
+    (tmp_path / "link.ztok").symlink_to(own)
+    for command in ("compress", "decompress", "generate"):
+        for output in (own, tmp_path / "link.ztok"):
+            assert_mistake(ztok(command, own, "-o", output), "another file than the input", "overwritten")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert_mistake(ztok("eval", tmp_path / "rows.jsonl", "--json", tmp_path / "rows.jsonl"), "another file")
+    assert own.read_bytes() == compressed.read_bytes()
+
+
+def test_folder_and_file_without_permission(ztok, tmp_path, compressed, monkeypatch):
+    (tmp_path / "kept.txt").write_text("kept")
+    monkeypatch.setattr("os.access", lambda *args, **kwargs: False)
+    assert_mistake(ztok("decompress", compressed, "-o", tmp_path / "kept.txt"), "kept.txt", "may not be written")
+    result = ztok("decompress", compressed, "-o", tmp_path / "new.txt")
+    assert_mistake(result, "new.txt: cannot be written, no permission", str(tmp_path))
+    assert os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_a_device_is_written_to(tiny, compressed):
+    assert tiny("decompress", compressed, "-o", os.devnull).status == 0
+    assert not os.path.isfile(os.devnull)
 
 
 def test_output_that_stops_being_writable_is_an_error_too(tiny, tmp_path, compressed, monkeypatch):
@@ -124,7 +167,9 @@ def test_output_that_stops_being_writable_is_an_error_too(tiny, tmp_path, compre
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    assert_mistake(tiny("decompress", compressed, "-o", tmp_path / "out.txt"), "No space left on device")
+    for command, name in (("decompress", "out.txt"), ("generate", "out.ztok")):
+        result = tiny(command, compressed, "-o", tmp_path / name)
+        assert_mistake(result, f"ztok: error: {tmp_path / name}: No space left on device\n")
     assert os.listdir(tmp_path) == []
 
 
@@ -160,7 +205,14 @@ def test_codec_and_base_that_do_not_exist(ztok, compressed, codec_folder, tmp_pa
 
 @pytest.mark.parametrize(
     ("ratio", "words"),
-    [("0.5", "between 1 and 8"), ("9", "between 1 and 8"), ("-3", "between 1 and 8"), ("nan", "expected a number")],
+    [
+        ("0.5", "between 1 and 8"),
+        ("0", "between 1 and 8"),
+        ("1e9", "between 1 and 8"),
+        ("9", "between 1 and 8"),
+        ("-3", "between 1 and 8"),
+        ("nan", "expected a number"),
+    ],
 )
 def test_impossible_ratio(tiny, tmp_path, ratio, words):
     (tmp_path / "a.txt").write_text(TEXT)

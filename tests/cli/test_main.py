@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import ztok_fast
 from tests.cli.conftest import TEXT
 from ztok_fast.cli import common
 from ztok_fast.cli.main import main
@@ -26,6 +27,10 @@ def test_help_names_every_command(ztok):
     assert result.status == 0
     for command in COMMANDS:
         assert re.search(rf"^    {command}\s", result.out, re.MULTILINE)
+
+
+def test_version(ztok):
+    assert ztok("--version").out == f"ztok {ztok_fast.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,17 +6,22 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ztok_fast.cli import streams
+from ztok_fast.codec.errors import LossyTextWarning
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
     from ztok_fast.codec.zbatch import ZBatch
 
 DEFAULT_CODEC = "ztok-mini"
-MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell reports the signals
+MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+"""Exit statuses besides 0; the last two are those that a shell reports for the signals."""
+
 BAR_DELAY_SECONDS = 1.0
 
 
@@ -28,25 +33,28 @@ class UsageError(ValueError):
 
 
 def run_plainly(command: Callable[[], int], traceback: bool = False) -> int:
-    """Run a command; errors that a user can mend become one line on stderr and an exit status.
+    """Run a command; errors that a user can mend become one line on standard error and an exit status.
 
     Those are ``OSError`` and the ``ValueError`` of this package. Anything else is a defect and keeps its traceback.
     """
+    streams.prepare()
+    if sys.stdout is None:
+        streams.say("ztok: error: standard output is closed")
+        return MISTAKE
     try:
         with quiet_libraries():
             status = command()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("ztok: interrupted", file=sys.stderr)
+        streams.flush()
+        streams.say("ztok: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python would flush stdout once more on exit, and fail again.
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, sys.stdout.fileno())
-        os.close(devnull)
+    except BrokenPipeError:  # whoever read the output has gone
+        streams.flush()
         return BROKEN_PIPE
     except OSError as error:
+        streams.flush()
         if traceback:
             raise
         where = f"{error.filename}: " if error.filename else ""
@@ -58,8 +66,8 @@ def run_plainly(command: Callable[[], int], traceback: bool = False) -> int:
 
 
 def _mistake(message: str) -> int:
-    sys.stdout.flush()
-    print(f"ztok: error: {message}", file=sys.stderr)
+    streams.flush()
+    streams.say(f"ztok: error: {message}")
     return MISTAKE
 
 
@@ -77,7 +85,23 @@ def quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|huggingface_hub)(\.|$)")
+        # Only `ztok compress` makes something that lasts; it says itself what is lost.
+        warnings.filterwarnings("ignore", category=LossyTextWarning)
         yield
+
+
+@contextmanager
+def collected_warnings(category: type[Warning]) -> Iterator[list]:
+    """Yield a list that the warnings of a category are added to; others are shown as ever."""
+    with warnings.catch_warnings():
+        show, found = warnings.showwarning, []
+
+        def collect(message, kind, *where, **more) -> None:
+            found.append(message) if issubclass(kind, category) else show(message, kind, *where, **more)
+
+        warnings.showwarning = collect
+        warnings.simplefilter("always", category)
+        yield found
 
 
 # Files
@@ -93,36 +117,49 @@ def check_input(path: str) -> Path:
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's bytes, or those of stdin for ``-``."""
-    return sys.stdin.buffer.read() if path == "-" else check_input(path).read_bytes()
+    """A file's bytes, or those of standard input for ``-``."""
+    if path != "-":
+        return check_input(path).read_bytes()
+    if sys.stdin is None:
+        raise UsageError("-: standard input is closed")
+    return sys.stdin.buffer.read()
 
 
-def check_output(path: str | Path, suffix: str | None = None) -> Path:
-    """The path of a file to write, refused before any work is done where it cannot be written."""
+def check_output(path: str | Path, suffix: str | None = None, inputs: Sequence[str] = ()) -> Path:
+    """The path of a file to write, refused before any work is done where it cannot be written.
+
+    Args:
+        suffix: what the name has to end in; inputs: files that are read, none of which may be the output.
+    """
+    if str(path) == "-":
+        raise UsageError("output -: expected a file name, this cannot be written to standard output")
     path = Path(path)
     if suffix and path.suffix != suffix:
         raise UsageError(f"output {path}: expected a file name that ends in {suffix}")
     if path.is_dir():
         raise UsageError(f"output {path}: expected a file name, got a folder")
-    check_parent(path)
+    for name in inputs:
+        if path.exists() and Path(name).exists() and path.samefile(name):
+            raise UsageError(f"output {path}: expected another file than the input {name}, which would be overwritten")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError(f"output {path}: the file is there and may not be written")
+    if not path.exists() or path.is_file():  # a device or a pipe is written to where it is
+        check_parent(path)
     return path
 
 
 def check_parent(path: Path) -> None:
     """Raise :class:`UsageError` unless ``path`` can be made: its nearest existing parent is a writable folder."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"output {path}: cannot be written, {folder} is not a folder that files can be made in")
-
-
-def write_stdout(data: bytes) -> None:
-    """Write bytes as they are: a decompressed text need not be UTF-8."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    if not folder.is_dir():
+        raise UsageError(f"output {path}: cannot be written, {folder} is a file and not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"output {path}: cannot be written, no permission to make files in the folder {folder}")
 
 
 def load_batch(path: str) -> ZBatch:
+    if path == "-":
+        raise UsageError("-: expected the name of a .ztok file, which cannot be read from standard input")
     check_input(path)
     from ztok_fast.codec.zbatch import ZBatch
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ztok_fast.cli import common
+from ztok_fast.cli import common, streams
+from ztok_fast.codec.errors import LossyTextWarning
 
 
 def add_commands(commands) -> None:
@@ -27,14 +28,17 @@ def add_commands(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    output = common.check_output(_output_name(options), suffix=".ztok")
+    output = common.check_output(_output_name(options), suffix=".ztok", inputs=options.files)
     documents = [common.read_bytes(name) for name in options.files]
     codec = common.load_codec(options)
     total = 0
     if common.shows_progress():
         total = sum(map(len, common.tokenize(codec, [d.decode("utf-8", "replace") for d in documents])))
     # Exact mode decodes all that it has encoded.
-    with common.progress_bar(2 * total if options.exact else total, "compress") as progress:
+    with (
+        common.progress_bar(2 * total if options.exact else total, "compress") as progress,
+        common.collected_warnings(LossyTextWarning) as losses,
+    ):
         z = codec.compress(
             documents,
             options.ratio,
@@ -43,8 +47,6 @@ def run(options: argparse.Namespace) -> int:
             fixed_units=options.fixed_units,
             progress=progress,
         )
-    if not options.exact:
-        _note_lossy_bytes(options.files, documents)
     z.save(output)
     from ztok_fast.cli.report import number
 
@@ -55,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
         f"{output}: {z.tokens:,} tokens -> {z.ztokens:,} Z-tokens, ratio {number(z.achieved_ratio)}, {rate}; "
         f"{sum(map(len, documents)):,} bytes -> {output.stat().st_size:,}"
     )
+    sys.stdout.flush()
+    for loss in losses:
+        streams.say(_describe_loss(loss, options.files))
     return 0
 
 
@@ -69,12 +74,10 @@ def _output_name(options: argparse.Namespace) -> str:
     return options.files[0] + ".ztok"
 
 
-def _note_lossy_bytes(names: list[str], documents: list[bytes]) -> None:
-    for name, data in zip(names, documents):
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            print(
-                f"ztok: note: {name} is not UTF-8 from byte {error.start} on; such bytes come back only with --exact",
-                file=sys.stderr,
-            )
+def _describe_loss(loss: LossyTextWarning, names: list[str]) -> str:
+    first, others = names[loss.documents[0]], len(loss.documents) - 1
+    which = f"{first} and {others} more" if others else first
+    return (
+        f"ztok: warning: {which}: bytes that are not text, from byte {loss.first_byte} on, are lost; "
+        "--exact keeps every byte"
+    )

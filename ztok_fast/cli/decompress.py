@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ztok_fast.cli import common
+from ztok_fast.cli import common, streams
 
 
 def add_commands(commands) -> None:
@@ -36,13 +36,13 @@ def run(options: argparse.Namespace) -> int:
         z = z[options.document]
     output = None if options.output == "-" else Path(options.output)
     if output is not None:
-        _check_output(output, len(z))
+        _check_output(output, len(z), options.file)
     codec = common.load_codec(options)
     with common.progress_bar(z.tokens, "decompress") as progress:
         documents = codec.decompress_bytes(z, progress=progress)
     if output is None:
         for data in documents:
-            common.write_stdout(data)
+            streams.write(data)
         return 0
     from ztok_fast.codec.atomic import replace_atomically
 
@@ -57,13 +57,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_output(output: Path, documents: int) -> None:
+def _check_output(output: Path, documents: int, source: str) -> None:
     if documents == 1:
-        common.check_output(output)
+        common.check_output(output, inputs=[source])
         return
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise common.UsageError(
-            f"output {output}: expected a new or empty folder for {documents} documents, got what exists; "
+            f"output {output}: expected a new or empty folder for {documents} documents, got one that exists; "
             "--document N takes one of them"
         )
     common.check_parent(output)

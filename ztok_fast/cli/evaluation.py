@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
             raise common.UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     for name in options.files:
         common.check_input(name)
-    output = None if options.json is None else common.check_output(options.json)
+    output = None if options.json is None else common.check_output(options.json, inputs=options.files)
     codec = common.load_codec(options)
     budgets = [codec.config.check_ratio(ratio) for ratio in options.ratio or codec.config.budgets]
     documents = _documents(codec, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ztok_fast.cli import common
+from ztok_fast.cli import common, streams
 
 
 def add_commands(commands) -> None:
@@ -36,7 +36,7 @@ def add_commands(commands) -> None:
 
 def generate(options: argparse.Namespace) -> int:
     z = common.load_batch(options.file)
-    output = None if options.output is None else common.check_output(options.output, suffix=".ztok")
+    output = None if options.output is None else common.check_output(options.output, ".ztok", [options.file])
     codec = common.load_codec(options)
     new = codec.generate(
         z, options.max_new_ztokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
@@ -62,4 +62,4 @@ def _print_documents(documents: list[bytes]) -> None:
     for index, data in enumerate(documents):
         if len(documents) > 1:
             print(f"document {index}:")
-        common.write_stdout(data + b"\n")
+        streams.write(data + b"\n")
