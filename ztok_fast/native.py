@@ -114,15 +114,8 @@ def _load_ops(name: str, path: Path) -> None:
         if not cpu.available:
             raise RuntimeError(f"it needs the schemas of the CPU library, which is not available: {cpu.reason}")
     torch.ops.load_library(str(path))
-    if name == "cpu":
-        torch.library.register_fake("ztok::ragged_pack_native")(_ragged_pack_fake)
-        torch.library.register_fake("ztok::ragged_pack_native_out")(lambda padded, cu_seqlens, packed: None)
     if name == "cuda":
         torch.library.register_fake("ztok::lora_decode_native")(_lora_decode_fake)
-
-
-def _ragged_pack_fake(padded: Any, cu_seqlens: Any, total: int) -> Any:
-    return padded.new_empty((total, *padded.shape[2:]))
 
 
 def _lora_decode_fake(x: Any, weight: Any, bias: Any, A: Any, B: Any, scaling: Any, adapters: Any, offsets: Any) -> Any:

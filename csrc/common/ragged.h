@@ -13,6 +13,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "new_tensor.h"
 #include "ragged_index.h"
 
 namespace ztok {
@@ -74,7 +75,7 @@ inline PaddedLayout padded_layout(const Tensor& padded) {
           padded.stride(1) * element};
 }
 
-// ---- checks of pack and unpack: `from` is the input, `to` the output with the same trailing sizes
+// ---- checks of pack and unpack
 
 inline void check_offsets_of_batch(const char* op, const Tensor& cu_seqlens, int64_t batch) {
   check_indices(op, "cu_seqlens", cu_seqlens, "[B + 1]");
@@ -90,24 +91,10 @@ inline void check_packed(const char* op, const Tensor& packed) {
   ZTOK_CHECK(packed.dim() >= 1, op, "packed: expected [T, *] with at least 1 dimension, got 0");
 }
 
-inline void check_output(const char* op, const char* argument, const Tensor& to, int64_t to_dim, const Tensor& from,
-                         int64_t from_dim, const char* from_argument) {
-  const int64_t trailing = from.dim() - from_dim;
-  ZTOK_CHECK(to.dim() == to_dim + trailing, op, argument, ": expected ", to_dim + trailing, " dimensions, got ",
-             to.dim());
-  for (int64_t d = 0; d < trailing; ++d) {
-    ZTOK_CHECK(to.size(to_dim + d) == from.size(from_dim + d), op, argument, ": expected size ",
-               from.size(from_dim + d), " in dimension ", to_dim + d, ", got ", to.size(to_dim + d));
-  }
-  ZTOK_CHECK(to.scalar_type() == from.scalar_type(), op, argument, ": expected the dtype of ", from_argument, ", ",
-             name_of(from.scalar_type()), ", got ", name_of(to.scalar_type()));
-  ZTOK_CHECK(to.is_contiguous(), op, argument, ": expected a contiguous tensor");
-}
-
 // New tensor with leading sizes and the trailing sizes of another.
 inline Tensor new_rows(const Tensor& like, std::vector<int64_t> leading, int64_t first_dim) {
   for (int64_t d = first_dim; d < like.dim(); ++d) leading.push_back(like.size(d));
-  return torch::stable::new_empty(like, leading);
+  return new_tensor(like, leading);
 }
 
 // ---- fill

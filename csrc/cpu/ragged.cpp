@@ -1,6 +1,4 @@
-// ragged_pack and ragged_unpack on the CPU, and the schemas of all native ragged ops.
-#include <limits>
-
+// ragged_pack and ragged_unpack on the CPU.
 #include <torch/csrc/stable/library.h>
 
 #include "ragged_copy.h"
@@ -30,50 +28,44 @@ void pack_rows(const PaddedLayout& layout, const char* padded, const Indices& cu
   if (row < end) std::memset(packed + row * bytes, 0, (end - row) * bytes);
 }
 
-void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor packed) {
+Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total, bool exact) {
+  ZTOK_CHECK(total >= 0, kPack, "total: expected the number of packed rows, at least 0, got ", total);
   check_padded(kPack, padded);
   check_offsets_of_batch(kPack, cu_seqlens, padded.size(0));
-  check_output(kPack, "packed", packed, 1, padded, 2, "padded");
-  ZTOK_CHECK(padded.is_cpu() && cu_seqlens.is_cpu() && packed.is_cpu(), kPack, "expected CPU tensors");
+  ZTOK_CHECK(padded.is_cpu() && cu_seqlens.is_cpu(), kPack, "expected CPU tensors");
   const Tensor rows = with_contiguous_rows(padded, 2);
   const Tensor offsets = as_contiguous(cu_seqlens);
   const PaddedLayout layout = padded_layout(rows);
   const Indices starts = indices_of(offsets);
-  const int64_t total = packed.size(0);
-  check_offset_values(kPack, starts, layout.batch, total, layout.max_length);
+  check_offset_values(kPack, starts, layout.batch, total, layout.max_length, exact);
+  Tensor packed = with_huge_pages(new_rows(padded, {total}, 2));
   const auto* source = static_cast<const char*>(rows.const_data_ptr());
   auto* target = static_cast<char*>(packed.mutable_data_ptr());
-  if (layout.row_bytes == 0) return;
+  if (layout.row_bytes == 0) return packed;
   for_rows(total, layout.row_bytes, [&](int64_t begin, int64_t end) {
     const RowWriter writer(total * layout.row_bytes);
     pack_rows(layout, source, starts, target, begin, end, writer);
   });
-}
-
-Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total) {
-  ZTOK_CHECK(total >= 0, kPack, "total: expected the number of packed rows, at least 0, got ", total);
-  check_padded(kPack, padded);
-  Tensor packed = with_huge_pages(new_rows(padded, {total}, 2));
-  ragged_pack_out(padded, cu_seqlens, packed);
   return packed;
 }
 
-void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fill, Tensor padded) {
+Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max_length, double fill, bool exact) {
+  ZTOK_CHECK(max_length >= 0, kUnpack, "max_length: expected at least 0, got ", max_length);
   check_packed(kUnpack, packed);
-  check_padded(kUnpack, padded);
-  check_offsets_of_batch(kUnpack, cu_seqlens, padded.size(0));
-  check_output(kUnpack, "padded", padded, 2, packed, 1, "packed");
-  ZTOK_CHECK(packed.is_cpu() && cu_seqlens.is_cpu() && padded.is_cpu(), kUnpack, "expected CPU tensors");
+  check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
+  ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
+  ZTOK_CHECK(packed.is_cpu() && cu_seqlens.is_cpu(), kUnpack, "expected CPU tensors");
   const FillPattern pattern = fill_pattern(kUnpack, packed.scalar_type(), fill);
   const Tensor rows = with_contiguous_rows(packed, 1);
   const Tensor offsets = as_contiguous(cu_seqlens);
   const Indices starts = indices_of(offsets);
-  const int64_t max_length = padded.size(1), num_rows = padded.size(0) * max_length;
-  check_offset_values(kUnpack, starts, padded.size(0), rows.size(0), max_length);
+  const int64_t batch = offsets.size(0) - 1, num_rows = batch * max_length;
+  check_offset_values(kUnpack, starts, batch, rows.size(0), max_length, exact);
+  Tensor padded = with_huge_pages(new_rows(packed, {batch, max_length}, 1));
   const int64_t bytes = row_bytes_of(rows, 1), stride = rows.stride(0) * static_cast<int64_t>(rows.element_size());
   const auto* source = static_cast<const char*>(rows.const_data_ptr());
   auto* target = static_cast<char*>(padded.mutable_data_ptr());
-  if (bytes == 0) return;
+  if (bytes == 0) return padded;
   for_rows(num_rows, bytes, [&](int64_t begin, int64_t end) {
     const RowWriter writer(num_rows * bytes);
     for (int64_t row = begin; row < end;) {
@@ -90,41 +82,13 @@ void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fi
       row = stop;
     }
   });
-}
-
-Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max_length, double fill) {
-  ZTOK_CHECK(max_length >= 0, kUnpack, "max_length: expected at least 0, got ", max_length);
-  check_packed(kUnpack, packed);
-  check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
-  ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
-  Tensor padded = with_huge_pages(new_rows(packed, {cu_seqlens.size(0) - 1, max_length}, 1));
-  ragged_unpack_out(packed, cu_seqlens, fill, padded);
   return padded;
 }
 
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def("ragged_pack_native(Tensor padded, Tensor cu_seqlens, int total) -> Tensor");
-  m.def("ragged_pack_native_out(Tensor padded, Tensor cu_seqlens, Tensor(a!) packed) -> ()");
-  m.def("ragged_unpack_native(Tensor packed, Tensor cu_seqlens, int max_length, float fill) -> Tensor");
-  m.def("ragged_unpack_native_out(Tensor packed, Tensor cu_seqlens, float fill, Tensor(a!) padded) -> ()");
-  m.def("ragged_layout_native(Tensor[] cu_seqlens, int[] totals) -> (Tensor, Tensor, Tensor)");
-  m.def("ragged_gather_native(Tensor[] tables, Tensor?[] indices, Tensor[] cu_seqlens) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "ragged_gather_native_out(Tensor[] tables, Tensor?[] indices, Tensor[] cu_seqlens, Tensor(a!) values) -> "
-      "(Tensor, Tensor)");
-  m.def(
-      "ragged_gather_backward_native(Tensor grad, Tensor?[] indices, Tensor[] cu_seqlens, int[] table_rows, "
-      "bool[] needed) -> Tensor[]");
-  m.def("ragged_scatter_add_native(Tensor rows, Tensor index, int num_rows) -> Tensor");
-  m.def("ragged_scatter_add_native_out(Tensor rows, Tensor index, Tensor(a!) sums) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("ragged_pack_native", TORCH_BOX(&ztok::ragged_pack));
-  m.impl("ragged_pack_native_out", TORCH_BOX(&ztok::ragged_pack_out));
-  m.impl("ragged_unpack_native", TORCH_BOX(&ztok::ragged_unpack));
-  m.impl("ragged_unpack_native_out", TORCH_BOX(&ztok::ragged_unpack_out));
+  m.impl("ragged_pack", TORCH_BOX(&ztok::ragged_pack));
+  m.impl("ragged_unpack", TORCH_BOX(&ztok::ragged_unpack));
 }

@@ -123,9 +123,9 @@ class RowWriter {
 
 // ---- values of offsets; these checks are what keeps the copies inside the tensors
 
-// First 0, non-decreasing, no sequence longer than max_length, last at most `total`.
+// First 0, non-decreasing, no sequence longer than max_length, last `total` if exact and at most that if not.
 inline void check_offset_values(const char* op, const Indices& cu_seqlens, int64_t batch, int64_t total,
-                                int64_t max_length) {
+                                int64_t max_length, bool exact) {
   ZTOK_CHECK(cu_seqlens[0] == 0, op, "cu_seqlens[0]: expected 0, got ", cu_seqlens[0]);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t begin = cu_seqlens[b], end = cu_seqlens[b + 1];
@@ -135,8 +135,9 @@ inline void check_offset_values(const char* op, const Indices& cu_seqlens, int64
     ZTOK_CHECK(end - begin <= max_length, op, "cu_seqlens: expected lengths of at most S = ", max_length, ", got ",
                end - begin, " at sequence ", b);
   }
-  ZTOK_CHECK(cu_seqlens[batch] <= total, op, "cu_seqlens[-1]: expected at most ", total, " (the packed rows), got ",
-             cu_seqlens[batch]);
+  const int64_t last = cu_seqlens[batch];
+  ZTOK_CHECK(exact ? last == total : last <= total, op, "cu_seqlens[-1]: expected ", exact ? "" : "at most ", total,
+             " (the packed rows), got ", last);
 }
 
 }  // namespace ztok

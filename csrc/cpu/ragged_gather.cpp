@@ -19,11 +19,13 @@ constexpr int64_t kAhead = 4;  // rows of a table that are asked for before they
 // How the rows of all sources interleave: sequence b of the result is source 0's sequence b, then source 1's and so on.
 class Sources {
  public:
-  Sources(const char* op, const Tensors& offsets, std::vector<int64_t> totals) : totals_(std::move(totals)) {
+  // `exact`: the offsets of every source end at its total.
+  Sources(const char* op, const Tensors& offsets, std::vector<int64_t> totals, bool exact)
+      : totals_(std::move(totals)) {
     batch_ = offsets[0].size(0) - 1;
     for (size_t i = 0; i < offsets.size(); ++i) {
       starts_.push_back(indices_of(offsets[i]));
-      check_offset_values(op, starts_[i], batch_, totals_[i], totals_[i]);
+      check_offset_values(op, starts_[i], batch_, totals_[i], totals_[i], exact);
     }
     merged_.assign(batch_ + 1, 0);
     for (const Indices& starts : starts_) {
@@ -59,7 +61,7 @@ class Sources {
   }
 
   Tensor merged_like(const Tensor& offsets) const {
-    Tensor merged = torch::stable::new_empty(offsets, {batch_ + 1});
+    Tensor merged = new_tensor(offsets, {batch_ + 1});
     if (is_wide(merged)) {
       std::copy(merged_.begin(), merged_.end(), static_cast<int64_t*>(merged.mutable_data_ptr()));
     } else {
@@ -76,9 +78,7 @@ class Sources {
   std::vector<int64_t> merged_;
 };
 
-Tensor new_int64(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, std::make_optional(ScalarType::Long));
-}
+Tensor new_int64(const Tensor& like, int64_t size) { return new_tensor(like, {size}, ScalarType::Long); }
 
 int64_t* int64_data(Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
@@ -107,11 +107,12 @@ void write_destinations(const Sources& sources, size_t num_sources, int64_t* des
   if (position_ids) std::fill(position_ids + sources.covered(), position_ids + sources.total(), 0);
 }
 
-std::tuple<Tensor, Tensor, Tensor> ragged_layout(const Tensors cu_seqlens, const std::vector<int64_t> totals) {
+std::tuple<Tensor, Tensor, Tensor> ragged_layout(const Tensors cu_seqlens, const std::vector<int64_t> totals,
+                                                 bool exact) {
   check_totals(kLayout, totals);
   ZTOK_CHECK(!cu_seqlens.empty() && cu_seqlens[0].is_cpu(), kLayout, "cu_seqlens: expected CPU tensors");
   const Tensors offsets = checked_offsets(kLayout, cu_seqlens, totals.size(), cu_seqlens[0]);
-  const Sources sources(kLayout, offsets, totals);
+  const Sources sources(kLayout, offsets, totals, exact);
   Tensor position_ids = new_int64(offsets[0], sources.total());
   Tensor destinations = new_int64(offsets[0], sources.total());
   write_destinations(sources, totals.size(), int64_data(destinations), int64_data(position_ids));
@@ -131,16 +132,15 @@ std::vector<int64_t> rows_of(const Tensors& tables) {
   return rows;
 }
 
-std::tuple<Tensor, Tensor> ragged_gather_out(const Tensors tables, const OptionalTensors indices,
-                                             const Tensors cu_seqlens, Tensor values) {
+std::tuple<Tensor, Tensor, Tensor> ragged_gather(const Tensors tables, const OptionalTensors indices,
+                                                 const Tensors cu_seqlens, bool exact) {
   const Tensors rows = checked_tables(kGather, tables);
-  ZTOK_CHECK(rows[0].is_cpu() && values.is_cpu(), kGather, "expected CPU tensors");
+  ZTOK_CHECK(rows[0].is_cpu(), kGather, "expected CPU tensors");
   const OptionalTensors picks = checked_row_indices(kGather, indices, rows.size(), rows[0]);
   const Tensors offsets = checked_offsets(kGather, cu_seqlens, rows.size(), rows[0]);
-  check_output(kGather, "values", values, 1, rows[0], 1, "tables");
-  const Sources sources(kGather, offsets, source_totals(rows_of(rows), picks));
+  const Sources sources(kGather, offsets, source_totals(rows_of(rows), picks), exact);
   const int64_t total = sources.total(), bytes = row_bytes_of(rows[0], 1);
-  ZTOK_CHECK(values.size(0) == total, kGather, "values: expected ", total, " rows, got ", values.size(0));
+  Tensor values = with_huge_pages(new_rows(rows[0], {total}, 1));
   std::vector<Table> from;
   for (size_t i = 0; i < rows.size(); ++i) {
     const int64_t stride = rows[i].stride(0) * static_cast<int64_t>(rows[i].element_size());
@@ -183,17 +183,7 @@ std::tuple<Tensor, Tensor> ragged_gather_out(const Tensors tables, const Optiona
     }
   });
   ZTOK_CHECK(bad_source < 0, kGather, "indices[", bad_source.load(), "]: expected rows of the table");
-  return {sources.merged_like(offsets[0]), position_ids};
-}
-
-std::tuple<Tensor, Tensor, Tensor> ragged_gather(const Tensors tables, const OptionalTensors indices,
-                                                 const Tensors cu_seqlens) {
-  const Tensors rows = checked_tables(kGather, tables);
-  ZTOK_CHECK(indices.size() == rows.size(), kGather, "indices: expected ", rows.size(), " entries, got ",
-             indices.size());
-  Tensor values = with_huge_pages(new_rows(rows[0], {sum_of(source_totals(rows_of(rows), indices))}, 1));
-  auto [merged, position_ids] = ragged_gather_out(tables, indices, cu_seqlens, values);
-  return {values, merged, position_ids};
+  return {values, sources.merged_like(offsets[0]), position_ids};
 }
 
 Tensors ragged_gather_backward(const Tensor& grad, const OptionalTensors indices, const Tensors cu_seqlens,
@@ -204,7 +194,7 @@ Tensors ragged_gather_backward(const Tensor& grad, const OptionalTensors indices
   check_totals(kBackward, table_rows);
   const Tensors offsets = checked_offsets(kBackward, cu_seqlens, indices.size(), grad);
   const OptionalTensors picks = checked_row_indices(kBackward, indices, indices.size(), grad);
-  const Sources sources(kBackward, offsets, source_totals(table_rows, picks));
+  const Sources sources(kBackward, offsets, source_totals(table_rows, picks), false);
   ZTOK_CHECK(grad.size(0) == sources.total(), kBackward, "grad: expected ", sources.total(), " rows, got ",
              grad.size(0));
   const Tensor rows = with_contiguous_rows(grad, 1);
@@ -250,8 +240,7 @@ Tensors ragged_gather_backward(const Tensor& grad, const OptionalTensors indices
 }  // namespace ztok
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("ragged_layout_native", TORCH_BOX(&ztok::ragged_layout));
-  m.impl("ragged_gather_native", TORCH_BOX(&ztok::ragged_gather));
-  m.impl("ragged_gather_native_out", TORCH_BOX(&ztok::ragged_gather_out));
-  m.impl("ragged_gather_backward_native", TORCH_BOX(&ztok::ragged_gather_backward));
+  m.impl("ragged_layout", TORCH_BOX(&ztok::ragged_layout));
+  m.impl("ragged_gather", TORCH_BOX(&ztok::ragged_gather));
+  m.impl("ragged_gather_backward", TORCH_BOX(&ztok::ragged_gather_backward));
 }

@@ -112,27 +112,18 @@ void sum_rows_by_index(const char* op, const Tensor& rows, const RowPairs& pairs
 
 namespace {
 
-void ragged_scatter_add_out(const Tensor& rows, const Tensor& index, Tensor sums) {
-  ZTOK_CHECK(rows.dim() == 2, kOp, "rows: expected [T, D], got ", rows.dim(), " dimensions");
-  check_indices(kOp, "index", index, "[T]");
-  ZTOK_CHECK(index.size(0) == rows.size(0), kOp, "index: expected ", rows.size(0), " values, got ", index.size(0));
-  ZTOK_CHECK(rows.is_cpu() && index.is_cpu() && sums.is_cpu(), kOp, "expected CPU tensors");
-  check_output(kOp, "sums", sums, 1, rows, 1, "rows");
-  const Tensor contiguous = as_contiguous(index);
-  sum_rows_by_index(kOp, with_contiguous_rows(rows, 1), {indices_of(contiguous), nullptr, index.size(0)}, sums);
-}
-
 Tensor ragged_scatter_add(const Tensor& rows, const Tensor& index, int64_t num_rows) {
   ZTOK_CHECK(rows.dim() == 2 && num_rows >= 0, kOp, "expected rows [T, D] and num_rows of at least 0");
+  check_indices(kOp, "index", index, "[T]");
+  ZTOK_CHECK(index.size(0) == rows.size(0), kOp, "index: expected ", rows.size(0), " values, got ", index.size(0));
+  ZTOK_CHECK(rows.is_cpu() && index.is_cpu(), kOp, "expected CPU tensors");
   Tensor sums = with_huge_pages(new_rows(rows, {num_rows}, 1));
-  ragged_scatter_add_out(rows, index, sums);
+  const Tensor contiguous = as_contiguous(index);
+  sum_rows_by_index(kOp, with_contiguous_rows(rows, 1), {indices_of(contiguous), nullptr, index.size(0)}, sums);
   return sums;
 }
 
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("ragged_scatter_add_native", TORCH_BOX(&ztok::ragged_scatter_add));
-  m.impl("ragged_scatter_add_native_out", TORCH_BOX(&ztok::ragged_scatter_add_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("ragged_scatter_add", TORCH_BOX(&ztok::ragged_scatter_add)); }

@@ -16,17 +16,18 @@ void check_on_device(const char* op, const char* argument, const Tensor& tensor,
              ": expected a tensor on CUDA device ", main.get_device_index());
 }
 
-void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor packed) {
+// Values of offsets are not read on the host: whether they add up is for the op's own checks to say.
+Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total, bool /*exact*/) {
+  ZTOK_CHECK(total >= 0, kPack, "total: expected at least 0, got ", total);
   check_padded(kPack, padded);
   check_offsets_of_batch(kPack, cu_seqlens, padded.size(0));
-  check_output(kPack, "packed", packed, 1, padded, 2, "padded");
   check_on_device(kPack, "padded", padded, padded);
-  check_on_device(kPack, "packed", packed, padded);
   check_on_device(kPack, "cu_seqlens", cu_seqlens, padded);
   const torch::stable::accelerator::DeviceGuard guard(padded.get_device_index());
   const Tensor rows = with_contiguous_rows(padded, 2);
   const Tensor offsets = as_contiguous(cu_seqlens);
   const PaddedLayout layout = padded_layout(rows);
+  Tensor packed = new_rows(padded, {total}, 2);
   const void* source = rows.const_data_ptr();
   void* target = packed.mutable_data_ptr();
   Alignment alignment;
@@ -37,31 +38,24 @@ void ragged_pack_out(const Tensor& padded, const Tensor& cu_seqlens, Tensor pack
     const PackRows<Unit> locator{
         static_cast<const Unit*>(source), indices_of(offsets),     layout.batch, layout.max_length,
         layout.batch_stride / size,       layout.row_stride / size};
-    copy_rows<Unit>(kPack, locator, target, packed.size(0), layout.row_bytes, nullptr,
+    copy_rows<Unit>(kPack, locator, target, total, layout.row_bytes, nullptr,
                     current_stream(padded.get_device_index()));
   });
-}
-
-Tensor ragged_pack(const Tensor& padded, const Tensor& cu_seqlens, int64_t total) {
-  ZTOK_CHECK(total >= 0, kPack, "total: expected at least 0, got ", total);
-  check_padded(kPack, padded);
-  Tensor packed = new_rows(padded, {total}, 2);
-  ragged_pack_out(padded, cu_seqlens, packed);
   return packed;
 }
 
-void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fill, Tensor padded) {
+Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max_length, double fill, bool /*exact*/) {
+  ZTOK_CHECK(max_length >= 0, kUnpack, "max_length: expected at least 0, got ", max_length);
   check_packed(kUnpack, packed);
-  check_padded(kUnpack, padded);
-  check_offsets_of_batch(kUnpack, cu_seqlens, padded.size(0));
-  check_output(kUnpack, "padded", padded, 2, packed, 1, "packed");
+  check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
+  ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
   check_on_device(kUnpack, "packed", packed, packed);
-  check_on_device(kUnpack, "padded", padded, packed);
   check_on_device(kUnpack, "cu_seqlens", cu_seqlens, packed);
   const FillPattern pattern = fill_pattern(kUnpack, packed.scalar_type(), fill);
   const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
   const Tensor rows = with_contiguous_rows(packed, 1);
   const Tensor offsets = as_contiguous(cu_seqlens);
+  Tensor padded = new_rows(packed, {offsets.size(0) - 1, max_length}, 1);
   const int64_t row_bytes = row_bytes_of(rows, 1);
   const int64_t row_stride = rows.stride(0) * static_cast<int64_t>(rows.element_size());
   const void* source = rows.const_data_ptr();
@@ -75,25 +69,13 @@ void ragged_unpack_out(const Tensor& packed, const Tensor& cu_seqlens, double fi
     copy_rows<Unit>(kUnpack, locator, target, padded.size(0) * padded.size(1), row_bytes, pattern.bytes,
                     current_stream(packed.get_device_index()));
   });
-}
-
-Tensor ragged_unpack(const Tensor& packed, const Tensor& cu_seqlens, int64_t max_length, double fill) {
-  ZTOK_CHECK(max_length >= 0, kUnpack, "max_length: expected at least 0, got ", max_length);
-  check_packed(kUnpack, packed);
-  check_indices(kUnpack, "cu_seqlens", cu_seqlens, "[B + 1]");
-  ZTOK_CHECK(cu_seqlens.size(0) >= 1, kUnpack, "cu_seqlens: expected at least one offset, got none");
-  Tensor padded = new_rows(packed, {cu_seqlens.size(0) - 1, max_length}, 1);
-  ragged_unpack_out(packed, cu_seqlens, fill, padded);
   return padded;
 }
 
 }  // namespace
 }  // namespace ztok
 
-// The schemas are defined by the CPU library, which is loaded first.
 STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) {
-  m.impl("ragged_pack_native", TORCH_BOX(&ztok::ragged_pack));
-  m.impl("ragged_pack_native_out", TORCH_BOX(&ztok::ragged_pack_out));
-  m.impl("ragged_unpack_native", TORCH_BOX(&ztok::ragged_unpack));
-  m.impl("ragged_unpack_native_out", TORCH_BOX(&ztok::ragged_unpack_out));
+  m.impl("ragged_pack", TORCH_BOX(&ztok::ragged_pack));
+  m.impl("ragged_unpack", TORCH_BOX(&ztok::ragged_unpack));
 }

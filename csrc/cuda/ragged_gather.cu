@@ -16,9 +16,7 @@ constexpr const char* kLayout = "ragged_layout";
 constexpr const char* kGather = "ragged_gather";
 constexpr const char* kBackward = "ragged_gather_backward";
 
-Tensor new_int64(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, std::make_optional(ScalarType::Long));
-}
+Tensor new_int64(const Tensor& like, int64_t size) { return new_tensor(like, {size}, ScalarType::Long); }
 
 int64_t* int64_data(Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
@@ -94,14 +92,16 @@ void launch_layout(const char* op, size_t group, const Interleave& layout, int64
   check_launch(op);
 }
 
-std::tuple<Tensor, Tensor, Tensor> ragged_layout(const Tensors cu_seqlens, const std::vector<int64_t> totals) {
+// Values of offsets and indices are not read on the host: whether they are valid is for the op's own checks to say.
+std::tuple<Tensor, Tensor, Tensor> ragged_layout(const Tensors cu_seqlens, const std::vector<int64_t> totals,
+                                                 bool /*exact*/) {
   check_totals(kLayout, totals);
   ZTOK_CHECK(!cu_seqlens.empty() && cu_seqlens[0].is_cuda(), kLayout, "cu_seqlens: expected CUDA tensors");
   const Tensors offsets = checked_offsets(kLayout, cu_seqlens, totals.size(), cu_seqlens[0]);
   const int64_t total = sum_of(totals);
   const torch::stable::accelerator::DeviceGuard guard(offsets[0].get_device_index());
   const cudaStream_t stream = current_stream(offsets[0].get_device_index());
-  Tensor merged = torch::stable::new_empty(offsets[0], {offsets[0].size(0)});
+  Tensor merged = new_rows(offsets[0], {}, 0);
   Tensor position_ids = new_int64(offsets[0], total), destinations = new_int64(offsets[0], total);
   Groups groups(kLayout, offsets, totals, stream);
   groups.for_each([&](size_t group, const Interleave& layout) {
@@ -118,21 +118,18 @@ std::vector<int64_t> rows_of(const Tensors& tables) {
 
 int64_t stride_bytes(const Tensor& rows) { return rows.stride(0) * static_cast<int64_t>(rows.element_size()); }
 
-std::tuple<Tensor, Tensor> ragged_gather_out(const Tensors tables, const OptionalTensors indices,
-                                             const Tensors cu_seqlens, Tensor values) {
+std::tuple<Tensor, Tensor, Tensor> ragged_gather(const Tensors tables, const OptionalTensors indices,
+                                                 const Tensors cu_seqlens, bool /*exact*/) {
   const Tensors rows = checked_tables(kGather, tables);
   ZTOK_CHECK(rows[0].is_cuda(), kGather, "tables: expected CUDA tensors");
-  check_device(kGather, "values", values, rows[0]);
   const OptionalTensors picks = checked_row_indices(kGather, indices, rows.size(), rows[0]);
   const Tensors offsets = checked_offsets(kGather, cu_seqlens, rows.size(), rows[0]);
-  check_output(kGather, "values", values, 1, rows[0], 1, "tables");
   const std::vector<int64_t> totals = source_totals(rows_of(rows), picks);
   const int64_t total = sum_of(totals), bytes = row_bytes_of(rows[0], 1);
-  ZTOK_CHECK(values.size(0) == total, kGather, "values: expected ", total, " rows, got ", values.size(0));
   const torch::stable::accelerator::DeviceGuard guard(rows[0].get_device_index());
   const cudaStream_t stream = current_stream(rows[0].get_device_index());
-  Tensor merged = torch::stable::new_empty(offsets[0], {offsets[0].size(0)});
-  Tensor position_ids = new_int64(offsets[0], total);
+  Tensor merged = new_rows(offsets[0], {}, 0);
+  Tensor values = new_rows(rows[0], {total}, 1), position_ids = new_int64(offsets[0], total);
   Groups groups(kGather, offsets, totals, stream);
   const bool copies = total > 0 && bytes > 0;
   if (copies && groups.count() > 1) {
@@ -167,16 +164,6 @@ std::tuple<Tensor, Tensor> ragged_gather_out(const Tensors tables, const Optiona
       copy_rows<Unit>(kGather, locator, values.mutable_data_ptr(), total, bytes, nullptr, stream);
     });
   });
-  return {merged, position_ids};
-}
-
-std::tuple<Tensor, Tensor, Tensor> ragged_gather(const Tensors tables, const OptionalTensors indices,
-                                                 const Tensors cu_seqlens) {
-  const Tensors rows = checked_tables(kGather, tables);
-  ZTOK_CHECK(indices.size() == rows.size(), kGather, "indices: expected ", rows.size(), " entries, got ",
-             indices.size());
-  Tensor values = new_rows(rows[0], {sum_of(source_totals(rows_of(rows), indices))}, 1);
-  auto [merged, position_ids] = ragged_gather_out(tables, indices, cu_seqlens, values);
   return {values, merged, position_ids};
 }
 
@@ -197,7 +184,7 @@ Tensors ragged_gather_backward(const Tensor& grad, const OptionalTensors indices
   const cudaStream_t stream = current_stream(rows.get_device_index());
   Tensors results;
   for (size_t i = 0; i < indices.size(); ++i) {
-    results.push_back(torch::stable::new_empty(rows, {needed[i] ? table_rows[i] : 0, rows.size(1)}));
+    results.push_back(new_rows(rows, {needed[i] ? table_rows[i] : 0}, 1));
   }
   Groups groups(kBackward, offsets, totals, stream);
   groups.for_each([&](size_t group, const Interleave& layout) {
@@ -227,8 +214,7 @@ Tensors ragged_gather_backward(const Tensor& grad, const OptionalTensors indices
 }  // namespace ztok
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) {
-  m.impl("ragged_layout_native", TORCH_BOX(&ztok::ragged_layout));
-  m.impl("ragged_gather_native", TORCH_BOX(&ztok::ragged_gather));
-  m.impl("ragged_gather_native_out", TORCH_BOX(&ztok::ragged_gather_out));
-  m.impl("ragged_gather_backward_native", TORCH_BOX(&ztok::ragged_gather_backward));
+  m.impl("ragged_layout", TORCH_BOX(&ztok::ragged_layout));
+  m.impl("ragged_gather", TORCH_BOX(&ztok::ragged_gather));
+  m.impl("ragged_gather_backward", TORCH_BOX(&ztok::ragged_gather_backward));
 }

@@ -20,9 +20,7 @@ void check_cuda(const char* op, cudaError_t error) {
   ZTOK_CHECK(error == cudaSuccess, op, "CUDA: ", cudaGetErrorString(error));
 }
 
-Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, std::make_optional(ScalarType::Byte));
-}
+Tensor scratch(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
 
 // Number of bits that hold values up to `largest`.
 int bits_of(uint64_t largest) {
@@ -139,32 +137,22 @@ void sum_rows_by_index(const char* op, const Tensor& rows, const RowPairs& pairs
 
 namespace {
 
-void ragged_scatter_add_out(const Tensor& rows, const Tensor& index, Tensor sums) {
-  ZTOK_CHECK(rows.dim() == 2, kOp, "rows: expected [T, D], got ", rows.dim(), " dimensions");
+Tensor ragged_scatter_add(const Tensor& rows, const Tensor& index, int64_t num_rows) {
+  ZTOK_CHECK(rows.dim() == 2 && num_rows >= 0, kOp, "expected rows [T, D] and num_rows of at least 0");
   check_indices(kOp, "index", index, "[T]");
   ZTOK_CHECK(index.size(0) == rows.size(0), kOp, "index: expected ", rows.size(0), " values, got ", index.size(0));
   const auto device = rows.get_device_index();
-  ZTOK_CHECK(rows.is_cuda() && index.is_cuda() && sums.is_cuda() && index.get_device_index() == device &&
-                 sums.get_device_index() == device,
-             kOp, "expected tensors on one CUDA device");
-  check_output(kOp, "sums", sums, 1, rows, 1, "rows");
-  const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  ZTOK_CHECK(rows.is_cuda() && index.is_cuda() && index.get_device_index() == device, kOp,
+             "expected tensors on one CUDA device");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor sums = new_rows(rows, {num_rows}, 1);
   const Tensor contiguous = as_contiguous(index);
   const RowPairs pairs{indices_of(contiguous), index.size(0), nullptr, 0};
-  sum_rows_by_index(kOp, with_contiguous_rows(rows, 1), pairs, sums, current_stream(rows.get_device_index()));
-}
-
-Tensor ragged_scatter_add(const Tensor& rows, const Tensor& index, int64_t num_rows) {
-  ZTOK_CHECK(rows.dim() == 2 && num_rows >= 0, kOp, "expected rows [T, D] and num_rows of at least 0");
-  Tensor sums = new_rows(rows, {num_rows}, 1);
-  ragged_scatter_add_out(rows, index, sums);
+  sum_rows_by_index(kOp, with_contiguous_rows(rows, 1), pairs, sums, current_stream(device));
   return sums;
 }
 
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) {
-  m.impl("ragged_scatter_add_native", TORCH_BOX(&ztok::ragged_scatter_add));
-  m.impl("ragged_scatter_add_native_out", TORCH_BOX(&ztok::ragged_scatter_add_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) { m.impl("ragged_scatter_add", TORCH_BOX(&ztok::ragged_scatter_add)); }

@@ -15,7 +15,7 @@ import torch
 import ztok_fast
 from tests.native.guard_pages import SIDES, Guarded
 from ztok_fast import native, ops
-from ztok_fast.ops.ragged import ragged_layout, ragged_scatter_add
+from ztok_fast.ops.op import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WITH_MATMUL = ("quantize_ragged_native",)  # rounding of torch's matrix product depends on where its operands lie
@@ -26,10 +26,12 @@ class GuardedOp:
     """A native op of which every call is made with copies of its tensors at guard pages."""
 
     def __init__(self, op):
-        self.op, self.name = op, op._qualified_op_name.split("::")[1]
+        self.op = op
+        self._schema = getattr(op, "default", op)._schema
+        self.name = self._schema.name.split("::")[1]
         self.default = self
         # tensors that the op writes: only these may differ after a call
-        self.written = [i for i, a in enumerate(op.default._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        self.written = [i for i, a in enumerate(self._schema.arguments) if a.alias_info and a.alias_info.is_write]
 
     def __call__(self, *args):
         CALLED.add(self.name)
@@ -122,21 +124,13 @@ def halting(width, lengths, dtype):
 def ragged(width, lengths, dtype):
     cu_seqlens, total = offsets(lengths), sum(lengths)
     padded = rows(len(lengths), max(lengths), width, dtype=dtype)
-    packed = ops.ragged_pack(padded, cu_seqlens.int(), total)
-    backward(packed)
+    backward(ops.ragged_pack(padded, cu_seqlens.int(), total))
     backward(ops.ragged_unpack(rows(total, width, dtype=dtype), cu_seqlens, max(lengths) + 1, 2.0))
     index = torch.randint(0, 5, (total,))
     sources = ([rows(total, width, dtype=dtype), rows(5, width, dtype=dtype)], [None, index], [cu_seqlens, cu_seqlens])
     backward(ops.ragged_gather(*sources).values)
-    ragged_layout([cu_seqlens.int()] * 3, [total] * 3)
-    backward(ragged_scatter_add(rows(total, width, dtype=dtype), index.int(), 5))
-    # what writes into tensors that it is given
-    z = torch.ops.ztok
-    plain = [[t.detach() for t in sources[0]], *sources[1:]]
-    z.ragged_pack_native_out(padded.detach(), cu_seqlens, torch.empty(total, width, dtype=dtype))
-    z.ragged_unpack_native_out(packed.detach(), cu_seqlens, 1.0, torch.empty(padded.shape, dtype=dtype))
-    z.ragged_gather_native_out(*plain, torch.empty(2 * total, width, dtype=dtype))
-    z.ragged_scatter_add_native_out(packed.detach(), index, torch.empty(5, width, dtype=dtype))
+    ops.ragged_layout([cu_seqlens.int()] * 3, [total] * 3)
+    backward(ops.ragged_scatter_add(rows(total, width, dtype=dtype), index.int(), 5))
 
 
 def lora(width, out, rank, count, dtype):
@@ -169,6 +163,10 @@ def main(isa: int) -> None:
     torch.ops.ztok.isa_native(isa)
     for name in wanted:
         setattr(torch.ops.ztok, name, GuardedOp(getattr(torch.ops.ztok, name)))
+    for op in OPS.values():
+        if any(backend.name == "cpp" for backend in op.backends):
+            op.default = GuardedOp(op.default)
+            wanted.add(op.name)
     with ztok_fast.backend("cpp"):
         for dtype in DTYPES:
             for width in (1, 3, 8, 15, 17, 33, 65):

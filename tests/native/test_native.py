@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import ztok_fast
 from ztok_fast import doctor, native, sources
-from ztok_fast.ops import dispatch, requirements
+from ztok_fast.ops import requirements
+from ztok_fast.ops.op import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,10 +125,11 @@ def test_library_of_other_sources_shows_in_the_doctor_and_where_it_is_forced(sta
     monkeypatch.delenv("ZTOK_BACKEND", raising=False)
     report = doctor.collect()
     assert f"no: {STALE.format('cpu')}" in doctor.render(report)
-    entry = next(entry for entry in report["ops"] if entry["op"] == "ragged_pack")
+    entry = next(entry for entry in report["ops"] if "cpp" in entry["others"])
     assert entry["backend"] == "reference" and STALE.format("cpu") in entry["others"]["cpp"][0]
-    with dispatch.backend("cpp"), pytest.raises(dispatch.BackendUnavailable, match=STALE.format("cpu")):
-        dispatch.choose("ragged_pack", torch.device("cpu"))
+    monkeypatch.setattr(OPS["ragged_pack"], "_chosen", {})
+    with ztok_fast.backend("cpp"), pytest.raises(ztok_fast.ops.BackendUnavailable, match=STALE.format("cpu")):
+        ztok_fast.ops.ragged_pack(torch.zeros(1, 1), torch.tensor([0, 1]), 1)
 
 
 def test_the_digest_follows_names_and_contents_of_sources(other_library_dir):
@@ -159,18 +162,13 @@ def test_a_built_part_names_the_sources_of_the_checkout(name):
     assert sources.recorded(name, part.path) == sources.digest(name)
 
 
-RAGGED = [
-    *(f"ragged_{op}_native" for op in ("pack", "unpack", "layout", "gather", "gather_backward", "scatter_add")),
-    *(f"ragged_{op}_native_out" for op in ("pack", "unpack", "gather", "scatter_add")),
-]
-
-
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_loaded_library_registers_its_kernels(name):
     if not native.status(name).available:
         pytest.skip(f"{name}: {native.status(name).reason}")
-    for op in RAGGED:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ztok::{op}", name.upper())
+    for op in OPS.values():
+        if any(backend.compiled and backend.library == name for backend in op.backends):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ztok::{op.name}", name.upper())
 
 
 def test_instruction_set_can_be_chosen_and_an_absent_one_is_refused():

@@ -152,7 +152,7 @@ def test_pack_and_unpack(kernels, lengths, spare, slack, width, dtype, start, of
         row,
         unit,
     )
-    assert torch.equal(packed, reference.ragged_pack(padded, cu_seqlens, total))
+    assert torch.equal(packed, reference.ragged_pack(padded, cu_seqlens, total, False))
     assert canaries_intact(storage, first, total * row)
 
     padded, storage, first = at((batch, max_length, width), dtype, start)
@@ -160,7 +160,7 @@ def test_pack_and_unpack(kernels, lengths, spare, slack, width, dtype, start, of
     if max_length:
         arguments = (packed, cu_seqlens, wide(cu_seqlens), total, row, padded, batch, max_length, row, fill, unit)
         call(kernels, "host_unpack", *arguments)
-    assert torch.equal(padded, reference.ragged_unpack(packed, cu_seqlens, max_length, 5))
+    assert torch.equal(padded, reference.ragged_unpack(packed, cu_seqlens, max_length, 5, False))
     assert canaries_intact(storage, first, batch * max_length * row)
 
 
@@ -258,8 +258,8 @@ def test_gather_layout_and_backward(kernels, spec, width, dtype, index_dtype, na
         cu_seqlens.append(offsets(lengths, index_dtype))
     sources = Sources(tables, indices, cu_seqlens)
     row = width * tables[0].element_size()
-    expected, merged, positions = reference.ragged_gather(tables, indices, cu_seqlens)
-    for found, wanted in zip(layout(kernels, sources), reference.ragged_layout(cu_seqlens, sources.totals)):
+    expected, merged, positions = reference.ragged_gather(tables, indices, cu_seqlens, False)
+    for found, wanted in zip(layout(kernels, sources), reference.ragged_layout(cu_seqlens, sources.totals, False)):
         assert torch.equal(found, wanted.long())
 
     values, storage, first = at((sources.total, width), dtype, 0)

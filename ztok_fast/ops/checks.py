@@ -13,11 +13,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ztok_fast.ops.backends import FLOATS
 
@@ -133,12 +131,6 @@ def check_cu_seqlens_values(
         fail(op, argument, f"at most {total} in its last element (the capacity)", last)
     if max_length is not None and longest > max_length:
         fail(op, argument, f"of sequences of at most {max_length} rows ({limit})", f"one of {longest}")
-
-
-def check_covered(check: Callable[[], None], cu_seqlens: Tensor, total: int, exact: bool) -> None:
-    """Run `check` if offsets that must add up to `total` don't: what backends that check values leave to the op."""
-    if exact and value_checks(cu_seqlens) and int(cu_seqlens[-1]) != total:
-        check()
 
 
 def _offset_summary(cu_seqlens: torch.Tensor) -> tuple[int, int, int, int]:

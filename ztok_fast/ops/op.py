@@ -30,8 +30,9 @@ _LIBRARY = torch.library.Library("ztok", "FRAGMENT")
 # What an op's arguments may be in a plain call: tensor subclasses dispatch for themselves.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_OUTSIDE = torch._C._dispatch_tls_local_exclude_set()  # autocast's keys, while it is off
 with _below_autograd():
-    _AUTOGRAD_KEYS = torch._C._dispatch_tls_local_exclude_set()
+    _AUTOGRAD_KEYS = torch._C._dispatch_tls_local_exclude_set() - _OUTSIDE
 
 
 class Op:
@@ -45,6 +46,8 @@ class Op:
         backends: in order of preference, the reference left out.
         backward: (args, outputs, grads, needs) -> a gradient or None per argument; None for an op without gradients.
             `needs` says which arguments need one; a list of tensors has a list there.
+        linear: the result is linear in the arguments that receive gradients. Neither their values nor the outputs are
+            kept in memory for `backward`, which gets tensors of the same shapes and dtypes and an empty tuple.
         check_values: the same arguments; raises ValueError for values that the op refuses (`ztok_fast.ops.checks`).
         spec: sample cases, tolerances and costs (`ztok_fast.ops.spec`); None for a backward pass, which its forward's
             cases cover.
@@ -58,11 +61,13 @@ class Op:
         fake: Callable,
         backends: tuple[Backend, ...] = (),
         backward: Callable | None = None,
+        linear: bool = False,
         check_values: Callable | None = None,
         spec: Spec | None = None,
     ) -> None:
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
         self.reference, self.backward, self.check_values, self.spec = reference, backward, check_values, spec
+        self.linear = linear
         self.backends = (*backends, Backend("reference", reference))
         self.has_lists = "[]" in signature
         self._chosen: dict[tuple, tuple[Backend, ...]] = {}
@@ -217,7 +222,10 @@ class _Recorded(torch.autograd.Function):
         ctx.others = [None if isinstance(a, Tensor) else a for a in flat]
         ctx.tensors = [isinstance(a, Tensor) for a in flat]
         results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        ctx.save_for_backward(*(a for a in flat if isinstance(a, Tensor)), *results)
+        tensors = [a for a in flat if isinstance(a, Tensor)]
+        if op.linear:
+            tensors, results = [a.new_zeros(()).expand(a.shape) if a.requires_grad else a for a in tensors], ()
+        ctx.save_for_backward(*tensors, *results)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     @staticmethod

@@ -152,10 +152,6 @@ def _cuda(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **need
     )
 
 
-def _everywhere(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **needs) -> tuple[Requirement, ...]:
-    return _cpp(op, family, dtypes, **needs), _cuda(op, family, dtypes), _reference(op, family, dtypes)
-
-
 _NO_NUCLEUS = Arguments(
     "top_p is 1 or the temperature 0",
     lambda hidden, rows, temperature, top_p, *rest: top_p == 1 or temperature == 0,
@@ -185,12 +181,6 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("quantize_ragged_backward", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("quantize_ragged_backward", "quantize"),
     _reference("quantize_ragged_backward", "quantize"),
-    *_everywhere("ragged_pack", "ragged", ANY_DTYPE, checks_values=True),
-    *_everywhere("ragged_unpack", "ragged", ANY_DTYPE, checks_values=True),
-    *_everywhere("ragged_layout", "ragged", (torch.int32, torch.int64), checks_values=True),
-    *_everywhere("ragged_gather", "ragged", ANY_DTYPE, checks_values=True),
-    *_everywhere("ragged_gather_backward", "ragged"),
-    *_everywhere("ragged_scatter_add", "ragged", checks_values=True),
     # Dispatch by shape: few rows are bound by reading the weight, more by arithmetic; a transposed weight would be copied
     # by the kernel for few. The other dtypes follow from that of x, so that there is nothing to compare at a call.
     _cpp("lora_linear", "lora", UP_TO_FLOAT32),

@@ -10,11 +10,9 @@ def segment_sum(values: torch.Tensor, index: torch.Tensor, size: int) -> torch.T
     """
     sums = values.new_zeros((size + 1, *values.shape[1:]))
     if values.device.type == "cpu":
-        sums.index_add_(0, index.long(), values)
-    else:
-        # index_add_ uses atomics on CUDA, in no fixed order; accumulating index_put_ sorts
-        sums.index_put_((index.long(),), values, accumulate=True)
-    return sums[:size].clone()
+        return sums.index_add(0, index.long(), values)[:size]
+    # index_add uses atomics on CUDA, in no fixed order; accumulating index_put sorts
+    return sums.index_put((index.long(),), values, accumulate=True)[:size]
 
 
 def sequence_of(cu_seqlens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ benchmarks iterate over it, so that each of these facts stands once, beside the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,21 @@ class Spec:
 def randn(generator: torch.Generator, *shape: int, dtype=torch.float32, scale: float = 1.0) -> Tensor:
     """Standard normal values times `scale` on the generator's device, rounded to `dtype`."""
     return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
+
+
+def mixed_lengths(sequences: int, longest: int, generator: torch.Generator) -> list[int]:
+    """Lengths from 1 to `longest`, skewed to the short side as documents are: on average about 0.4 of the longest.
+
+    The first is the longest, so that a padded batch has exactly that width.
+    """
+    draws = torch.rand(sequences, generator=generator, device=generator.device).tolist()
+    lengths = [max(1, round(longest * draw**1.5)) for draw in draws]
+    return [longest, *lengths[1:]]
+
+
+def offsets(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """cu_seqlens [B + 1]."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, dtype)
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0, what: str = "result") -> None:
