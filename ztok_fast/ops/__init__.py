@@ -21,6 +21,7 @@ from ztok_fast.ops.ragged import (
     ragged_unpack,
 )
 from ztok_fast.ops.zhead import Selection, z_select
+from ztok_fast.ops.zhead.token_scores import TokenScores, token_scores
 
 __all__ = [
     "Assignment",
@@ -31,6 +32,7 @@ __all__ = [
     "RaggedLayout",
     "ResidualCodes",
     "Selection",
+    "TokenScores",
     "backend",
     "codebook_assign",
     "halting_units",
@@ -43,5 +45,6 @@ __all__ = [
     "ragged_scatter_add",
     "ragged_unpack",
     "residual_quantize",
+    "token_scores",
     "z_select",
 ]
