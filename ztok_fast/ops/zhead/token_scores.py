@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks
-from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp
+from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Mismatch, Spec, Work, close, randn
 
@@ -151,11 +151,13 @@ SPEC = Spec(
     flops_of_reference=3.0,
 )
 
+_HOST = "ztok_fast.ops.zhead.triton_token_scores"
+
 TOKEN_SCORES = Op(
     "token_scores(Tensor hidden, Tensor rows, Tensor targets) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=(cpp(UP_TO_FLOAT32, checks_values=True),),
+    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton(f"{_HOST}:token_scores", contiguous=True)),
     check_values=_check_values,
     spec=SPEC,
 )
