@@ -114,12 +114,6 @@ def _load_ops(name: str, path: Path) -> None:
         if not cpu.available:
             raise RuntimeError(f"it needs the schemas of the CPU library, which is not available: {cpu.reason}")
     torch.ops.load_library(str(path))
-    if name == "cuda":
-        torch.library.register_fake("ztok::lora_decode_native")(_lora_decode_fake)
-
-
-def _lora_decode_fake(x: Any, weight: Any, bias: Any, A: Any, B: Any, scaling: Any, adapters: Any, offsets: Any) -> Any:
-    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _host_path() -> Path:

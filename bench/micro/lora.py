@@ -2,82 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
-from bench.micro.case import BACKWARD, FORWARD, Case, Op, Peer, Work, close, randn, with_gradients
-from bench.micro.shapes import LLAMA_7B, LLAMA_8B, QWEN3, SMOLLM2, offsets
+from bench.micro.case import BACKWARD, FORWARD, Case, Op, Peer, close, randn, with_gradients
 from ztok_fast import ops
-
-CHECKED_PRODUCTS = 1 << 30
-"""Bound of (rows of y and dx checked) x in x out."""
-
-
-def _cases():
-    found: dict[str, Case] = {}
-
-    def add(M, width, out, r, smallest, n=1, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda"), tags=()):
-        shape = {"M": M, "in": width, "out": out, "r": r, "n": n}
-        # The weights of a decode step come from memory: a model has many layers.
-        case = Case("lora_linear", shape, dtype, direction, smallest, devices, M < 64, tags)
-        found.setdefault(case.key, case)
-
-    half = torch.bfloat16
-    small, middle, large = (SMOLLM2, QWEN3, LLAMA_7B)
-    add(7, 12, 9, 2, "tiny")
-    add(7, 12, 9, 2, "tiny", n=3, direction=BACKWARD)
-    add(1, *small, 16, "quick", tags=("compile",))
-    add(512, *small, 16, "quick", tags=("compile",))
-    for M in (1, 512):
-        add(M, small[0], small[0], 16, "default")
-        add(M, *small[::-1], 32, "default")
-        add(M, *middle, 16, "default")
-        add(M, *small, 16, "default", n=3)
-        add(M, large[0], large[0], 16, "default")
-        add(M, *small, 128, "default")
-        add(M, *large, 16, "full")
-        add(M, *LLAMA_8B, 16, "full")
-        add(M, *LLAMA_8B[::-1], 64, "full")
-    add(8, *small, 16, "default", n=3)
-    add(1, *small, 16, "default", dtype=half)
-    add(1, *large, 16, "default", dtype=half)
-    add(512, *small, 16, "default", dtype=half)
-    for n in (1, 3):
-        add(512, *small, 16, "default", n=n, direction=BACKWARD)
-    add(512, *middle, 16, "default", direction=BACKWARD)
-    for M in (1, 16, 64, 512, 8192):
-        for sizes in (middle, large):
-            add(M, *sizes, 16, "default", dtype=half, devices=("cuda",), tags=("compile",) if M == 8192 else ())
-            add(M, *sizes, 16, "default", n=3, dtype=half, devices=("cuda",))
-    for r in (16, 64, 128):
-        add(8192, *large, r, "default", direction=BACKWARD, dtype=half, devices=("cuda",))
-    add(8192, *large, 16, "default", n=3, direction=BACKWARD, dtype=half, devices=("cuda",))
-    return tuple(found.values())
-
+from ztok_fast.ops.lora.lora_linear import CHECKED_PRODUCTS, SPEC, adapter_of_rows
 
 LEAVES = ("x", "A", "B")
 
 
 def make(case, device, generator):
-    M, width, out, r, n = (case[name] for name in ("M", "in", "out", "r", "n"))
-    wide = case.dtype
-    inputs = {
-        "x": randn(generator, M, width, dtype=wide),
-        "weight": randn(generator, out, width, scale=width**-0.5, dtype=wide),
-        "A": randn(generator, n, r, width, scale=width**-0.5, dtype=wide),
-        "B": randn(generator, n, out, r, scale=r**-0.5, dtype=wide),
-        "scaling": torch.tensor([2.0, 1.0, 0.5][:n], device=device),
-        "adapters": None,
-        "cu_seqlens": None,
-    }
-    if n > 1:
-        # Sequences of a row or more each, their adapters in turn: compressor, decompressor and inferencer side by side.
-        sequences = min(M, 2 * n)
-        lengths = [M // sequences + (i < M % sequences) for i in range(sequences)]
-        inputs["lengths"] = lengths
-        inputs["adapters"] = torch.tensor([i % n for i in range(sequences)], dtype=torch.int32, device=device)
-        inputs["cu_seqlens"] = offsets(lengths, device)
+    inputs = SPEC.make(case.shape, case.dtype, generator)
     if case.direction == BACKWARD:
-        inputs["grad"] = randn(generator, M, out, dtype=wide)
+        inputs["grad"] = randn(generator, case["M"], case["out"], dtype=case.dtype)
         for name in LEAVES:
             inputs[name].requires_grad_()
     return inputs
@@ -100,40 +39,28 @@ def run(case, inputs):
 
 
 def _adapter_of_rows(case, inputs):
-    device = inputs["x"].device
-    if inputs["adapters"] is None:
-        return torch.zeros(case["M"], dtype=torch.int64, device=device)
-    return inputs["adapters"].long().repeat_interleave(torch.tensor(inputs["lengths"], device=device))
+    return adapter_of_rows(inputs["x"], inputs["adapters"], inputs["cu_seqlens"])
 
 
 def check(case, inputs, found):
     y, grads = found
-    adapter = _adapter_of_rows(case, inputs)
-    x, weight, A, B, s = (inputs[name].detach() for name in ("x", "weight", "A", "B", "scaling"))
-    count = min(case["M"], max(2, CHECKED_PRODUCTS // (case["in"] * case["out"])))
-    rows = torch.linspace(0, case["M"] - 1, count, device=x.device).round().long().unique()
-    wide_x = x.double()
-    low = torch.zeros(case["M"], case["r"], dtype=torch.float64, device=x.device)
-    expected = wide_x[rows] @ weight.double().T
-    for i in range(case["n"]):
-        own = adapter == i
-        low[own] = float(s[i]) * (wide_x[own] @ A[i].double().T)
-        chosen = adapter[rows] == i
-        expected[chosen] += low[rows[chosen]] @ B[i].double().T
-    if y.shape != (case["M"], case["out"]):
-        raise AssertionError(f"y: expected {[case['M'], case['out']]}, got {list(y.shape)}")
-    close(y.detach()[rows], expected, case.dtype, 4, "y")
+    SPEC.check(inputs, y)
     if not grads:
         return
-    grad = inputs["grad"].double()
+    x, weight, A, B, s = (inputs[name].detach() for name in ("x", "weight", "A", "B", "scaling"))
+    adapter = _adapter_of_rows(case, inputs)
+    count = min(case["M"], max(2, CHECKED_PRODUCTS // (case["in"] * case["out"])))
+    rows = torch.linspace(0, case["M"] - 1, count, device=x.device).round().long().unique()
+    grad, wide_x = inputs["grad"].double(), x.double()
     d_x = grad[rows] @ weight.double()
     for i in range(case["n"]):
         own = adapter == i
+        low_rank = float(s[i]) * (wide_x[own] @ A[i].double().T)
         d_low = float(s[i]) * (grad[own] @ B[i].double())
         chosen = adapter[rows] == i
         d_x[chosen] += (float(s[i]) * (grad[rows[chosen]] @ B[i].double())) @ A[i].double()
         _close_to_size(grads[1][i], d_low.T @ wide_x[own], case, f"gradient of A[{i}]")
-        _close_to_size(grads[2][i], grad[own].T @ low[own], case, f"gradient of B[{i}]")
+        _close_to_size(grads[2][i], grad[own].T @ low_rank, case, f"gradient of B[{i}]")
     _close_to_size(grads[0][rows], d_x, case, "gradient of x")
 
 
@@ -141,18 +68,6 @@ def _close_to_size(got, wanted, case, what):
     """Sums of hundreds of terms of either sign: what cancels is measured against the size of the whole gradient."""
     size = float(wanted.square().mean().sqrt())
     close(got / size, wanted / size, case.dtype, 8, f"{what}, divided by its root mean square")
-
-
-def work(case, inputs):
-    M, width, out, r, size = case["M"], case["in"], case["out"], case["r"], case.dtype.itemsize
-    used = min(case["n"], M)
-    low = 2.0 * M * r * (width + out)
-    parameters = width * out + used * r * (width + out)
-    least = Work(2.0 * M * width * out + low, (M * (width + out) + parameters) * size)
-    if case.direction == BACKWARD:
-        moved = (M * (2 * width + out) + parameters + used * r * (width + out)) * size
-        return Work(least.flops + 2.0 * M * width * out + 2 * low, least.bytes + moved)
-    return least
 
 
 def _peft_layer(case, inputs):
@@ -275,12 +190,12 @@ PEERS = (
 
 OP = Op(
     "lora_linear",
-    _cases(),
+    tuple(Case("lora_linear", *(getattr(case, f.name) for f in fields(case))) for case in SPEC.cases),
     make,
     lambda inputs: inputs["x"],
     run,
     check,
-    work,
+    SPEC.work,
     check,
     PEERS,
     companions=("lora_linear_backward",),

@@ -33,7 +33,7 @@ void few_rows(const LoraLayer& layer, const void* bias, Tensor& y) {
   LoraProduct product{};
   product.a = x;
   product.a_stride = product.depth = layer.in;
-  product.b = layer.down();
+  product.b = layer.matrix_A();
   product.scaling = layer.scales();
   product.y_element = Element::float32;
   product.y_stride = low_stride;
@@ -58,8 +58,8 @@ void few_rows(const LoraLayer& layer, const void* bias, Tensor& y) {
   }
   product.b = layer.weight.matrix(layer.element);
   product.scaling = nullptr;
-  product.up = layer.up();
-  product.up_adapter_stride = layer.out * layer.rank;
+  product.expand = layer.matrix_B();
+  product.expand_adapter_stride = layer.out * layer.rank;
   product.low = any ? low : nullptr;
   product.rank = layer.rank;
   product.bias = bias;
@@ -96,12 +96,12 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   LoraProduct product{};
   product.depth = lora.in;
   with_float_rows(lora.x, lora.element, groups, product, [&](LoraProduct p, const LoraStrip* strips, int64_t count) {
-    lora_low(lora, p, lora.down(), true, lora.rank * lora.in, mutable_floats(low), strips, count);
+    lora_shrink(lora, p, lora.matrix_A(), true, lora.rank * lora.in, mutable_floats(low), strips, count);
     p.b = lora.weight.matrix(lora.element);
     p.b_by_columns = !lora.weight.transposed;
-    p.up = lora.up();
-    p.up_by_columns = true;
-    p.up_adapter_stride = lora.out * lora.rank;
+    p.expand = lora.matrix_B();
+    p.expand_by_columns = true;
+    p.expand_adapter_stride = lora.out * lora.rank;
     p.low = floats(low);
     p.rank = lora.rank;
     p.bias = bias_data;
@@ -116,17 +116,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "lora_linear_native(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, "
-      "Tensor? adapters, Tensor? cu_seqlens) -> Tensor");
-  m.def(
-      "lora_linear_backward_native(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor scaling, "
-      "Tensor? adapters, Tensor? cu_seqlens, bool need_x, bool need_weight, bool need_bias, bool need_A, "
-      "bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("lora_linear_native", TORCH_BOX(&ztok::lora_linear));
-  m.impl("lora_linear_backward_native", TORCH_BOX(&ztok::lora_linear_backward));
+  m.impl("lora_linear", TORCH_BOX(&ztok::lora_linear));
+  m.impl("lora_linear_backward", TORCH_BOX(&ztok::lora_linear_backward));
 }

@@ -52,8 +52,8 @@ struct LoraLayer {
   std::vector<int32_t> adapters;  // of each row
 
   const float* scales() const { return static_cast<const float*>(scaling.const_data_ptr()); }
-  LoraOperand down() const { return {A.const_data_ptr(), adapter_element, in}; }
-  LoraOperand up() const { return {B.const_data_ptr(), adapter_element, rank}; }
+  LoraOperand matrix_A() const { return {A.const_data_ptr(), adapter_element, in}; }
+  LoraOperand matrix_B() const { return {B.const_data_ptr(), adapter_element, rank}; }
 };
 
 void check_lora_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape);
@@ -112,14 +112,14 @@ void with_float_rows(const Tensor& a, Element element, const LoraGroups& groups,
 }
 
 // low [rows, rank] = s (a b), b by adapter: A for a = x, B for a = gradient. Rows of adapter -1 are not written.
-void lora_low(const LoraLayer& lora, LoraProduct product, const LoraOperand& b, bool by_columns,
-              int64_t b_adapter_stride, float* low, const LoraStrip* strips, int64_t num_strips);
+void lora_shrink(const LoraLayer& lora, LoraProduct product, const LoraOperand& b, bool by_columns,
+                 int64_t b_adapter_stride, float* low, const LoraStrip* strips, int64_t num_strips);
 
-using LoraGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of x, weight, bias, A, B
+// Of x, weight, bias, A and B; an empty tensor [0] for each that `needs`, in this order, does not ask for.
+using LoraGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& A,
                                    const Tensor& B, const Tensor& scaling, const OptionalTensor& adapters,
-                                   const OptionalTensor& cu_seqlens, bool need_x, bool need_weight, bool need_bias,
-                                   bool need_A, bool need_B);
+                                   const OptionalTensor& cu_seqlens, const std::vector<bool>& needs);
 
 }  // namespace ztok

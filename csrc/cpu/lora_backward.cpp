@@ -77,8 +77,10 @@ void adapter_gradients(const LoraLayer& lora, const LoraGroups& groups, const Te
 
 LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& A,
                                    const Tensor& B, const Tensor& scaling, const OptionalTensor& adapters,
-                                   const OptionalTensor& cu_seqlens, bool need_x, bool need_weight, bool need_bias,
-                                   bool need_A, bool need_B) {
+                                   const OptionalTensor& cu_seqlens, const std::vector<bool>& needs) {
+  ZTOK_CHECK(needs.size() == 5, kLoraOp, "needs: expected 5, one for each of x, weight, bias, A, B, got ",
+             needs.size());
+  const bool need_x = needs[0], need_weight = needs[1], need_bias = needs[2], need_A = needs[3], need_B = needs[4];
   const LoraLayer lora = lora_layer(x, weight, A, B, scaling, adapters, cu_seqlens);
   check_lora_shape("grad", grad, {lora.rows, lora.out});
   ZTOK_CHECK(grad.scalar_type() == x.scalar_type(), kLoraOp, "grad: expected the dtype of x");
@@ -95,13 +97,13 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
     const Tensor low = new_floats(x, {lora.rows, lora.rank});  // s grad B
     product.depth = lora.out;
     with_float_rows(dy, lora.element, groups, product, [&](LoraProduct p, const LoraStrip* strips, int64_t count) {
-      lora_low(lora, p, lora.up(), false, lora.out * lora.rank, mutable_floats(low), strips, count);
+      lora_shrink(lora, p, lora.matrix_B(), false, lora.out * lora.rank, mutable_floats(low), strips, count);
       if (!need_x) return;
       p.b = lora.weight.matrix(lora.element);
       p.b_by_columns = lora.weight.transposed;
-      p.up = lora.down();
-      p.up_by_columns = false;
-      p.up_adapter_stride = lora.rank * lora.in;
+      p.expand = lora.matrix_A();
+      p.expand_by_columns = false;
+      p.expand_adapter_stride = lora.rank * lora.in;
       p.low = floats(low);
       p.rank = lora.rank;
       p.y = dx.mutable_data_ptr();
@@ -115,7 +117,7 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
     const Tensor low = new_floats(x, {lora.rows, lora.rank});  // s x Aᵀ
     product.depth = lora.in;
     with_float_rows(lora.x, lora.element, groups, product, [&](LoraProduct p, const LoraStrip* strips, int64_t count) {
-      lora_low(lora, p, lora.down(), true, lora.rank * lora.in, mutable_floats(low), strips, count);
+      lora_shrink(lora, p, lora.matrix_A(), true, lora.rank * lora.in, mutable_floats(low), strips, count);
     });
     adapter_gradients(lora, groups, low, dy, lora.element, dB, true);
   }

@@ -48,8 +48,8 @@ struct TileStep {
   int64_t k0, depth;
   bool first, last;
   const float* panel;
-  const float* up_panel;  // null: no low-rank term
-  float* partial;         // [strip's rows, stride] between depth blocks
+  const float* expand_panel;  // null: no low-rank term
+  float* partial;             // [strip's rows, stride] between depth blocks
   int64_t partial_stride;
   int64_t column, columns;  // first column of the tile in y, how many are there
   float scale;
@@ -80,10 +80,10 @@ void tile(const LoraProduct& p, const int32_t* a_rows, const int32_t* rows, cons
     }
     return;
   }
-  if (step.up_panel != nullptr) {
+  if (step.expand_panel != nullptr) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = p.low + rows[i] * p.rank;
-    accumulate<R>(sum, a, step.up_panel, p.rank);
+    accumulate<R>(sum, a, step.expand_panel, p.rank);
   }
   with_type(p.y, p.y_element, [&](const auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
@@ -142,17 +142,17 @@ void few(const LoraProduct& p, const int32_t* adapters, int64_t row, int64_t low
   with_type(p.b.data, p.b.element,
             [&](const auto* data) { dots<R, J>(sum, a, data + column * p.b.stride, p.b.stride, p.depth); });
   if (p.low != nullptr) {
-    with_type(p.up.data, p.up.element, [&](const auto* up) {
+    with_type(p.expand.data, p.expand.element, [&](const auto* expand) {
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         if (adapters[row + i] < 0) continue;
         const float* low = p.low + (row + i) * low_stride;
-        const auto* b = up + adapters[row + i] * p.up_adapter_stride + column * p.up.stride;
+        const auto* b = expand + adapters[row + i] * p.expand_adapter_stride + column * p.expand.stride;
         for (int64_t k = 0; k < p.rank; k += kWidth) {
           const int64_t n = p.rank - k;
           const Vec t = load(low + k);
 #pragma GCC unroll 8
-          for (int j = 0; j < J; ++j) sum[i][j] = fma(t, load_some(b + j * p.up.stride + k, n), sum[i][j]);
+          for (int j = 0; j < J; ++j) sum[i][j] = fma(t, load_some(b + j * p.expand.stride + k, n), sum[i][j]);
         }
       }
     });
@@ -185,13 +185,13 @@ void lora_block(const LoraProduct& p, const LoraStrip* strips, int64_t num_strip
   const int64_t block_depth = (p.depth + blocks - 1) / blocks;
   const int64_t panels = (end - begin + kColumns - 1) / kColumns;
   float* const panel = scratch;
-  float* const up_panel = panel + panels * kColumns * block_depth;
-  float* const partial = up_panel + panels * kColumns * (p.low ? p.rank : 0);
+  float* const expand_panel = panel + panels * kColumns * block_depth;
+  float* const partial = expand_panel + panels * kColumns * (p.low ? p.rank : 0);
   const bool per_adapter = p.b_adapter_stride != 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t k0 = block * block_depth, depth = smaller(block_depth, p.depth - k0);
     const bool last = block + 1 == blocks;
-    int32_t packed_b = -1, packed_up = -1;
+    int32_t packed_b = -1, packed_expand = -1;
     if (!per_adapter) pack(p.b, p.b_by_columns, p.b_rows, 0, k0, depth, begin, end, panel);
     float* sums = partial;
     for (int64_t s = 0; s < num_strips; ++s) {
@@ -204,15 +204,16 @@ void lora_block(const LoraProduct& p, const LoraStrip* strips, int64_t num_strip
         }
       }
       const bool low_rank = last && p.low != nullptr && strip.adapter >= 0;
-      if (low_rank && strip.adapter != packed_up) {
-        packed_up = strip.adapter;
-        pack(p.up, p.up_by_columns, nullptr, packed_up * p.up_adapter_stride, 0, p.rank, begin, end, up_panel);
+      if (low_rank && strip.adapter != packed_expand) {
+        packed_expand = strip.adapter;
+        pack(p.expand, p.expand_by_columns, nullptr, packed_expand * p.expand_adapter_stride, 0, p.rank, begin, end,
+             expand_panel);
       }
       TileStep step{k0, depth, block == 0, last, nullptr, nullptr, nullptr, panels * kColumns, 0, 0, 1.0f};
       if (p.scaling != nullptr) step.scale = p.scaling[strip.adapter];
       for (int64_t j = 0; j < panels; ++j) {
         step.panel = panel + j * depth * kColumns;
-        step.up_panel = low_rank ? up_panel + j * p.rank * kColumns : nullptr;
+        step.expand_panel = low_rank ? expand_panel + j * p.rank * kColumns : nullptr;
         step.partial = sums + j * kColumns;
         step.column = begin + j * kColumns;
         step.columns = end - step.column;

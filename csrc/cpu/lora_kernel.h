@@ -26,10 +26,11 @@ struct LoraStrip {
   int32_t adapter;
 };
 
-// y[i, j] = s (sum over k of a[i, k] b[k, j]) + bias[j] + sum over k of low[i, k] up[k, j], in float32, rounded once.
+// y[i, j] = s (sum over k of a[i, k] b[k, j]) + bias[j] + sum over k of low[i, k] expand[k, j], in float32, rounded
+// once.
 //
-// b and up are read by rows: of one column each (`by_columns`: b[k, j] is at row j, element k) or of one k each. The
-// sum over k is taken in one order, whatever the split into tasks.
+// b and expand are read by rows: of one column each (`by_columns`: b[k, j] is at row j, element k) or of one k each.
+// The sum over k is taken in one order, whatever the split into tasks.
 struct LoraProduct {
   const float* a;
   int64_t a_stride;
@@ -43,9 +44,9 @@ struct LoraProduct {
   int64_t b_adapter_stride;  // elements between the adapters' b; 0: one b for all
   const float* scaling;      // s of each adapter; null: 1
 
-  LoraOperand up;
-  bool up_by_columns;
-  int64_t up_adapter_stride;
+  LoraOperand expand;
+  bool expand_by_columns;
+  int64_t expand_adapter_stride;
   const float* low;  // [rows, rank]; null: no such term
   int64_t rank;
 
@@ -60,7 +61,7 @@ ZTOK_KERNEL(void, lora_block, const LoraProduct& product, const LoraStrip* strip
             int64_t end, float* scratch)  // scratch: kLoraUnit-rounded columns x (block depth + rank + positions)
 
 // Columns [begin, end) of the same y for few rows, without packing b: each row of b is read once for four rows of a.
-// Needs b_by_columns, up_by_columns, one b for all. adapters [num_rows]; low has rows of `low_stride` floats, those
+// Needs b_by_columns, expand_by_columns, one b for all. adapters [num_rows]; low has rows of `low_stride` floats, those
 // past the rank 0 up to a multiple of 16.
 ZTOK_KERNEL(void, lora_few_rows, const LoraProduct& product, const int32_t* adapters, int64_t num_rows,
             int64_t low_stride, int64_t begin, int64_t end)

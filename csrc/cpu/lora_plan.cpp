@@ -150,8 +150,8 @@ void lora_widen_rows(const char* from, Element element, int64_t row_elements, co
   });
 }
 
-void lora_low(const LoraLayer& layer, LoraProduct product, const LoraOperand& b, bool by_columns,
-              int64_t b_adapter_stride, float* low, const LoraStrip* strips, int64_t num_strips) {
+void lora_shrink(const LoraLayer& layer, LoraProduct product, const LoraOperand& b, bool by_columns,
+                 int64_t b_adapter_stride, float* low, const LoraStrip* strips, int64_t num_strips) {
   product.b = b;
   product.b_by_columns = by_columns;
   product.b_adapter_stride = b_adapter_stride;

@@ -196,10 +196,4 @@ std::tuple<Tensor, Tensor> z_select(const Tensor& hidden, const Tensor& codes, d
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "z_select_native(Tensor hidden, Tensor rows, float temperature, float top_p, int seed, Tensor? row_ids, int step)"
-      " -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("z_select_native", TORCH_BOX(&ztok::z_select)); }
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) { m.impl("z_select", TORCH_BOX(&ztok::z_select)); }

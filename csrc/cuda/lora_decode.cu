@@ -1,5 +1,11 @@
-// lora_decode_native on CUDA: the LoRA linear layer for at most 64 rows. No host synchronisation: safe inside a CUDA
-// graph. The kernels and their reasons are in lora_decode_shrink.cuh, lora_decode_base.cuh and lora_decode_kernel.cuh.
+// lora_linear on CUDA for at most 64 rows: decode, bound by reading the weight. The op sends more rows to another
+// backend.
+//
+// Reads the weight once, B once per group of rows that share an adapter, A once per 8 rows. Rows of x and weight are
+// read in place whatever the distance between them; strided elements are copied. Scratch: M r floats and, for layers
+// too narrow to occupy the device, up to 16 partial sums of the result in float32. No host synchronisation: safe inside
+// a CUDA graph. The kernels and their reasons are in lora_decode_shrink.cuh, lora_decode_base.cuh and
+// lora_decode_kernel.cuh.
 #include <optional>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -18,7 +24,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr const char* kOp = "lora_decode";
+constexpr const char* kOp = "lora_linear";
 
 bool on_16_bytes(const void* address, int64_t row_bytes) {
   return (reinterpret_cast<uintptr_t>(address) | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
@@ -104,7 +110,8 @@ void check_on_device(const char* name, const Tensor& t, int32_t device) {
 void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
                      const Tensor& B, const Tensor& scaling) {
   ZTOK_CHECK(x.is_cuda(), kOp, "x: expected a CUDA tensor");
-  ZTOK_CHECK(x.dim() == 2 && x.size(0) <= kLoraMaxRows, kOp, "x: expected [M, in], M at most ", kLoraMaxRows);
+  ZTOK_CHECK(x.dim() == 2 && x.size(0) <= kLoraMaxRows, kOp, "x: this backend takes [M, in] of at most ", kLoraMaxRows,
+             " rows");
   ZTOK_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.scalar_type() == x.scalar_type(), kOp,
              "weight: expected [out, in] of the width and dtype of x");
   ZTOK_CHECK(A.dim() == 3 && A.numel() > 0 && A.size(2) == x.size(1), kOp, "A: expected [n, r, in], not empty");
@@ -191,10 +198,4 @@ Tensor lora_decode(const Tensor& x_, const Tensor& weight_, const std::optional<
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "lora_decode_native(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, "
-      "Tensor? adapters, Tensor? cu_seqlens) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) { m.impl("lora_decode_native", TORCH_BOX(&ztok::lora_decode)); }
+STABLE_TORCH_LIBRARY_IMPL(ztok, CUDA, m) { m.impl("lora_linear", TORCH_BOX(&ztok::lora_decode)); }

@@ -20,16 +20,16 @@ def linear(arch, key, tile):
     """`lora_linear_kernel`: y, and dx with the operands transposed."""
     _, float32, several = key
     numbers = dict.fromkeys(("M", "N", "K", "R", "n"), "i32")
-    names = ("stride_x", "stride_k", "stride_c", "stride_up_n", "stride_up_r", "stride_up_c")
+    names = ("stride_x", "stride_k", "stride_c", "stride_expand_n", "stride_expand_r", "stride_expand_c")
     for dtype, adapter_type in (("fp32", "fp32"),) if float32 else HALF:
         for transposed in (False, True):
             if transposed and adapter_type != dtype:
                 continue
             # the stride of a contiguous dimension is specialised away as the constant 1
-            strides = {"stride_k": 1, "stride_up_r": 1} if not transposed else {"stride_c": 1, "stride_up_c": 1}
+            strides = {"stride_k": 1, "stride_expand_r": 1} if not transposed else {"stride_c": 1, "stride_expand_c": 1}
             free = tuple(name for name in names if name not in strides)
             signature = dict.fromkeys(("x", "weight", "bias", "y"), f"*{dtype}")
-            signature |= {"up": f"*{adapter_type}", "low_rank": "*fp32"} | numbers | dict.fromkeys(free, "i32")
+            signature |= {"expand": f"*{adapter_type}", "low_rank": "*fp32"} | numbers | dict.fromkeys(free, "i32")
             signature |= {"adapters": "*i32"} if several else {}
             yield Case(
                 f"lora-{'dx' if transposed else 'linear'}-{dtype}-{adapter_type}-{text_of(key)}-{arch}",
@@ -55,7 +55,7 @@ def shrink(arch, key, tile):
                 f"lora-shrink{'-transposed' * transposed}-{dtype}-{factor}-{text_of(key)}-{arch}",
                 f"{MODULE}:shrink_kernel",
                 {
-                    "x": f"*{dtype}", "down": f"*{factor}", "scaling": "*fp32", "adapters": "*i32",
+                    "x": f"*{dtype}", "factor": f"*{factor}", "scaling": "*fp32", "adapters": "*i32",
                     "low_rank": "*fp32", "M": "i32", "K": "i32", "R": "i32", "n": "i32", **dict.fromkeys(free, "i32"),
                 },
                 {

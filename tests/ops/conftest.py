@@ -107,10 +107,9 @@ def dtypes_of(op, backend):
 
 
 def skip_beyond_rows(op, backend, rows):
-    """Skip a test of more rows than the backend takes; another has them."""
-    limit = next(row.max_rows for row in requirements.rows_of(op) if row.backend == backend)
-    if limit is not None and rows > limit:
-        pytest.skip(f"{backend} takes at most {limit} rows")
+    """Skip a test of more rows than the CUDA C++ kernels for few take; another backend has them."""
+    if backend == "cuda" and rows > 64:
+        pytest.skip(f"the {backend} backend of {op} takes at most 64 rows")
 
 
 @pytest.fixture

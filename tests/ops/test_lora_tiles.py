@@ -7,6 +7,7 @@ from tests.ops.conftest import skip_beyond_rows
 from tests.ops.tolerances import assert_close
 from ztok_fast import ops
 from ztok_fast.ops.lora import reference
+from ztok_fast.ops.lora.lora_linear import LORA_LINEAR, LORA_LINEAR_BACKWARD
 
 NEEDS = [True] * 5
 
@@ -36,11 +37,11 @@ def check(arguments):
     """Forward and gradients against the reference in float64."""
     values = [*arguments.values(), None]
     x, weight, _, *others = values
-    y = torch.ops.ztok.lora_linear(*values)
+    y = LORA_LINEAR(*values)
     assert_close(y, reference.lora_linear(*exact(values)), scale=2.0)
     grad = torch.randn_like(y.float()).to(y.dtype)
     inputs = [grad, x, weight, *others]
-    gradients = torch.ops.ztok.lora_linear_backward(*inputs, NEEDS)
+    gradients = LORA_LINEAR_BACKWARD(*inputs, NEEDS)
     for actual, expected in zip(gradients, reference.lora_linear_backward(*exact(inputs), NEEDS)):
         # sums over the rows grow with their number: compared at the size of the largest
         size = expected.abs().max().clamp(min=1.0)
@@ -77,7 +78,7 @@ def test_a_low_rank_product_beyond_float16(backend, device):
     arguments["A"] *= 3e4
     arguments["B"] *= 1e-4
     values = [*arguments.values(), None]
-    y = torch.ops.ztok.lora_linear(*values)
+    y = LORA_LINEAR(*values)
     assert y.isfinite().all()
     assert_close(y, reference.lora_linear(*exact(values)), scale=2.0)
 
@@ -154,8 +155,8 @@ def test_same_bits_from_run_to_run(backend, device, rows):
     x, weight, _, *others = arguments.values()
     first = None
     for _ in range(20):
-        y = torch.ops.ztok.lora_linear(*arguments.values(), None)
-        results = [y, *torch.ops.ztok.lora_linear_backward(y, x, weight, *others, None, NEEDS)]
+        y = LORA_LINEAR(*arguments.values(), None)
+        results = [y, *LORA_LINEAR_BACKWARD(y, x, weight, *others, None, NEEDS)]
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results))
 
@@ -168,6 +169,6 @@ def test_an_adapter_out_of_range_counts_as_none(backend, device):
         pytest.skip("elsewhere it is an error")
     arguments = layer(9, 64, 40, 8, device=device)
     arguments["adapters"][3] = 3
-    y = torch.ops.ztok.lora_linear(*arguments.values(), None)
+    y = LORA_LINEAR(*arguments.values(), None)
     arguments["adapters"][3] = -1
-    assert torch.equal(y, torch.ops.ztok.lora_linear(*arguments.values(), None))
+    assert torch.equal(y, LORA_LINEAR(*arguments.values(), None))

@@ -48,6 +48,7 @@ class Op:
             `needs` says which arguments need one; a list of tensors has a list there.
         linear: the result is linear in the arguments that receive gradients. Neither their values nor the outputs are
             kept in memory for `backward`, which gets tensors of the same shapes and dtypes and an empty tuple.
+        keeps_outputs: whether the outputs are kept in memory for `backward`, which otherwise gets an empty tuple.
         check_values: the same arguments; raises ValueError for values that the op refuses (`ztok_fast.ops.checks`).
         spec: sample cases, tolerances and costs (`ztok_fast.ops.spec`); None for a backward pass, which its forward's
             cases cover.
@@ -62,12 +63,14 @@ class Op:
         backends: tuple[Backend, ...] = (),
         backward: Callable | None = None,
         linear: bool = False,
+        keeps_outputs: bool = True,
         check_values: Callable | None = None,
         spec: Spec | None = None,
     ) -> None:
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
         self.reference, self.backward, self.check_values, self.spec = reference, backward, check_values, spec
         self.linear = linear
+        self.keeps_outputs = keeps_outputs
         self.backends = (*backends, Backend("reference", reference))
         self.has_lists = "[]" in signature
         self._chosen: dict[tuple, tuple[Backend, ...]] = {}
@@ -224,7 +227,9 @@ class _Recorded(torch.autograd.Function):
         results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         tensors = [a for a in flat if isinstance(a, Tensor)]
         if op.linear:
-            tensors, results = [a.new_zeros(()).expand(a.shape) if a.requires_grad else a for a in tensors], ()
+            tensors = [a.new_zeros(()).expand(a.shape) if a.requires_grad else a for a in tensors]
+        if op.linear or not op.keeps_outputs:
+            results = ()
         ctx.save_for_backward(*tensors, *results)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 

@@ -152,16 +152,6 @@ def _cuda(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **need
     )
 
 
-_NO_NUCLEUS = Arguments(
-    "top_p is 1 or the temperature 0",
-    lambda hidden, rows, temperature, top_p, *rest: top_p == 1 or temperature == 0,
-)
-
-_NOT_TRANSPOSED = Arguments(
-    "the weight's inputs lie closer together than its outputs",
-    lambda x, weight, *rest: weight.stride(1) <= weight.stride(0),
-)
-
 REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("halting_units", "halting", checks_values=True),
     _triton("halting_units", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
@@ -181,18 +171,6 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _cpp("quantize_ragged_backward", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
     _triton("quantize_ragged_backward", "quantize"),
     _reference("quantize_ragged_backward", "quantize"),
-    # Dispatch by shape: few rows are bound by reading the weight, more by arithmetic; a transposed weight would be copied
-    # by the kernel for few. The other dtypes follow from that of x, so that there is nothing to compare at a call.
-    _cpp("lora_linear", "lora", UP_TO_FLOAT32),
-    _cuda("lora_linear", "lora", UP_TO_FLOAT32, max_rows=64, arguments=_NOT_TRANSPOSED),
-    _triton("lora_linear", "lora", argument_dtypes=None),
-    _reference("lora_linear", "lora"),
-    _cpp("lora_linear_backward", "lora", UP_TO_FLOAT32),
-    _triton("lora_linear_backward", "lora", argument_dtypes=None),
-    _reference("lora_linear_backward", "lora"),
-    _cpp("z_select", "zhead", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
-    _triton("z_select", "zhead", arguments=_NO_NUCLEUS),
-    _reference("z_select", "zhead"),
 )
 
 

@@ -80,6 +80,7 @@ class Spec:
         check: (inputs, result) raises `Mismatch` unless the result is exact as the docstring says. None: the result is
             compared with that of the reference in float64.
         differentiable: arguments that receive gradients; a list of tensors counts as one.
+        leaves: those of `differentiable` that benchmarks take gradients of; None for all.
         outputs: (result) -> the outputs through which gradients flow.
         tolerance: how much wider than `TOLERANCES` results may be off; gradients four times that.
         dtypes: dtypes of the main tensor that samples are made in.
@@ -93,6 +94,7 @@ class Spec:
     samples: tuple[dict[str, Any], ...]
     check: Callable[[dict[str, Any], Any], None] | None = None
     differentiable: tuple[str, ...] = ()
+    leaves: tuple[str, ...] | None = None
     outputs: Callable[[Any], tuple[Tensor, ...]] = field(default=lambda result: (result,))
     tolerance: float = 1.0
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

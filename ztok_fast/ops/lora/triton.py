@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.lora import triton_configs as configs
 from ztok_fast.ops.lora import triton_kernels as kernels
-from ztok_fast.ops.requirements import triton_is_interpreted
 from ztok_fast.ops.triton_tables import capability_of, look_up
 
 
@@ -40,35 +40,35 @@ def row_adapters(x: Tensor, num_adapters: int, adapters: Tensor | None, cu_seqle
     return out
 
 
-def _shrink(x: Tensor, down: Tensor, scaling: Tensor, adapters: Tensor | None) -> Tensor:
-    """s x[m] down[a]ᵀ for the adapter of each row; `down` [n, r, K], any strides. float32 [M, r]."""
+def _shrink(x: Tensor, factor: Tensor, scaling: Tensor, adapters: Tensor | None) -> Tensor:
+    """s x[m] factor[a]ᵀ for the adapter of each row; `factor` [n, r, K], any strides. float32 [M, r]."""
     rows, width = x.shape
-    num_adapters, rank, _ = down.shape
-    exact = torch.float32 in (x.dtype, down.dtype)
+    num_adapters, rank, _ = factor.shape
+    exact = torch.float32 in (x.dtype, factor.dtype)
     tile = look_up(configs.SHRINK, capability_of(x), rows, exact)
     ranks = _ranks(rank, tile.ranks)
     low_rank = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
     kernels.shrink_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(rank, ranks))](
-        x, down, scaling, adapters, low_rank, rows, width, rank, num_adapters, x.stride(0), *down.stride(),
+        x, factor, scaling, adapters, low_rank, rows, width, rank, num_adapters, x.stride(0), *factor.stride(),
         SINGLE=adapters is None, EXACT=exact, UPCAST=triton_is_interpreted(),
         BM=tile.rows, BR=ranks, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return low_rank
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Tensor, up: Tensor, adapters: Tensor | None):
-    """x weight + bias + low_rank up[a]; `weight` [K, N] and `up` [n, r, N] with any strides."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Tensor, expand: Tensor, adapters: Tensor | None):
+    """x weight + bias + low_rank expand[a]; `weight` [K, N] and `expand` [n, r, N] with any strides."""
     rows, inner = x.shape
     columns, rank = weight.shape[1], low_rank.shape[1]
     float32 = x.dtype == torch.float32
     tile = look_up(configs.LINEAR, capability_of(x), rows, float32, adapters is not None)
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     kernels.lora_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        x, weight, bias, low_rank, up, adapters, y, rows, columns, inner, rank, up.shape[0],
-        x.stride(0), *weight.stride(), *up.stride(),
+        x, weight, bias, low_rank, expand, adapters, y, rows, columns, inner, rank, expand.shape[0],
+        x.stride(0), *weight.stride(), *expand.stride(),
         SINGLE=adapters is None, EVEN_K=inner % tile.inner == 0, EXACT=float32,
         UPCAST=triton_is_interpreted(), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-        BR=_ranks(rank, configs.low_rank_step(tile, up.dtype != torch.bfloat16)), GROUP=configs.GROUP,
+        BR=_ranks(rank, configs.low_rank_step(tile, expand.dtype != torch.bfloat16)), GROUP=configs.GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

@@ -82,11 +82,11 @@ def row_adapters_kernel(adapters, cu_seqlens, out, M, sequences, n, BM: tl.const
 
 @triton.jit(do_not_specialize=["M", "n"])
 def shrink_kernel(
-    x, down, scaling, adapters, low_rank, M, K, R, n, stride_x, stride_n, stride_r, stride_k,
+    x, factor, scaling, adapters, low_rank, M, K, R, n, stride_x, stride_n, stride_r, stride_k,
     SINGLE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """low_rank[m, r] = s sum_k x[m, k] down[a, r, k] for the adapter a of row m; 0 without. Grid: rows, ranks."""
+    """low_rank[m, r] = s sum_k x[m, k] factor[a, r, k] for the adapter a of row m; 0 without. Grid: rows, ranks."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     near = tl.minimum(rows, M - 1)  # rows past the end repeat the last one and are not stored
@@ -96,13 +96,13 @@ def shrink_kernel(
     result = tl.zeros([BM, BR], tl.float32)
     adapter = tl.min(tl.where(used >= 0, used, n), 0)
     while adapter < n:
-        down_row = down + adapter.to(tl.int64) * stride_n + ranks[None, :] * stride_r
+        factor_row = factor + adapter.to(tl.int64) * stride_n + ranks[None, :] * stride_r
         acc = tl.zeros([BM, BR], tl.float32)
         for step in range(0, tl.cdiv(K, BK)):
             k = step * BK + steps
             a = tl.load(x_row + k[None, :], mask=(k < K)[None, :], other=0.0)
             inside = (k < K)[:, None] & (ranks < R)[None, :]
-            b = tl.load(down_row + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0)
+            b = tl.load(factor_row + k.to(tl.int64)[:, None] * stride_k, mask=inside, other=0.0)
             acc = dot(a, b, acc, EXACT, UPCAST)
         result = tl.where((used == adapter)[:, None], acc * tl.load(scaling + adapter).to(tl.float32), result)
         adapter = tl.min(tl.where(used > adapter, used, n), 0)
@@ -112,30 +112,30 @@ def shrink_kernel(
 
 @triton.jit
 def add_low_rank(
-    acc, low_rank, up, near, cols, R, N, stride_r, stride_c,
+    acc, low_rank, expand, near, cols, R, N, stride_r, stride_c,
     EXACT: tl.constexpr, UPCAST: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """acc[m, c] + sum_r low_rank[m, r] up[r, c]."""
+    """acc[m, c] + sum_r low_rank[m, r] expand[r, c]."""
     for step in range(0, tl.cdiv(R, BR)):
         r = step * BR + tl.arange(0, BR)
         u = tl.load(low_rank + near.to(tl.int64)[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
         at = r.to(tl.int64)[:, None] * stride_r + cols.to(tl.int64)[None, :] * stride_c
-        b = tl.load(up + at, mask=(r < R)[:, None] & (cols < N)[None, :], other=0.0)
+        b = tl.load(expand + at, mask=(r < R)[:, None] & (cols < N)[None, :], other=0.0)
         acc = low_rank_dot(u, b, acc, EXACT, UPCAST)
     return acc
 
 
 @triton.jit(do_not_specialize=["M", "n"])
 def lora_linear_kernel(
-    x, weight, bias, low_rank, up, adapters, y, M, N, K, R, n,
-    stride_x, stride_k, stride_c, stride_up_n, stride_up_r, stride_up_c,
+    x, weight, bias, low_rank, expand, adapters, y, M, N, K, R, n,
+    stride_x, stride_k, stride_c, stride_expand_n, stride_expand_r, stride_expand_c,
     SINGLE: tl.constexpr, EVEN_K: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y[m, c] = sum_k x[m, k] weight[k, c] + bias[c] + sum_r low_rank[m, r] up[adapter of m, r, c].
+    """y[m, c] = sum_k x[m, k] weight[k, c] + bias[c] + sum_r low_rank[m, r] expand[adapter of m, r, c].
 
-    `weight` and `up` are read by their strides, so that one kernel serves the layer and its transpose. Grid: tiles, in
-    groups of GROUP row blocks, so that blocks that run together share columns of the weight in L2.
+    `weight` and `expand` are read by their strides, so that one kernel serves the layer and its transpose. Grid: tiles,
+    in groups of GROUP row blocks, so that blocks that run together share columns of the weight in L2.
     """
     row_blocks, col_blocks = tl.cdiv(M, BM), tl.cdiv(N, BN)
     tile = tl.program_id(0)
@@ -166,19 +166,25 @@ def lora_linear_kernel(
         b_at += BK * stride_k
 
     if SINGLE:
-        acc = add_low_rank(acc, low_rank, up, near, cols, R, N, stride_up_r, stride_up_c, EXACT, UPCAST, BR)
+        acc = add_low_rank(
+            acc, low_rank, expand, near, cols, R, N, stride_expand_r, stride_expand_c, EXACT, UPCAST, BR
+        )  # fmt: skip
     else:
         used = load_adapters(adapters, near, n, SINGLE, BM)
         adapter = tl.min(tl.where(used >= 0, used, n), 0)
         if tl.min(used, 0) == tl.max(used, 0):
             if adapter < n:
-                base = up + adapter.to(tl.int64) * stride_up_n
-                acc = add_low_rank(acc, low_rank, base, near, cols, R, N, stride_up_r, stride_up_c, EXACT, UPCAST, BR)
+                base = expand + adapter.to(tl.int64) * stride_expand_n
+                acc = add_low_rank(
+                    acc, low_rank, base, near, cols, R, N, stride_expand_r, stride_expand_c, EXACT, UPCAST, BR
+                )  # fmt: skip
         else:
             while adapter < n:
-                base = up + adapter.to(tl.int64) * stride_up_n
+                base = expand + adapter.to(tl.int64) * stride_expand_n
                 own = tl.zeros([BM, BN], tl.float32)
-                own = add_low_rank(own, low_rank, base, near, cols, R, N, stride_up_r, stride_up_c, EXACT, UPCAST, BR)
+                own = add_low_rank(
+                    own, low_rank, base, near, cols, R, N, stride_expand_r, stride_expand_c, EXACT, UPCAST, BR
+                )  # fmt: skip
                 acc = tl.where((used == adapter)[:, None], acc + own, acc)
                 adapter = tl.min(tl.where(used > adapter, used, n), 0)
 

@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest.triton_error import relative_error
-from ztok_fast.ops.requirements import triton_is_interpreted
 from ztok_fast.ops.triton_tables import FUSION, capability_of, look_up
 from ztok_fast.ops.zhead import triton_configs as configs
 from ztok_fast.ops.zhead import triton_kernels as kernels
@@ -27,7 +27,7 @@ def z_select(
     row_ids: Tensor | None,
     step: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `ztok_fast.ops.zhead.contract.z_select`; `top_p` is 1 or the temperature 0, as the requirements table says.
+    """See `ztok_fast.ops.z_select`; `top_p` is 1 or the temperature 0, as the op says.
 
     Work: the rows are read once per tile of 16 or 32 sequences. A logit whose partial sums overflow float32 counts as
     infinite.
@@ -38,7 +38,6 @@ def z_select(
     log_probs = torch.empty(batch, dtype=torch.float32, device=hidden.device)
     if batch == 0:
         return codes, log_probs
-    hidden, rows = hidden.contiguous(), rows.contiguous()
     sample = temperature > 0
     words = struct.unpack("<5i", struct.pack("<dQI", temperature, seed, step))
     key = dict(zip(kernels.KEY, words, strict=True))

@@ -1,0 +1,387 @@
+"""`lora_linear`: linear layer with low-rank adapters, one or several in one batch.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. x Aᵀ is called the shrink product,
+its result times Bᵀ the expand product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ztok_fast.ops import checks
+from ztok_fast.ops.backends import FLOATS, UP_TO_FLOAT32, cpp, cuda, triton
+from ztok_fast.ops.lora import reference
+from ztok_fast.ops.op import Op
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Mismatch, Spec, Work, close, randn
+
+OP = "lora_linear"
+# dtype of x -> those that A and B may have, for the commonest kinds of call
+_ADAPTER_DTYPES = {
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: Tensor,
+    adapters: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Linear layer with low-rank adapters: y = x Wᵀ + bias + s (x Aᵀ) Bᵀ, every row under its own adapter.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+
+    Args:
+        x: [M, in], float16, bfloat16, float32 or float64.
+        weight: [out, in], dtype of `x`.
+        bias: [out], dtype of `x`, or None.
+        A: [n, r, in], dtype of `x` or float32: the n adapters' shrink weights.
+        B: [n, out, r], dtype of `A`: their expand weights.
+        scaling: float32 (float64 for float64 `x`) [n], constant: usually alpha / r.
+        adapters: the adapter of each row, int32 [M] with values in [-1, n), -1 for the base layer alone; with
+            `cu_seqlens` that of each sequence, int32 [B]; None for adapter 0 everywhere, which needs n = 1.
+        cu_seqlens: int32 or int64 [B + 1], only with `adapters`.
+
+    Returns:
+        [M, out], dtype of `x`. The low-rank products are accumulated in fp32 (float64 for float64) and rounded once,
+        when they are added to x Wᵀ + bias. A row does not depend on the adapters that it does not use, NaN in them
+        included.
+
+        Differentiable in `x`, `A`, `B`, and in `weight` and `bias` where they require a gradient; gradients have the
+        dtypes of the arguments. Nothing of the size of `weight` is made besides its own gradient.
+
+        O(M in out + M r (in + out)) time for any number of adapters in compiled code, n times the low-rank part in the
+        reference; O(M r) extra memory, in half precision on the CPU O(M in).
+
+        Under `torch.autocast` x, weight and bias are cast to the autocast dtype first, as a linear layer does.
+
+    Raises:
+        ValueError: wrong rank, dtype, device or size, `adapters` missing with n > 1, `scaling` that requires a
+            gradient; under the value checks (`ztok_fast.ops.checks`) also an adapter out of range and `cu_seqlens`
+            that do not add up to M.
+    """
+    if not _is_valid(x, weight, bias, A, B, scaling, adapters, cu_seqlens):
+        x, weight, bias = _check(x, weight, bias, A, B, scaling, adapters, cu_seqlens)
+    return LORA_LINEAR(x, weight, bias, A, B, scaling, adapters, cu_seqlens)
+
+
+def _is_valid(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> bool:
+    """Whether the commonest kind of call passes all checks: an eighth of the time of `_check`, which explains a no.
+
+    Commonest: under no autocast, the adapter of each row given by `adapters` alone or not at all.
+    """
+    try:
+        device, dtype = x.device, x.dtype
+        num_rows, width = x.shape
+        num_adapters, rank, _ = A.shape
+        out = weight.shape[0]
+        return (
+            dtype in _ADAPTER_DTYPES
+            and num_adapters * rank * width > 0
+            and weight.shape == (out, width)
+            and A.shape == (num_adapters, rank, width)
+            and B.shape == (num_adapters, out, rank)
+            and scaling.shape == (num_adapters,)
+            and weight.dtype == dtype
+            and A.dtype in _ADAPTER_DTYPES[dtype]
+            and B.dtype == A.dtype
+            and scaling.dtype == torch.float32
+            and device == weight.device == A.device == B.device == scaling.device
+            and (bias is None or bias.shape == (out,) and bias.dtype == dtype and bias.device == device)
+            and cu_seqlens is None
+            and (
+                num_adapters == 1
+                if adapters is None
+                else adapters.shape == (num_rows,) and adapters.dtype == torch.int32 and adapters.device == device
+            )
+            and not scaling.requires_grad
+            and not torch.is_autocast_enabled(device.type)
+        )
+    except (AttributeError, ValueError):  # not a tensor, or another rank
+        return False
+
+
+def _check(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All checks; x, weight and bias as autocast wants them."""
+    checks.check_tensor(OP, "x", x, "[M, in]")
+    checks.check_tensor(OP, "weight", weight, "[out, in]")
+    if bias is not None:
+        checks.check_tensor(OP, "bias", bias, "[out]")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_layer(x, weight, bias)
+    _check_adapters(x, weight, A, B, scaling)
+    _check_choice_of_adapters(x, A, adapters, cu_seqlens)
+    return x, weight, bias
+
+
+def _check_dtype(argument: str, value: Tensor, allowed: tuple[torch.dtype, ...], meaning: str) -> None:
+    if value.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
+        checks.fail(OP, argument, f"of dtype {names} ({meaning})", checks.describe(value))
+
+
+def _check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.check_size(OP, "weight", weight, 1, x.shape[1], "width of x")
+    checks.check_same_device(OP, "weight", weight, "x", x)
+    _check_dtype("weight", weight, (x.dtype,), "that of x")
+    if bias is not None:
+        checks.check_size(OP, "bias", bias, 0, weight.shape[0], "rows of weight")
+        checks.check_same_device(OP, "bias", bias, "x", x)
+        _check_dtype("bias", bias, (x.dtype,), "that of x")
+
+
+def _check_adapters(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor) -> None:
+    accumulate = checks.compute_dtype(x)
+    checks.check_tensor(OP, "A", A, "[n, r, in]", FLOATS)
+    checks.check_not_empty(OP, "A", A)
+    checks.check_size(OP, "A", A, 2, x.shape[1], "width of x")
+    checks.check_same_device(OP, "A", A, "x", x)
+    _check_dtype("A", A, (x.dtype, accumulate), "that of x or the one it accumulates in")
+    checks.check_tensor(OP, "B", B, "[n, out, r]", FLOATS)
+    checks.check_size(OP, "B", B, 0, A.shape[0], "adapters of A")
+    checks.check_size(OP, "B", B, 1, weight.shape[0], "rows of weight")
+    checks.check_size(OP, "B", B, 2, A.shape[1], "rank of A")
+    checks.check_same_device(OP, "B", B, "x", x)
+    _check_dtype("B", B, (A.dtype,), "that of A")
+    checks.check_tensor(OP, "scaling", scaling, "[n]", (accumulate, torch.float32))
+    checks.check_size(OP, "scaling", scaling, 0, A.shape[0], "adapters of A")
+    checks.check_same_device(OP, "scaling", scaling, "x", x)
+    if scaling.requires_grad:
+        checks.fail(OP, "scaling", "a constant", "a tensor that requires a gradient")
+
+
+def _check_choice_of_adapters(x: Tensor, A: Tensor, adapters: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if adapters is None:
+        if A.shape[0] != 1:
+            checks.fail(OP, "adapters", f"an int32 tensor, because A holds {A.shape[0]} adapters", "None")
+        if cu_seqlens is not None:
+            checks.fail(OP, "cu_seqlens", "None where adapters is None", checks.describe(cu_seqlens))
+        return
+    checks.check_tensor(OP, "adapters", adapters, "[M]" if cu_seqlens is None else "[B]", (torch.int32,))
+    checks.check_same_device(OP, "adapters", adapters, "x", x)
+    if cu_seqlens is None:
+        checks.check_size(OP, "adapters", adapters, 0, x.shape[0], "rows of x")
+        return
+    checks.check_cu_seqlens(OP, "cu_seqlens", cu_seqlens, "x", x)
+    checks.check_size(OP, "adapters", adapters, 0, cu_seqlens.shape[0] - 1, "sequences of cu_seqlens")
+
+
+def _check_values(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> None:
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens_values(OP, "cu_seqlens", cu_seqlens, x.shape[0])
+    if adapters is None or adapters.numel() == 0 or not checks.value_checks(adapters):
+        return
+    num_adapters, low, high = A.shape[0], int(adapters.min()), int(adapters.max())
+    if low < -1 or high >= num_adapters:
+        expected = f"in [-1, {num_adapters}) (-1 = none, else an adapter)"
+        checks.fail(OP, "adapters", expected, low if low < -1 else high)
+
+
+def _few_rows(x, weight, *_) -> bool:
+    # The CUDA C++ kernel would copy a transposed weight, as GPT-2 has it, at every call.
+    return x.shape[0] <= 64 and weight.stride(1) <= weight.stride(0)
+
+
+def _fake(x, weight, *_):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_backward(grad, x, weight, A, B, scaling, adapters, cu_seqlens, needs):
+    shapes = (x.shape, weight.shape, (weight.shape[0],), A.shape, B.shape)
+    dtypes = (x.dtype, weight.dtype, weight.dtype, A.dtype, B.dtype)
+    return tuple(
+        grad.new_empty(shape, dtype=dtype) if needed else grad.new_empty(0)
+        for shape, dtype, needed in zip(shapes, dtypes, needs)
+    )
+
+
+def _backward(args, outputs, grads, needs):
+    x, weight, _, *others = args
+    needs = needs[:5]  # x, weight, bias, A, B
+    found = LORA_LINEAR_BACKWARD(grads[0], x, weight, *others, list(needs))
+    return *(grad if needed else None for grad, needed in zip(found, needs)), None, None, None
+
+
+# --- specification
+
+
+def make(sizes, dtype, generator):
+    """`M` rows through a layer `in` -> `out` with `n` adapters of rank `r`.
+
+    Several adapters are chosen for sequences of one row or more each, in turn, as compressor, decompressor and
+    inferencer stand side by side in a batch. Options: `by_row` chooses at random for each row, -1 included; `bias`
+    adds one; `wide` keeps the adapters in float32.
+    """
+    M, width, out, r, n = (sizes[name] for name in ("M", "in", "out", "r", "n"))
+    device = generator.device
+    own = torch.promote_types(dtype, torch.float32) if sizes.get("wide") else dtype
+    adapters = cu_seqlens = None
+    if sizes.get("by_row"):
+        adapters = torch.randint(-1, n, (M,), generator=generator, dtype=torch.int32, device=device)
+    elif n > 1:
+        sequences = min(M, 2 * n)
+        adapters = torch.arange(sequences, dtype=torch.int32, device=device) % n
+        ends = [0, *(M * (i + 1) // sequences for i in range(sequences))]
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    return {
+        "x": randn(generator, M, width, dtype=dtype),
+        "weight": randn(generator, out, width, scale=width**-0.5, dtype=dtype),
+        "bias": randn(generator, out, dtype=dtype) if sizes.get("bias") else None,
+        "A": randn(generator, n, r, width, scale=width**-0.5, dtype=own),
+        "B": randn(generator, n, out, r, scale=r**-0.5, dtype=own),
+        "scaling": torch.tensor([2.0, 1.0, 0.5], device=device)[:n],
+        "adapters": adapters,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+CHECKED_PRODUCTS = 1 << 30
+"""Bound of (rows checked) x in x out."""
+
+
+def adapter_of_rows(x, adapters, cu_seqlens) -> Tensor:
+    """int64 [M], -1 for none."""
+    if adapters is None:
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return adapters.long() if cu_seqlens is None else adapters.long().repeat_interleave(cu_seqlens.long().diff())
+
+
+def check(inputs, y) -> None:
+    """All rows, or evenly spread ones where that is cheaper, against float64."""
+    x, weight, A, B = (inputs[name].detach() for name in ("x", "weight", "A", "B"))
+    (M, width), out = x.shape, weight.shape[0]
+    if y.shape != (M, out) or y.dtype != x.dtype:
+        raise Mismatch(f"y: expected {x.dtype} {[M, out]}, got {y.dtype} {list(y.shape)}")
+    if M == 0:
+        return
+    count = min(M, max(2, CHECKED_PRODUCTS // (width * out)))
+    rows = torch.linspace(0, M - 1, count, device=x.device).round().long().unique()
+    chosen = adapter_of_rows(x, inputs["adapters"], inputs["cu_seqlens"])[rows]
+    wide_x = x[rows].double()
+    expected = wide_x @ weight.double().T
+    if inputs["bias"] is not None:
+        expected += inputs["bias"].detach().double()
+    for i in range(len(A)):
+        own = chosen == i
+        low_rank = float(inputs["scaling"][i]) * (wide_x[own] @ A[i].double().T)
+        expected[own] += low_rank @ B[i].double().T
+    close(y.detach()[rows], expected, x.dtype, 4, "y")
+
+
+# hidden size, feed-forward size
+_SMOLLM2, _QWEN3, _LLAMA_7B, _LLAMA_8B = (576, 1536), (1024, 3072), (4096, 11008), (4096, 14336)
+
+
+def _cases() -> tuple[Case, ...]:
+    found: dict[tuple, Case] = {}
+
+    def add(M, width, out, r, smallest, n=1, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda"), tags=()):
+        sizes = {"M": M, "in": width, "out": out, "r": r, "n": n}
+        # The weights of a decode step come from memory: a model has many layers.
+        case = Case(sizes, dtype, direction, smallest, devices, M < 64, tags)
+        found.setdefault((*sizes.values(), dtype, direction), case)
+
+    half = torch.bfloat16
+    small, middle, large = _SMOLLM2, _QWEN3, _LLAMA_7B
+    add(7, 12, 9, 2, "tiny")
+    add(7, 12, 9, 2, "tiny", n=3, direction=BACKWARD)
+    add(1, *small, 16, "quick", tags=("compile",))
+    add(512, *small, 16, "quick", tags=("compile",))
+    for M in (1, 512):
+        add(M, small[0], small[0], 16, "default")
+        add(M, *small[::-1], 32, "default")
+        add(M, *middle, 16, "default")
+        add(M, *small, 16, "default", n=3)
+        add(M, large[0], large[0], 16, "default")
+        add(M, *small, 128, "default")
+        add(M, *large, 16, "full")
+        add(M, *_LLAMA_8B, 16, "full")
+        add(M, *_LLAMA_8B[::-1], 64, "full")
+    add(8, *small, 16, "default", n=3)
+    add(1, *small, 16, "default", dtype=half)
+    add(1, *large, 16, "default", dtype=half)
+    add(512, *small, 16, "default", dtype=half)
+    for n in (1, 3):
+        add(512, *small, 16, "default", n=n, direction=BACKWARD)
+    add(512, *middle, 16, "default", direction=BACKWARD)
+    for M in (1, 16, 64, 512, 8192):
+        for sizes in (middle, large):
+            add(M, *sizes, 16, "default", dtype=half, devices=("cuda",), tags=("compile",) if M == 8192 else ())
+            add(M, *sizes, 16, "default", n=3, dtype=half, devices=("cuda",))
+    for r in (16, 64, 128):
+        add(8192, *large, r, "default", direction=BACKWARD, dtype=half, devices=("cuda",))
+    add(8192, *large, 16, "default", n=3, direction=BACKWARD, dtype=half, devices=("cuda",))
+    return tuple(found.values())
+
+
+def _work(case, inputs):
+    M, width, out, r, size = case["M"], case["in"], case["out"], case["r"], case.dtype.itemsize
+    used = min(case["n"], M)
+    low = 2.0 * M * r * (width + out)
+    parameters = width * out + used * r * (width + out)
+    least = Work(2.0 * M * width * out + low, (M * (width + out) + parameters) * size)
+    if case.direction == BACKWARD:
+        moved = (M * (2 * width + out) + parameters + used * r * (width + out)) * size
+        return Work(least.flops + 2.0 * M * width * out + 2 * low, least.bytes + moved)
+    return least
+
+
+SPEC = Spec(
+    lora_linear,
+    make,
+    samples=(
+        {"M": 6, "in": 4, "out": 5, "r": 2, "n": 1},
+        {"M": 7, "in": 12, "out": 9, "r": 2, "n": 3, "bias": True},
+        {"M": 37, "in": 65, "out": 100, "r": 17, "n": 3, "bias": True, "by_row": True},
+        {"M": 1, "in": 33, "out": 17, "r": 5, "n": 1, "bias": True},
+        {"M": 0, "in": 8, "out": 3, "r": 1, "n": 2, "bias": True, "by_row": True},
+        {"M": 1, "in": 1, "out": 1, "r": 1, "n": 1, "by_row": True},
+        {"M": 5, "in": 40, "out": 24, "r": 4, "n": 2, "by_row": True, "wide": True},
+        {"M": 64, "in": 16, "out": 31, "r": 8, "n": 3},
+    ),
+    check=check,
+    differentiable=("x", "weight", "bias", "A", "B"),
+    leaves=("x", "A", "B"),
+    tolerance=2,
+    cases=_cases(),
+    work=_work,
+)
+
+_HOST = "ztok_fast.ops.lora.triton"
+
+LORA_LINEAR = Op(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, Tensor? adapters,"
+    " Tensor? cu_seqlens) -> Tensor",
+    reference=reference.lora_linear,
+    fake=_fake,
+    backends=(
+        cpp(UP_TO_FLOAT32, checks_values=True),
+        cuda(
+            UP_TO_FLOAT32,
+            condition=("x has at most 64 rows and the weight's inputs lie closer together than its outputs", _few_rows),
+        ),
+        triton(f"{_HOST}:lora_linear"),
+    ),
+    backward=_backward,
+    keeps_outputs=False,
+    check_values=_check_values,
+    spec=SPEC,
+)
+
+LORA_LINEAR_BACKWARD = Op(
+    "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor scaling, Tensor? adapters,"
+    " Tensor? cu_seqlens, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.lora_linear_backward,
+    fake=_fake_backward,
+    backends=(cpp(UP_TO_FLOAT32), triton(f"{_HOST}:lora_linear_backward")),
+)
