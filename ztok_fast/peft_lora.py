@@ -30,15 +30,15 @@ def forward(layer: nn.Module, patched, x: Tensor, *args, **kwargs) -> Tensor:
     """
     if layer._disable_adapters or layer.merged_adapters:
         return patched.original(layer, x, *args, **kwargs)
-    downs, ups = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+    shrinks, expands = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
     names = kwargs.get("adapter_names")
     reason = None
     if names is not None:
         layer._check_forward_args(x, *args, **kwargs)
-        used = [name for name in downs if name in names]
+        used = [name for name in shrinks if name in names]
     else:
         active = layer._active_adapter
-        used = [name for name in ((active,) if isinstance(active, str) else active) if name in downs]
+        used = [name for name in ((active,) if isinstance(active, str) else active) if name in shrinks]
         if len(used) > 1:
             reason = f"{len(used)} adapters are active at once"
     if not used:
@@ -54,12 +54,12 @@ def forward(layer: nn.Module, patched, x: Tensor, *args, **kwargs) -> Tensor:
     if type(base) is not nn.Linear:
         weight = weight.T  # Conv1D holds it as [in, out]
     if names is None:
-        A = _as_one_of_one(downs[used[0]]._parameters["weight"], patched.cache, "A")
-        B = _as_one_of_one(ups[used[0]]._parameters["weight"], patched.cache, "B")
+        A = _as_one_of_one(shrinks[used[0]]._parameters["weight"], patched.cache, "A")
+        B = _as_one_of_one(expands[used[0]]._parameters["weight"], patched.cache, "B")
         adapters = None
     else:
-        A = torch.stack([downs[name]._parameters["weight"] for name in used])
-        B = torch.stack([ups[name]._parameters["weight"] for name in used])
+        A = torch.stack([shrinks[name]._parameters["weight"] for name in used])
+        B = torch.stack([expands[name]._parameters["weight"] for name in used])
         adapters = _row_adapters(x, names, used)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y = lora_linear(rows, weight, bias, A, B, _scaling(layer, used, x, patched.cache), adapters)
@@ -77,7 +77,9 @@ def _as_one_of_one(weight: Tensor, cache: dict, key: str) -> Tensor:
         or kept[1].data_ptr() != weight.data_ptr()
         or kept[1].dtype != weight.dtype
     ):
-        kept = cache[key] = (weight, weight.unsqueeze(0))
+        kept = (weight, weight.unsqueeze(0))
+        if _outlives_the_call(kept[1]):
+            cache[key] = kept
     return kept[1]
 
 
@@ -95,18 +97,19 @@ def _why_not(layer: nn.Module, names: Sequence[str], x_dtype: torch.dtype | None
         return f"it is called with {x_dtype} on a base layer of {dtype}"
     shape = None
     for name in names:
-        down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        shrink, expand = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         if name in layer.lora_variant:
             return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
         if layer.training and type(modules["lora_dropout"]._modules[name]) is not nn.Identity:
             return f"dropout in training mode (adapter {name!r})"
-        if type(down) is not nn.Linear or type(up) is not nn.Linear or _is_hooked(down) or _is_hooked(up):
+        plain = type(shrink) is nn.Linear and type(expand) is nn.Linear
+        if not plain or _is_hooked(shrink) or _is_hooked(expand):
             return f"adapter {name!r} is not two plain linear layers, or has hooks"
-        if up._parameters["bias"] is not None:
+        if expand._parameters["bias"] is not None:
             return f"adapter {name!r} has a bias"
         if type(layer.scaling[name]) not in (float, int):
             return f"the scaling of adapter {name!r} is a {type(layer.scaling[name]).__name__}"
-        A, B = down._parameters["weight"], up._parameters["weight"]
+        A, B = shrink._parameters["weight"], expand._parameters["weight"]
         adapter_dtype = A.dtype
         if adapter_dtype != dtype and adapter_dtype != torch.float32 or B.dtype != adapter_dtype:
             return f"adapter {name!r} of {adapter_dtype} on a base layer of {dtype}"
@@ -132,11 +135,21 @@ def _is_hooked(module: nn.Module) -> bool:
 def _scaling(layer: nn.Module, names: list[str], x: Tensor, cache: dict) -> Tensor:
     """The adapters' scaling as a tensor, kept for the values, device and precision that it was last asked for."""
     key = (*(layer.scaling[name] for name in names), x.device, x.dtype == torch.float64)
-    if cache.get("key") != key:
+    kept = cache.get("scaling")
+    if kept is None or kept[0] != key:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.inference_mode(False):  # a pass with gradients may be the next to use it
-            cache["key"], cache["scaling"] = key, torch.tensor(key[:-2], dtype=dtype, device=x.device)
-    return cache["scaling"]
+            kept = (key, torch.tensor(key[:-2], dtype=dtype, device=x.device))
+        if _outlives_the_call(kept[1]):
+            cache["scaling"] = kept  # key and value in one assignment, for the other threads
+    return kept[1]
+
+
+def _outlives_the_call(tensor: Tensor) -> bool:
+    """Whether a tensor may be kept: `torch.func` transforms and dispatch modes make ones that end with them."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _row_adapters(x: Tensor, names: list[str], used: list[str]) -> Tensor:
