@@ -75,7 +75,7 @@ def lora_linear(
 def _is_valid(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> bool:
     """Whether the commonest kind of call passes all checks: an eighth of the time of `_check`, which explains a no.
 
-    Commonest: under no autocast, the adapter of each row given by `adapters` alone or not at all.
+    Commonest: under no autocast, in up to 32 bits.
     """
     try:
         device, dtype = x.device, x.dtype
@@ -95,16 +95,23 @@ def _is_valid(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> bool:
             and scaling.dtype == torch.float32
             and device == weight.device == A.device == B.device == scaling.device
             and (bias is None or bias.shape == (out,) and bias.dtype == dtype and bias.device == device)
-            and cu_seqlens is None
             and (
-                num_adapters == 1
+                num_adapters == 1 and cu_seqlens is None
                 if adapters is None
-                else adapters.shape == (num_rows,) and adapters.dtype == torch.int32 and adapters.device == device
+                else adapters.shape == (num_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1,)
+                and adapters.dtype == torch.int32
+                and adapters.device == device
+            )
+            and (
+                cu_seqlens is None
+                or cu_seqlens.ndim == 1
+                and cu_seqlens.dtype in checks.INDICES
+                and cu_seqlens.device == device
             )
             and not scaling.requires_grad
             and not torch.is_autocast_enabled(device.type)
         )
-    except (AttributeError, ValueError):  # not a tensor, or another rank
+    except (AttributeError, IndexError, ValueError):  # not a tensor, or another rank
         return False
 
 
