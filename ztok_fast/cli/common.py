@@ -74,9 +74,9 @@ def _mistake(message: str) -> int:
 def _raised_here(error: Exception) -> bool:
     """Whether the line that raised ``error`` is in this package, not in a library that choked on something."""
     step = error.__traceback__
-    while step.tb_next is not None:
+    while step is not None and step.tb_next is not None:
         step = step.tb_next
-    return step.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "ztok_fast"
+    return step is not None and step.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "ztok_fast"
 
 
 @contextmanager
@@ -91,16 +91,17 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def collected_warnings(category: type[Warning]) -> Iterator[list]:
-    """Yield a list that the warnings of a category are added to; others are shown as ever."""
+def collected_warnings(wanted: type[Warning]) -> Iterator[list]:
+    """Yield a list that the warnings of the category ``wanted`` are added to; others are shown as ever."""
     with warnings.catch_warnings():
-        show, found = warnings.showwarning, []
+        show = warnings.showwarning
+        found: list = []
 
-        def collect(message, kind, *where, **more) -> None:
-            found.append(message) if issubclass(kind, category) else show(message, kind, *where, **more)
+        def collect(message, category, *where, **more) -> None:
+            found.append(message) if issubclass(category, wanted) else show(message, category, *where, **more)
 
         warnings.showwarning = collect
-        warnings.simplefilter("always", category)
+        warnings.simplefilter("always", wanted)
         yield found
 
 

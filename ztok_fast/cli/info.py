@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def _describe_file(options: argparse.Namespace) -> int:
     z = common.load_batch(options.target)
     size = Path(options.target).stat().st_size
-    originals = [document.byte_length for document in z.documents]
+    originals = [document.byte_length for document in z.documents if document.byte_length is not None]
     rows: list[tuple[str, object]] = [
         ("documents", f"{len(z):,}"),
         ("text tokens", f"{z.tokens:,}"),
@@ -54,7 +54,7 @@ def _describe_file(options: argparse.Namespace) -> int:
     ]
     if any(document.corrections is not None for document in z.documents):
         rows.append(("with corrections", f"{report.number(z.rate_exact)} bits per text token"))
-    if None not in originals:
+    if len(originals) == len(z):
         rows.append(("original", f"{sum(originals):,} bytes"))
     rows += [
         ("this file", f"{size:,} bytes"),
@@ -69,7 +69,8 @@ def _describe_file(options: argparse.Namespace) -> int:
         codec = common.load_codec(options)
         for index, tokens in enumerate(codec.decompress_tokens(z)):
             print(f"\ndocument {index}:")
-            if z.documents[index].corrections is not None and z.documents[index].corrections.raw is not None:
+            corrections = z.documents[index].corrections
+            if corrections is not None and corrections.raw is not None:
                 print("  stored as it is, since that is smaller than its corrections")
             else:
                 _show_units(codec, tokens, z[index].unit_lengths.tolist(), options.tokens)

@@ -11,7 +11,7 @@ from contextlib import suppress
 class _StandardOutput(io.FileIO):
     """The file under standard output; its errors name it."""
 
-    def write(self, data) -> int | None:
+    def write(self, data, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

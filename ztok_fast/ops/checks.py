@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,7 +22,7 @@ from ztok_fast.ops.backends import FLOATS
 INDICES = (torch.int32, torch.int64)
 
 
-def fail(op: str, argument: str, expected: str, got: object) -> None:
+def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     """Raise the error that every check raises."""
     raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def ragged_gather(
     return RaggedBatch(*RAGGED_GATHER(list(tables), list(indices), list(cu_seqlens), exact))
 
 
-def _check(tables: object, indices: object, cu_seqlens: object) -> None:
+def _check(tables: Any, indices: Any, cu_seqlens: Any) -> None:
     op = "ragged_gather"
     if not isinstance(tables, (list, tuple)) or not tables:
         checks.fail(op, "tables", "a list of at least one tensor [R, D]", checks.describe(tables))

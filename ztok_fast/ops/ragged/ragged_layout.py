@@ -113,7 +113,7 @@ def interleaved(cu_seqlens: Sequence[Tensor]) -> list[tuple[int, int, int]]:
 def check_merged(cu_seqlens: Sequence[Tensor], merged: Tensor, position_ids: Tensor, total: int) -> None:
     """Offsets and position ids of a batch with room for `total` rows."""
     rows = interleaved(cu_seqlens)
-    equal(merged, sum(cu.long() for cu in cu_seqlens).to(cu_seqlens[0].dtype), "cu_seqlens")
+    equal(merged, torch.stack([cu.long() for cu in cu_seqlens]).sum(0).to(cu_seqlens[0].dtype), "cu_seqlens")
     positions = [position for _, _, position in rows] + [0] * (total - len(rows))
     equal(position_ids, torch.tensor(positions, dtype=torch.int64, device=merged.device), "position_ids")
 

@@ -7,6 +7,8 @@ waits for the device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,7 @@ def ragged_unpack(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: flo
     return RAGGED_UNPACK(packed, cu_seqlens, max_length, float(fill), exact)
 
 
-def _check_rows(op: str, argument: str, value: object, layout: str, min_rank: int) -> None:
+def _check_rows(op: str, argument: str, value: Any, layout: str, min_rank: int) -> None:
     if not isinstance(value, Tensor) or value.ndim < min_rank:
         checks.fail(op, argument, f"a tensor {layout}", checks.describe(value))
     if value.dtype not in ANY_DTYPE:

@@ -121,7 +121,7 @@ def ragged_gather_backward(
 
     found = vjp(values, tuple(tables), (grad,), needed)
     # clones: the gradients may be views of one tensor, which the results of an op must not be
-    return [part.clone() if need else grad.new_empty(0, grad.shape[1]) for part, need in zip(found, needed)]
+    return [grad.new_empty(0, grad.shape[1]) if part is None else part.clone() for part in found]
 
 
 def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
