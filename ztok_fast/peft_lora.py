@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ztok_fast.ops import lora_linear
 
+LoraLayer = Any
+"""A `peft.tuners.lora.Linear`. PEFT is not imported here, and it sets most attributes of a layer when it makes one."""
+
 BASE = "__base__"  # PEFT's name, in `adapter_names`, for no adapter
 
 
-def why_not(layer: nn.Module) -> str | None:
+def why_not(layer: LoraLayer) -> str | None:
     """Why the active adapter keeps PEFT's forward pass; None where it does not, or where there is none to run."""
     if layer.disable_adapters or layer.merged:
         return None
@@ -22,7 +26,7 @@ def why_not(layer: nn.Module) -> str | None:
     return _why_not(layer, active)
 
 
-def forward(layer: nn.Module, patched, x: Tensor, *args, **kwargs) -> Tensor:
+def forward(layer: LoraLayer, patched, x: Tensor, *args, **kwargs) -> Tensor:
     """The layer's forward pass: through `lora_linear`, or PEFT's own where that is not the same.
 
     Modules and parameters are looked up in the dictionaries of their parents: by attribute each costs half a
@@ -83,7 +87,7 @@ def _as_one_of_one(weight: Tensor, cache: dict, key: str) -> Tensor:
     return kept[1]
 
 
-def _why_not(layer: nn.Module, names: Sequence[str], x_dtype: torch.dtype | None = None) -> str | None:
+def _why_not(layer: LoraLayer, names: Sequence[str], x_dtype: torch.dtype | None = None) -> str | None:
     modules = layer._modules
     base = modules["base_layer"]
     kind = type(base)
@@ -132,7 +136,7 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _scaling(layer: nn.Module, names: list[str], x: Tensor, cache: dict) -> Tensor:
+def _scaling(layer: LoraLayer, names: list[str], x: Tensor, cache: dict) -> Tensor:
     """The adapters' scaling as a tensor, kept for the values, device and precision that it was last asked for."""
     key = (*(layer.scaling[name] for name in names), x.device, x.dtype == torch.float64)
     kept = cache.get("scaling")

@@ -102,8 +102,8 @@ def expected(x, weight, bias, A, B, scaling, adapters, cu_seqlens):
 def run(library, arguments, **options):
     """Run both kernels, with every tensor ending at a guard page and then with every one beginning at one.
 
-    Tensors that lie off 16 bytes are also used as they lie. All runs must give the same bits. Returns the output and the
-    splits of the input.
+    Tensors that lie off 16 bytes are also used as they lie. All runs must give the same bits. Returns the output and
+    the splits of the input.
     """
     off = any(t is not None and t.data_ptr() % 16 for t in arguments.values())
     (y, splits), *others = (run_guarded(library, arguments, side, **options) for side in (*SIDES, *[None] * off))

@@ -1,5 +1,5 @@
-"""What the compiled searches promise beyond the contract: no trace of blocks, threads, instruction sets or batches in the
-result, and no memory for scores."""
+"""What the compiled searches promise beyond the results: no trace of blocks, threads, instruction sets or batches in
+the result, and no memory for scores."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(not native.status("cpu").available, reason=nativ
 
 HALVES = (torch.bfloat16, torch.float16)
 METRICS = ("l2", "cosine", "dot")
-# rows, codes, width, levels: without packing (few rows, more of them if wide); codes in several blocks of 128, the last one not full; tiles
-# of 6 rows and vectors of 8 or 16 elements not full; the width in parts of at most 256; rows in several blocks
+# rows, codes, width, levels: without packing (few rows, more of them if wide); codes in several blocks of 128, the last
+# one not full; tiles of 6 rows and vectors of 8 or 16 elements not full; the width in parts of at most 256; rows in
+# several blocks
 SHAPES = [
     (1, 1, 1, 1),
     (3, 131, 45, 2),
