@@ -58,4 +58,5 @@ def test_mistakes(tiny, ztok, compressed, other_codec_folder, tmp_path):
     assert_mistake(tiny("generate", compressed, "-o", tmp_path / "out.txt"), "ends in .ztok")
     assert_mistake(tiny("answer", compressed, "Who?", "--max-new-tokens", 0), "max_new_tokens")
     assert_mistake(tiny("answer", tmp_path / "none.ztok", "Who?"), "no such file")
+    assert_mistake(tiny("answer", compressed, "caf\udce9?"), "QUESTION", "encoding")
     assert_mistake(ztok("answer", compressed, "Who?", "--codec", other_codec_folder), "fingerprint")

@@ -1,4 +1,4 @@
-"""What the commands share: plain errors, reading and writing, loading a codec, the progress bar."""
+"""Helpers of all commands: errors as messages, input and output files, loading a codec, the progress bar."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class UsageError(ValueError):
 
 
 def run_plainly(command: Callable[[], int], traceback: bool = False) -> int:
-    """Run a command; errors that a user can mend become one line on standard error and an exit status.
+    """Run a command; turn errors that a user can fix into a message on standard error and an exit status.
 
-    Those are ``OSError`` and the ``ValueError`` of this package. Anything else is a defect and keeps its traceback.
+    Those are ``OSError`` and the ``ValueError`` of this package. Any other exception is a bug and keeps its traceback.
     """
     streams.prepare()
     if sys.stdout is None:
@@ -50,7 +50,7 @@ def run_plainly(command: Callable[[], int], traceback: bool = False) -> int:
         streams.flush()
         streams.say("ztok: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         streams.flush()
         return BROKEN_PIPE
     except OSError as error:
@@ -72,7 +72,7 @@ def _mistake(message: str) -> int:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the line that raised ``error`` is in this package, not in a library that choked on something."""
+    """Whether the line that raised ``error`` is in this package and not in a library."""
     step = error.__traceback__
     while step is not None and step.tb_next is not None:
         step = step.tb_next
@@ -81,18 +81,18 @@ def _raised_here(error: Exception) -> bool:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep libraries' warnings to their own developers (deprecations above all) from the user of a command."""
+    """Hide warnings that libraries address to developers, such as deprecations."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|huggingface_hub)(\.|$)")
-        # Only `ztok compress` makes something that lasts; it says itself what is lost.
+        # Only `ztok compress` stores what it compresses, and it reports the loss itself.
         warnings.filterwarnings("ignore", category=LossyTextWarning)
         yield
 
 
 @contextmanager
 def collected_warnings(wanted: type[Warning]) -> Iterator[list]:
-    """Yield a list that the warnings of the category ``wanted`` are added to; others are shown as ever."""
+    """Yield a list that collects the warnings of the category ``wanted``; others are shown as usual."""
     with warnings.catch_warnings():
         show = warnings.showwarning
         found: list = []
@@ -172,13 +172,16 @@ def load_batch(path: str) -> ZBatch:
 
 def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--codec", default=DEFAULT_CODEC, metavar="NAME|FOLDER", help=f"codec to use (default {DEFAULT_CODEC})"
+        "--codec", default=DEFAULT_CODEC, metavar="NAME|FOLDER", help=f"codec to use (default: {DEFAULT_CODEC})"
     )
     parser.add_argument(
-        "--base", metavar="NAME|FOLDER", help="base model to use in place of the one that the codec names"
+        "--base", metavar="NAME|FOLDER", help="base model to use instead of the one that the codec names"
     )
     parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where to compute; exact files want the same one again"
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where to compute (default: cpu); an exact file needs the device that made it",
     )
 
 

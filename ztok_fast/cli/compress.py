@@ -12,16 +12,20 @@ from ztok_fast.codec.errors import LossyTextWarning
 def add_commands(commands) -> None:
     parser = commands.add_parser(
         "compress",
-        help="compress text files, or stdin, to a .ztok file",
-        description="Compress text. Several files become the documents of one .ztok file.",
+        help="compress text files or stdin to a .ztok file",
+        description="Compress text. Several files become the documents of one .ztok file. "
+        "Without --exact, decompression gives an approximation of the text.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="text files; - reads stdin")
     parser.add_argument("-o", "--output", metavar="OUT.ztok", help="default: FILE.ztok beside a single FILE")
-    parser.add_argument("-r", "--ratio", type=float, default=4.0, help="text tokens per Z-token (default 4)")
-    parser.add_argument("--exact", action="store_true", help="store corrections, so that every byte comes back")
-    parser.add_argument("--levels", type=int, metavar="N", help="residual levels to use (default all)")
+    parser.add_argument("-r", "--ratio", type=float, default=4.0, help="text tokens per Z-token (default: 4)")
+    parser.add_argument("--exact", action="store_true", help="also store corrections, so that every byte is restored")
+    parser.add_argument("--levels", type=int, metavar="N", help="residual quantizer levels to use (default: all)")
     parser.add_argument(
-        "--fixed-units", action="store_true", default=None, help="a Z-token every RATIO tokens, not where it is needed"
+        "--fixed-units",
+        action="store_true",
+        default=None,
+        help="one Z-token for every RATIO tokens, instead of units of learned length",
     )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)

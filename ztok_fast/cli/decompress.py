@@ -12,8 +12,8 @@ def add_commands(commands) -> None:
     parser = commands.add_parser(
         "decompress",
         help="turn a .ztok file back into text",
-        description="Turn Z-tokens back into text: byte for byte the original where it was compressed with --exact, "
-        "else the codec's best guess.",
+        description="Decompress a .ztok file. A file made with --exact gives the original byte for byte; "
+        "any other gives an approximation.",
     )
     parser.add_argument("file", metavar="FILE.ztok")
     parser.add_argument(
@@ -21,9 +21,9 @@ def add_commands(commands) -> None:
         "--output",
         default="-",
         metavar="OUT",
-        help="file to write, or for several documents a new folder (default -: stdout, one after another)",
+        help="file to write, or a new folder for several documents (default: -, all documents to stdout)",
     )
-    parser.add_argument("--document", type=int, metavar="N", help="only document N, the first being 0")
+    parser.add_argument("--document", type=int, metavar="N", help="decompress only document N, counted from 0")
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from ztok_fast.codec.atomic import replace_atomically
 
-    # Never a part of a document under the name that was asked for, whatever happens meanwhile.
+    # The output appears under its name only when it is complete.
     with replace_atomically(output) as temporary:
         if len(documents) == 1:
             temporary.write_bytes(documents[0])

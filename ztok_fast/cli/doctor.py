@@ -1,4 +1,4 @@
-"""``ztok doctor``: what runs here and why (:mod:`ztok_fast.doctor`)."""
+"""``ztok doctor``: versions, devices and backends (:mod:`ztok_fast.doctor`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import argparse
 def add_commands(commands) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="show what runs here and why",
-        description="Print versions, devices, compiled libraries and the backend that is chosen for each op.",
+        help="list versions, devices and the backend of each op",
+        description="Print versions, devices and compiled libraries, and for each op its backends "
+        "and why one is chosen.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""``ztok eval``: how well a codec gives text back, per budget, kind of units and number of residual levels."""
+"""``ztok eval``: how well a codec restores text, per budget, kind of units and number of residual levels."""
 
 from __future__ import annotations
 
@@ -13,24 +13,35 @@ if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "demo.txt"
-"""The text that ships with the package."""
+"""A short text in the package."""
 
 
 def add_commands(commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="measure a codec on text",
-        description="Measure a codec on JSON lines with a `text` field, or on the short text that ships with it: "
-        "accuracy given the true prefix and free-running, ratio, rate, and the base model without Z-tokens.",
+        description="Measure a codec on JSON lines with a `text` field, or on a short text in the package: accuracy "
+        "teacher-forced and free-running, ratio, rate, and the base model without Z-tokens.",
     )
-    parser.add_argument("files", nargs="*", metavar="FILE.jsonl[.gz]", help="default: the text that ships")
+    parser.add_argument("files", nargs="*", metavar="FILE.jsonl[.gz]", help="default: a short text in the package")
     parser.add_argument(
-        "-r", "--ratio", type=float, nargs="+", metavar="R", help="budgets (default: those the codec was trained at)"
+        "-r",
+        "--ratio",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="text tokens per Z-token (default: the ratios of the training)",
     )
-    parser.add_argument("--documents", type=int, default=32, metavar="N", help="most documents (default 32)")
-    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="most tokens of each (default 512)")
-    parser.add_argument("--exclude", action="append", default=[], metavar="SOURCE", help="leave out rows of a source")
-    parser.add_argument("--json", metavar="OUT", help="also write the results as JSON")
+    parser.add_argument(
+        "--documents", type=int, default=32, metavar="N", help="maximum number of documents (default: 32)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="maximum number of tokens of each (default: 512)"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="SOURCE", help="leave out the rows of a source"
+    )
+    parser.add_argument("--json", metavar="OUT", help="also write the results to a JSON file")
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""``ztok info``: what a ``.ztok`` file, a codec or the allocation of a text looks like."""
+"""``ztok info``: describe a ``.ztok`` file, a codec, or the units of a text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ if TYPE_CHECKING:
 def add_commands(commands) -> None:
     parser = commands.add_parser(
         "info",
-        help="describe a .ztok file, a codec, or where the Z-tokens of a text go",
-        description="Describe a .ztok file or a codec, or compress a text and show where its Z-tokens go: in colour on "
-        "a terminal, else with a | after every unit.",
+        help="describe a .ztok file, a codec, or the units of a text",
+        description="Describe a .ztok file or a codec. Or compress a text and show its units, the tokens that each "
+        "Z-token stands for: in colour on a terminal, otherwise with a | after every unit.",
     )
     parser.add_argument("target", metavar="FILE.ztok|FILE|CODEC", help="- reads a text from stdin")
-    parser.add_argument("-r", "--ratio", type=float, default=4.0, help="for a text: tokens per Z-token (default 4)")
-    parser.add_argument("--units", action="store_true", help="for a .ztok file: decompress it and show its units")
+    parser.add_argument("-r", "--ratio", type=float, default=4.0, help="for a text: tokens per Z-token (default: 4)")
+    parser.add_argument("--units", action="store_true", help="for a .ztok file: also decompress it and show its units")
     parser.add_argument(
-        "--tokens", type=int, default=600, metavar="N", help="most tokens to show of a text (default 600; 0 for all)"
+        "--tokens",
+        type=int,
+        default=600,
+        metavar="N",
+        help="maximum number of tokens to show (default: 600; 0 for all)",
     )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)

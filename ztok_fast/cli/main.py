@@ -1,6 +1,6 @@
-"""Entry point of ``ztok``: arguments, and errors in plain words.
+"""Entry point of ``ztok``: arguments and exit status.
 
-torch and transformers are imported by the commands that need them, so that ``ztok --help`` answers at once.
+torch and transformers are imported by the commands that need them, so ``ztok --help`` is fast.
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ DESCRIPTION = "Compress text into short sequences of discrete latent codes (Z-to
 EXIT_STATUSES = """\
 exit status:
   0    done
-  2    the command cannot do what was asked, and the last line on standard error says why; files are as before
+  1    a bug in ztok; the traceback is on standard error
+  2    ztok cannot do what was asked; a message on standard error says why
   130  interrupted (Ctrl-C)
-  141  whatever read the standard output has closed it
+  141  the reader of standard output closed the pipe
 
-`ztok COMMAND --help` describes a command.
+An output file is written completely or not at all.
+
+`ztok COMMAND --help` lists the options of a command.
 """
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the epilog, and room for the longest command's name before its help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=18)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,11 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ztok",
         description=DESCRIPTION,
         epilog=EXIT_STATUSES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"ztok {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    parser.add_argument("--version", action="version", version=f"ztok {__version__}", help="print the version")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (compress, decompress, zspace, info, evaluation, training, doctor):
         module.add_commands(commands)

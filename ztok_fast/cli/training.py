@@ -12,18 +12,19 @@ from ztok_fast.cli import common
 def add_commands(commands) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a codec as a YAML file says",
-        description="Train a codec. The same command goes on from the last checkpoint after an interruption; "
-        "`accelerate launch -m ztok_fast.cli train CONFIG.yaml` uses several processes.",
+        help="train a codec with the settings of a YAML file",
+        description="Train a codec. After an interruption, the same command resumes from the last checkpoint. "
+        "`accelerate launch -m ztok_fast.cli train CONFIG.yaml` runs several processes.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+    parser.add_argument("--max-minutes", type=float, help="save a checkpoint and stop after this time")
     parser.set_defaults(run=train)
 
     parser = commands.add_parser(
         "pretrain",
-        help="pretrain a small base model as a YAML file says",
-        description="Pretrain a small base model from scratch; the same command goes on from the last checkpoint.",
+        help="pretrain a small base model with the settings of a YAML file",
+        description="Pretrain a small base model from scratch. "
+        "After an interruption, the same command resumes from the last checkpoint.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.set_defaults(run=pretrain)

@@ -1,4 +1,4 @@
-"""``ztok generate`` and ``ztok answer``: what is done with Z-tokens without going back to the text."""
+"""``ztok generate`` and ``ztok answer``: commands that work on Z-tokens without decompressing them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ def add_commands(commands) -> None:
     parser = commands.add_parser(
         "generate",
         help="continue a .ztok file in Z-space",
-        description="Write new Z-tokens after those of every document; print them decompressed, or save them.",
+        description="Generate new Z-tokens after those of every document. "
+        "Print the decompressed text, or save the Z-tokens.",
     )
     parser.add_argument("file", metavar="FILE.ztok")
-    parser.add_argument("--max-new-ztokens", type=int, default=32, metavar="N", help="most new Z-tokens (default 32)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest codes (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of every draw (default 1: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", metavar="OUT.ztok", help="save the new Z-tokens instead of printing text")
+    parser.add_argument(
+        "--max-new-ztokens", type=int, default=32, metavar="N", help="maximum number of new Z-tokens (default: 32)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) picks the most likely codes"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass of nucleus sampling (default: 1, all codes)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT.ztok", help="save the new Z-tokens instead of printing their text"
+    )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=generate)
 
@@ -29,7 +38,9 @@ def add_commands(commands) -> None:
     )
     parser.add_argument("file", metavar="FILE.ztok")
     parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="maximum length of an answer (default: 32)"
+    )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=answer)
 
@@ -50,6 +61,8 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def answer(options: argparse.Namespace) -> int:
+    if any("\ud800" <= character <= "\udfff" for character in options.question):
+        raise common.UsageError("QUESTION: expected text in the terminal's encoding, got other bytes")
     z = common.load_batch(options.file)
     codec = common.load_codec(options)
     answers = codec.answer(z, [options.question] * len(z), max_new_tokens=options.max_new_tokens)
@@ -58,7 +71,7 @@ def answer(options: argparse.Namespace) -> int:
 
 
 def _print_documents(documents: list[bytes]) -> None:
-    """Each on its own lines, under its number where there are several."""
+    """Print every document on its own lines, under its number if there are several."""
     for index, data in enumerate(documents):
         if len(documents) > 1:
             print(f"document {index}:")
