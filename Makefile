@@ -3,8 +3,8 @@
 # make test-all   every test
 # make lint       ruff, clang-format and mypy; `make hooks` runs them before each commit
 # make docs       the API reference, into build/site
-# make bench      time the ops against their peers on this CPU (ARGS="--set quick"; see docs/benchmarks.md)
-# make bench-ready  the environment with the benchmark peers installed
+# make bench      time the ops against their baselines on this CPU (ARGS="--set quick"; see docs/benchmarks.md)
+# make bench-ready  the environment with the baselines installed
 # make build      the package and its C++/CUDA libraries, in place
 # make venv       the virtual environment alone
 # Each makes what it needs first. PYTHON=python3.12 picks the interpreter of a new environment; ARGS=... goes to pytest,

@@ -1,1 +1,1 @@
-"""Measurements and the scripts that write them into the documents; run from a checkout as ``python -m bench.<name>``."""
+"""Measurements, and scripts that write them into the documents: `python -m bench.<name>` in a checkout."""

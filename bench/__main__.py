@@ -1,6 +1,6 @@
-"""Times the ops against peers on this machine: verified first, then measured, written as JSON.
+"""Times the ops against baselines on this machine: verified first, then measured, written as JSON.
 
-    python -m bench                                         the default set on the CPU, all ops, backends and peers
+    python -m bench                                         the default set on the CPU, all ops, backends and baselines
     python -m bench --ops codebook_assign z_select --set quick
     python -m bench --cases "M=4096,V=4096" --json docs/results/bench-cpu.json
     python -m bench --device cuda --plots out/figures
@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.micro.machine import pin_threads, restart_with_pinned_environment
+from bench.machine import pin_threads, restart_with_pinned_environment
 
 SETS = ("tiny", "quick", "default", "full")
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,32 +28,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="these ops only")
-    parser.add_argument("--backends", nargs="*", metavar="NAME", help="these backends only; without a name, none")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help="these peers and marks only; without a name, none")
-    parser.add_argument("--set", default="default", choices=SETS, help="which shapes (default: default)")
-    parser.add_argument("--cases", nargs="+", metavar="TEXT", help="only cases whose key contains one of these texts")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--seconds", type=float, default=2.0, help="timing per case, all contenders (default 2)")
-    parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="start no further case after this time; ops in turn"
-    )
-    parser.add_argument(
-        "--undisturbed",
-        type=float,
-        metavar="SHARE",
-        help="measure a case again, up to three times, while others take more than this share of the processors",
-    )
-    parser.add_argument(
-        "--disturbed",
-        type=float,
-        metavar="SHARE",
-        help="only cases that the results file has with a larger share for others, or does not have",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
-    parser.add_argument("--plots", metavar="DIR", help="draw plots of the results file into a folder")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    add = parser.add_argument
+    add("--ops", nargs="+", metavar="OP", help="these ops only")
+    add("--backends", nargs="*", metavar="NAME", help="these backends only; without a name, none")
+    add("--baselines", nargs="*", metavar="NAME", help="these baselines and marks only; without a name, none")
+    add("--set", default="default", choices=SETS, help="which shapes (default: default)")
+    add("--cases", nargs="+", metavar="TEXT", help="only cases whose key contains one of these texts")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--seconds", type=float, default=2.0, help="timing per case, all implementations together (default 2)")
+    add("--limit", type=float, metavar="SECONDS", help="start no further case after this time; ops in turn")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
+    add("--plots", metavar="DIR", help="draw plots of the results file into a folder")
+    add("--list", action="store_true", help="print the cases and stop")
     options = parser.parse_args(argv)
     if options.seconds <= 0:
         parser.error(f"--seconds: expected a number above 0, got {options.seconds:g}")
@@ -74,9 +61,9 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
     """Measure what the options select; see the module for the exit status."""
     import torch
 
-    from bench.micro import results
-    from bench.micro.registry import interleave, select
-    from bench.micro.session import Session, SessionError
+    from bench import results
+    from bench.registry import interleave, select
+    from bench.session import Session, SessionError
 
     threads = pin_threads(options.threads)
     try:
@@ -88,20 +75,17 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
     if options.limit is not None:
         cases = interleave(cases)
     if options.list:
-        print("\n".join(case.key for case in cases))
+        print("\n".join(subject.key(case) for subject, case in cases))
         return 0
     if not cases:
         print("error: no case is selected", file=sys.stderr)
         return 2
     path = Path(options.json) if options.json else ROOT / "build" / "bench" / f"{device.type}.json"
     try:
-        if options.disturbed is not None and path.exists():
-            kept = {case["key"] for case in results.load(path)["cases"] if results.disturbed(case) <= options.disturbed}
-            cases = [case for case in cases if case.key not in kept]
         session = Session(path, device, threads, argv, options)
         status = session.measure_all(cases)
         if options.plots:
-            from bench.micro.plots import draw
+            from bench.plots import draw
 
             for drawn in draw(results.load(path), Path(options.plots), device.type):
                 print(f"plot: {drawn}")

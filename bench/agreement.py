@@ -6,14 +6,13 @@ python -m bench.agreement --codec ztok-mini --files data/dev.jsonl.gz --json doc
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
 import ztok_fast
-from bench.environment import environment
+from bench.machine import environment, write_json
 from bench.tables import table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
 from ztok_fast.codec.passes import compress_windows, window_tokens
@@ -24,13 +23,12 @@ from ztok_fast.train.text_data import DataError
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.agreement", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})"
-    )
-    parser.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
-    parser.add_argument("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each document (default 512)")
-    parser.add_argument("--json", required=True, metavar="FILE", help="results")
+    add = parser.add_argument
+    add("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    add("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
+    add("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
+    add("--tokens", type=int, default=512, help="tokens of each document (default 512)")
+    add("--json", required=True, metavar="FILE", help="results")
     options = parser.parse_args(argv)
     try:
         codec = ZTokCodec.from_pretrained(options.codec)
@@ -42,15 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results = {
-        "environment": environment("bench.agreement", argv),
-        "codec": {"name": Path(options.codec).name, "fingerprint": codec.fingerprint},
-        "data": {"files": options.files, "documents": len(documents), "tokens": sum(map(len, documents))},
-        "rows": rows,
-    }
-    path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    named = {"name": Path(options.codec).name, "fingerprint": codec.fingerprint}
+    data = {"files": options.files, "documents": len(documents), "tokens": sum(map(len, documents))}
+    facts = {"environment": environment("bench.agreement", argv), "codec": named, "data": data}
+    write_json(options.json, {**facts, "rows": rows})
     print(table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     return int(any(row["codes that differ"] or row["documents of other units"] for row in rows))
 

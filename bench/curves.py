@@ -9,15 +9,14 @@ Every point is one budget, one number of residual levels, learned or fixed units
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
 
 import torch
 
-from bench.environment import environment
-from bench.tables import number, percent, table
+from bench.machine import environment, write_json
+from bench.plots import new_figure
+from bench.tables import evaluation_cells, number, percent, table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
 from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
 from ztok_fast.codec.passes import encode_documents, window_tokens
@@ -28,22 +27,17 @@ from ztok_fast.train.text_data import DataError
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})"
-    )
-    parser.add_argument("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
-    parser.add_argument(
-        "--exclude-sources", nargs="*", default=[], metavar="PREFIX", help="rows to leave out, by source"
-    )
-    parser.add_argument("--budgets", nargs="+", type=float, help="ratios to ask for (default: those of the codec)")
-    parser.add_argument("--levels", nargs="+", type=int, help="residual levels (default: 1 to the codec's number)")
-    parser.add_argument(
-        "--units", nargs="+", choices=tuple(UNIT_KINDS), help="kinds of units (default: the codec's own)"
-    )
-    parser.add_argument("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each document (default 512)")
-    parser.add_argument("--json", required=True, metavar="FILE", help="results")
-    parser.add_argument("--figure", metavar="FILE", help="PNG or SVG; needs matplotlib")
+    add = parser.add_argument
+    add("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    add("--files", nargs="+", required=True, metavar="FILE", help="JSON lines (.gz) with a text field")
+    add("--exclude-sources", nargs="*", default=[], metavar="PREFIX", help="rows to leave out, by source")
+    add("--budgets", nargs="+", type=float, help="ratios to ask for (default: those of the codec)")
+    add("--levels", nargs="+", type=int, help="residual levels (default: 1 to the codec's number)")
+    add("--units", nargs="+", choices=tuple(UNIT_KINDS), help="kinds of units (default: the codec's own)")
+    add("--documents", type=int, default=32, help="documents, spread over the files (default 32)")
+    add("--tokens", type=int, default=512, help="tokens of each document (default 512)")
+    add("--json", required=True, metavar="FILE", help="results")
+    add("--figure", metavar="FILE", help="PNG or SVG; needs matplotlib")
     options = parser.parse_args(argv)
     for name in ("documents", "tokens"):
         if getattr(options, name) < 1:
@@ -60,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     results = {"environment": environment("bench.curves", argv), **results}
-    path = Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, results)
     print(accuracy_table(results), length_table(results), sep="\n\n")
     if options.figure:
         draw(results, Path(options.figure))
@@ -94,21 +86,12 @@ def measure(codec: ZTokCodec, options: argparse.Namespace) -> dict:
             report = evaluate(codec, documents, budgets, fixed_units=UNIT_KINDS[units], levels=level)
             base = report.pop("base")
             points += [{"units": units, "levels": level, "budget": float(b), **values} for b, values in report.items()]
+    own = ("base_model", "num_codebooks", "codebook_size", "segment_length")
+    named = {"name": Path(options.codec).name, "fingerprint": codec.fingerprint}
+    data = {"files": list(options.files), "exclude_sources": list(options.exclude_sources)}
     return {
-        "codec": {
-            "name": Path(options.codec).name,
-            "fingerprint": codec.fingerprint,
-            "base_model": config.base_model,
-            "num_codebooks": config.num_codebooks,
-            "codebook_size": config.codebook_size,
-            "segment_length": config.segment_length,
-        },
-        "data": {
-            "files": list(options.files),
-            "exclude_sources": list(options.exclude_sources),
-            "documents": len(documents),
-            "tokens": sum(map(len, documents)),
-        },
+        "codec": {**named, **{name: getattr(config, name) for name in own}},
+        "data": {**data, "documents": len(documents), "tokens": sum(map(len, documents))},
         "base": base,
         "points": points,
         "unit_lengths": {f"{budget:g}": surprisal_by_length(codec, documents, budget) for budget in budgets},
@@ -144,34 +127,16 @@ def surprisal_by_length(codec: ZTokCodec, documents: list[list[int]], budget: fl
 
 def accuracy_table(results: dict) -> str:
     """One row per point; the base model's own bits and accuracy stand under it."""
-    rows = [
-        [
-            p["units"],
-            p["levels"],
-            f"{p['budget']:g}",
-            number(p["ratio"]),
-            number(p["rate"]),
-            percent(p["teacher_forced"]),
-            percent(p["free_running"]),
-            number(p["loss_bits"]),
-        ]
-        for p in results["points"]
-    ]
-    headers = [
-        "units",
-        "levels",
-        "budget",
-        "ratio",
-        "rate, bits/token",
-        "teacher-forced",
-        "free-running",
-        "loss, bits/token",
-    ]
+    rows = []
+    for p in results["points"]:
+        *accuracies, ratio, rate = evaluation_cells(p)
+        rows.append([p["units"], p["levels"], f"{p['budget']:g}", ratio, rate, *accuracies, number(p["loss_bits"])])
+    headers = ["units", "levels", "budget", "ratio", "rate, bits/token", "teacher-forced", "free-running"]
     base = results["base"]
     return (
-        table(headers, rows)
-        + f"\n\nThe same base model without Z-tokens, on the same segments: {number(base['bits_per_token'])} bits per token "
-        f"(the bound on an exact rate), {percent(base['accuracy'])} of the tokens guessed given the true prefix."
+        f"{table([*headers, 'loss, bits/token'], rows)}\n\nThe same base model without Z-tokens, on the same segments: "
+        f"{number(base['bits_per_token'])} bits per token (the bound on an exact rate), {percent(base['accuracy'])} of "
+        "the tokens guessed given the true prefix."
     )
 
 
@@ -187,79 +152,33 @@ def length_table(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """Left: accuracy against rate. Right: surprisal against unit length."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     budgets = sorted({point["budget"] for point in results["points"]})
+    kinds = (("free_running", "free-running", "o", 1.0), ("teacher_forced", "teacher-forced", "^", 0.4))
     for units, line in (("written", "--"), ("learned", "-"), ("fixed", ":")):
-        for number_of, budget in enumerate(budgets):
-            own = sorted(
-                (p for p in results["points"] if (p["units"], p["budget"]) == (units, budget)), key=lambda p: p["rate"]
-            )
-            if not own:
-                continue
-            rates, color = [p["rate"] for p in own], f"C{number_of}"
-            left.plot(
-                rates,
-                [p["free_running"] for p in own],
-                line,
-                color=color,
-                marker="o",
-                markersize=4,
-                label=f"r = {budget:g}, {units} units, free-running",
-            )
-            left.plot(
-                rates,
-                [p["teacher_forced"] for p in own],
-                line,
-                color=color,
-                alpha=0.4,
-                marker="^",
-                markersize=4,
-                label=f"r = {budget:g}, {units} units, teacher-forced",
-            )
+        for i, budget in enumerate(budgets):
+            own = [p for p in results["points"] if (p["units"], p["budget"]) == (units, budget)]
+            own.sort(key=lambda p: p["rate"])
+            for name, text, marker, alpha in kinds if own else ():
+                rates, shares = [p["rate"] for p in own], [p[name] for p in own]
+                style = {"color": f"C{i}", "marker": marker, "markersize": 4, "alpha": alpha}
+                left.plot(rates, shares, line, label=f"r = {budget:g}, {units} units, {text}", **style)
     base = results["base"]
     left.axvline(base["bits_per_token"], color="black", linewidth=0.8, label="text's own bits per token (base model)")
     left.axhline(base["accuracy"], color="grey", linewidth=0.8, linestyle="--", label="base model without Z-tokens")
     left.set(xlabel="rate, bits per text token", ylabel="share of tokens right", ylim=(0, 1.02))
     left.set_xlim(left=0)
     left.legend(fontsize=6)
-    for number_of, (budget, own) in enumerate(results["unit_lengths"].items()):
-        right.plot(
-            [r["length"] for r in own],
-            [r["bits_per_token"] for r in own],
-            color=f"C{number_of}",
-            marker="o",
-            markersize=4,
-            label=f"r = {budget}",
-        )
+    for i, (budget, own) in enumerate(results["unit_lengths"].items()):
+        lengths, bits = [r["length"] for r in own], [r["bits_per_token"] for r in own]
+        right.plot(lengths, bits, color=f"C{i}", marker="o", markersize=4, label=f"r = {budget}")
     right.axhline(base["bits_per_token"], color="black", linewidth=0.8, label="mean of all tokens")
     right.set(xlabel="unit length, text tokens", ylabel="mean surprisal of its tokens, bits")
     right.legend(fontsize=7)
     figure.suptitle(f"{results['codec']['name']}: {results['data']['tokens']:,} text tokens", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
-
-
-def best_point(results: dict, budget: float, units: str = "learned") -> dict:
-    """The point of a budget with all residual levels.
-
-    Raises:
-        ValueError: the results hold none.
-    """
-    own = [
-        p
-        for p in results["points"]
-        if (p["units"], p["levels"]) == (units, results["codec"]["num_codebooks"]) and math.isclose(p["budget"], budget)
-    ]
-    if len(own) != 1:
-        raise ValueError(
-            f"results: expected one point with all levels and {units} units at r = {budget:g}, got {len(own)}"
-        )
-    return own[0]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ It takes the first characters of the first texts of each JSON-lines file, and al
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from bench.environment import environment
+from bench.machine import environment, write_json
 from bench.nasty_strings import LONG, nasty_bytes, nasty_texts
 from bench.tables import number, table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
@@ -28,17 +27,14 @@ from ztok_fast.train.text_data import DataError, iter_texts
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench.exact_roundtrip", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})"
-    )
-    parser.add_argument("--ratio", type=float, default=4.0, help="text tokens per Z-token to aim at (default 4)")
-    parser.add_argument("--files", nargs="*", default=[], metavar="FILE", help="JSON lines (.gz) with a text field")
-    parser.add_argument("--limit", type=int, default=50, help="texts of each file (default 50)")
-    parser.add_argument("--characters", type=int, default=2000, help="characters of each text (default 2000)")
-    parser.add_argument(
-        "--long", type=int, default=LONG, help=f"characters of the longest nasty string (default {LONG})"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON")
+    add = parser.add_argument
+    add("--codec", default=DEFAULT_CODEC, help=f"codec folder or shipped name (default {DEFAULT_CODEC})")
+    add("--ratio", type=float, default=4.0, help="text tokens per Z-token to aim at (default 4)")
+    add("--files", nargs="*", default=[], metavar="FILE", help="JSON lines (.gz) with a text field")
+    add("--limit", type=int, default=50, help="texts of each file (default 50)")
+    add("--characters", type=int, default=2000, help="characters of each text (default 2000)")
+    add("--long", type=int, default=LONG, help=f"characters of the longest nasty string (default {LONG})")
+    add("--json", metavar="FILE", help="also write the results as JSON")
     options = parser.parse_args(argv)
     for name in ("limit", "characters", "long"):
         if getattr(options, name) < 1:
@@ -60,14 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         results.append(check_family(codec, name, documents, options.ratio))
     print(report(results))
     if options.json:
-        facts = {
-            "environment": environment("bench.exact_roundtrip", argv),
-            "codec": codec.fingerprint,
-            "ratio": options.ratio,
-            "families": results,
-        }
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        facts = {"environment": environment("bench.exact_roundtrip", argv), "codec": codec.fingerprint}
+        write_json(options.json, {**facts, "ratio": options.ratio, "families": results})
     return 1 if any(result["failures"] for result in results) else 0
 
 
@@ -102,47 +92,36 @@ def check_family(codec: ZTokCodec, name: str, documents: dict[str, str | bytes],
     failures = find_failures(codec, loaded, documents)
     ended = time.perf_counter()
     corrections = [document.corrections for document in z.documents]
-    return {
-        "family": name,
-        "texts": len(originals),
-        "bytes": sum(len(encoded(original)) for original in originals),
-        "tokens": z.tokens,
-        "ztokens": z.ztokens,
-        "ratio": finite(z.achieved_ratio),
-        "rate": finite(z.rate),
-        "rate_exact": finite(z.rate_exact),
-        "corrected_tokens": sum(len(c.positions) for c in corrections),
-        "stored_raw": sum(c.raw is not None for c in corrections),
-        "file_bytes": file_bytes,
-        "compress_seconds": compressed - began,
-        "decompress_seconds": ended - began_back,
-        "failures": failures,
-    }
+    facts = {"family": name, "texts": len(originals), "bytes": sum(len(encoded(original)) for original in originals)}
+    facts |= {"tokens": z.tokens, "ztokens": z.ztokens}
+    rates = {"ratio": z.achieved_ratio, "rate": z.rate, "rate_exact": z.rate_exact}
+    # JSON has no NaN: a family without tokens has no ratio
+    facts |= {key: value if math.isfinite(value) else None for key, value in rates.items()}
+    facts |= {"corrected_tokens": sum(len(c.positions) for c in corrections)}
+    facts |= {"stored_raw": sum(c.raw is not None for c in corrections), "file_bytes": file_bytes}
+    seconds = {"compress_seconds": compressed - began, "decompress_seconds": ended - began_back}
+    return {**facts, **seconds, "failures": failures}
 
 
 def find_failures(codec: ZTokCodec, z: ZBatch, documents: dict[str, str | bytes]) -> dict[str, str]:
     """Documents that did not come back byte for byte, by name, with what happened instead."""
+    failures = {}
     try:
         decoded = codec.decompress_bytes(z)
     except ValueError:
         # One document fails the whole batch: find out which, and let the others show that they come back.
-        decoded = [_alone(codec, one) for one in z]
-    failures = {}
-    for (name, original), data in zip(documents.items(), decoded, strict=True):
+        decoded = [None] * len(documents)
+    for (name, original), one, data in zip(documents.items(), z, decoded, strict=True):
         wanted = encoded(original)
-        if isinstance(data, Exception):
-            failures[name] = f"{type(data).__name__}: {data}"
-        elif data != wanted:
+        try:
+            data = codec.decompress_bytes(one)[0] if data is None else data
+        except ValueError as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+            continue
+        if data != wanted:
             at = next((i for i, (a, b) in enumerate(zip(data, wanted)) if a != b), min(len(data), len(wanted)))
             failures[name] = f"differs from byte {at} on ({len(data)} bytes came back, {len(wanted)} went in)"
     return failures
-
-
-def _alone(codec: ZTokCodec, one: ZBatch) -> bytes | Exception:
-    try:
-        return codec.decompress_bytes(one)[0]
-    except ValueError as error:
-        return error
 
 
 def encoded(original: str | bytes) -> bytes:
@@ -150,44 +129,15 @@ def encoded(original: str | bytes) -> bytes:
     return original if isinstance(original, bytes) else original.encode("utf-8", "surrogatepass")
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN: a family without tokens has no ratio."""
-    return value if math.isfinite(value) else None
-
-
 def report(results: list[dict]) -> str:
     """The table, and under it every text that failed."""
-    headers = [
-        "family",
-        "texts",
-        "bytes",
-        "all bytes returned",
-        "text tokens",
-        "ratio",
-        "rate, bits/token",
-        "exact rate, bits/token",
-        "stored raw",
-        "file bytes",
-        "compress s",
-        "decompress s",
-    ]
-    rows = [
-        [
-            r["family"],
-            r["texts"],
-            f"{r['bytes']:,}",
-            "NO" if r["failures"] else "yes",
-            f"{r['tokens']:,}",
-            number(r["ratio"]),
-            number(r["rate"]),
-            number(r["rate_exact"]),
-            r["stored_raw"],
-            f"{r['file_bytes']:,}",
-            number(r["compress_seconds"], 1),
-            number(r["decompress_seconds"], 1),
-        ]
-        for r in results
-    ]
+    headers = ["family", "texts", "bytes", "all bytes returned", "text tokens", "ratio", "rate, bits/token"]
+    headers += ["exact rate, bits/token", "stored raw", "file bytes", "compress s", "decompress s"]
+    rows = []
+    for r in results:
+        row = [r["family"], r["texts"], f"{r['bytes']:,}", "NO" if r["failures"] else "yes", f"{r['tokens']:,}"]
+        row += [number(r[name]) for name in ("ratio", "rate", "rate_exact")] + [r["stored_raw"], f"{r['file_bytes']:,}"]
+        rows.append([*row, *(number(r[f"{phase}_seconds"], 1) for phase in ("compress", "decompress"))])
     failed = [f"FAILED {r['family']}, {name}: {why}" for r in results for name, why in r["failures"].items()]
     return "\n".join([table(headers, rows), *failed])
 

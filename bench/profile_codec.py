@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.environment import environment, summary
+from bench.machine import environment, summary
 from bench.tables import number, percent, table
 
 PHASES = ("compress", "decompress")
@@ -22,14 +22,13 @@ PHASES = ("compress", "decompress")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile_codec", description=__doc__.split("\n")[0])
-    parser.add_argument("--codec", default="ztok-mini", help="codec, by name or folder")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", required=True, help="folder for the trace and the table")
-    parser.add_argument("--text", help="file with the text (default: the one that ships)")
-    parser.add_argument(
-        "--documents", type=int, default=16, help="so many documents, cut from the text at mixed lengths"
-    )
-    parser.add_argument("--ratio", type=float, default=4.0)
+    add = parser.add_argument
+    add("--codec", default="ztok-mini", help="codec, by name or folder")
+    add("--device", default="cpu")
+    add("--out", required=True, help="folder for the trace and the table")
+    add("--text", help="file with the text (default: the one that ships)")
+    add("--documents", type=int, default=16, help="so many documents, cut from the text at mixed lengths")
+    add("--ratio", type=float, default=4.0)
     options = parser.parse_args(argv)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,15 +67,12 @@ def run(options: argparse.Namespace, out: Path) -> str:
     facts = environment("bench.profile_codec", [])
     rows = []
     for name in PHASES:
-        busy = _device_seconds(profiler, name) if cuda else None
-        share = "–" if busy is None else percent(max(0.0, 1 - busy / wall[name]))
-        rows.append(
-            [name, f"{z.tokens:,}", f"{z.ztokens:,}", number(1e3 * wall[name]), f"{z.tokens / wall[name]:,.0f}", share]
-        )
+        idle = percent(max(0.0, 1 - _device_seconds(profiler, name) / wall[name])) if cuda else "–"
+        speed = f"{z.tokens / wall[name]:,.0f}"
+        rows.append([name, f"{z.tokens:,}", f"{z.ztokens:,}", number(1e3 * wall[name]), speed, idle])
     headers = ["phase", "text tokens", "Z-tokens", "ms", "text tokens/s", "time with an idle GPU"]
-    top = profiler.key_averages().table(
-        sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=25, max_name_column_width=60
-    )
+    order = f"self_{'device' if cuda else 'cpu'}_time_total"
+    top = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
     return f"{options.codec}, {len(documents)} documents; {summary(facts)}\n\n{table(headers, rows)}\n\n{top}"
 
 
@@ -96,13 +92,9 @@ def _device_seconds(profiler, phase: str) -> float:
     """Time in which a kernel or copy ran on the GPU while the phase did: the union of their intervals."""
     events = profiler.events()
     (span,) = [e.time_range for e in events if e.name == phase and e.device_type == torch.autograd.DeviceType.CPU]
-    intervals = sorted(
-        (e.time_range.start, e.time_range.end)
-        for e in events
-        if e.device_type == torch.autograd.DeviceType.CUDA
-        and e.name not in PHASES
-        and span.start <= e.time_range.start <= span.end
-    )
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in PHASES]
+    ranges = [(e.time_range.start, e.time_range.end) for e in kernels]
+    intervals = sorted(own for own in ranges if span.start <= own[0] <= span.end)
     busy, end = 0.0, float("-inf")
     for start, stop in intervals:
         busy += max(0.0, stop - max(start, end))

@@ -28,6 +28,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def evaluation_cells(values: dict) -> list[str]:
+    """Accuracy with the true prefix and free-running, ratio and rate of an evaluation at one budget."""
+    accuracies = [percent(values[name]) for name in ("teacher_forced", "free_running")]
+    return [*accuracies, number(values["ratio"]), number(values["rate"])]
+
+
 def _line(row, widths, right) -> str:
     return "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)) + " |"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from bench import results
 from bench.codec.runs import BATCHED, ONE_BY_ONE, PADDED
-from bench.micro import results
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Target:
     least: float
 
 
-def against(op: str, *peers: str, direction: str = "forward", **sizes) -> Callable[[dict, list[dict]], float | None]:
-    """Speed of the preferred backend against the first of `peers` that was measured, on cases of the given sizes.
+def against(
+    op: str, *baselines: str, direction: str = "forward", **sizes
+) -> Callable[[dict, list[dict]], float | None]:
+    """Speed of the preferred backend against the first of `baselines` that was measured, on cases of the given sizes.
 
     Args:
         sizes: a value, or a predicate on the value; `dtype` is compared with the case's dtype.
@@ -40,7 +42,7 @@ def against(op: str, *peers: str, direction: str = "forward", **sizes) -> Callab
         if case["op"] != op or case["direction"] != direction or not _has(case, sizes):
             return None
         ours = results.default_backend(case)
-        theirs = next(filter(None, (results.contender(case, name) for name in peers)), None)
+        theirs = next(filter(None, (results.measured(case, name) for name in baselines)), None)
         return results.seconds(theirs) / results.seconds(ours) if ours and theirs else None
 
     return measure
@@ -52,7 +54,7 @@ def bandwidth_of(op: str, mark: str) -> Callable[[dict, list[dict]], float | Non
     def measure(case, cases):
         if case["op"] != op or case["direction"] != "forward":
             return None
-        ours, theirs = results.default_backend(case), results.contender(case, mark)
+        ours, theirs = results.default_backend(case), results.measured(case, mark)
         return ours["gbs"] / theirs["gbs"] if ours and theirs else None
 
     return measure
@@ -78,13 +80,13 @@ def mixed_against_one(case: dict, cases: list[dict]) -> float | None:
     return None
 
 
-HALF = "bfloat16"
 MOVES = ("ragged_pack", "ragged_unpack", "ragged_gather")
 _MASKS = {"ragged_pack": "boolean mask", "ragged_unpack": "boolean mask", "ragged_gather": "boolean masks"}
 _UNPAD = {"ragged_pack": "flash-attn unpad", "ragged_unpack": "flash-attn pad", "ragged_gather": "boolean masks"}
 COPY_BANDWIDTH = "≥ 70 % of the bandwidth of a copy (torch.clone of a tensor as large as the result)"
 _COMPRESS = "compress, mixed-length documents"
 _HEAD = ("full head + arg-max", "full head + multinomial")
+_VECTOR_QUANTIZE = "vector-quantize-pytorch"
 
 
 def many(documents: int) -> bool:
@@ -92,101 +94,55 @@ def many(documents: int) -> bool:
     return documents > 1
 
 
-TARGETS: tuple[Target, ...] = (
-    Target("nearest code", "≥ 1.5× faiss IndexFlatL2, d = 64", "cpu", against("codebook_assign", "faiss", d=64), 1.5),
-    Target("nearest code", "≥ 1.2× faiss IndexFlatL2, d = 576", "cpu", against("codebook_assign", "faiss", d=576), 1.2),
-    Target(
-        "nearest code",
-        "≥ 1.0× the bare torch.mm of the same shape, fp32",
-        "cpu",
-        against("codebook_assign", "mm", dtype="float32"),
-        1.0,
-    ),
-    Target(
-        "residual search",
-        "≥ 3× vector-quantize-pytorch ResidualVQ, L = 4",
-        "cpu",
-        against("residual_quantize", "vector-quantize-pytorch", L=4),
-        3.0,
-    ),
-    *(Target(op, "≥ 3× boolean masks", "cpu", against(op, _MASKS[op]), 3.0) for op in MOVES),
-    *(Target(op, COPY_BANDWIDTH, "cpu", bandwidth_of(op, "clone"), 0.7) for op in MOVES),
-    Target("LoRA linear", "≥ 1.2× PEFT, forward", "cpu", against("lora_linear", "PEFT"), 1.2),
-    Target("Z head", "≥ 5× the full-vocabulary head + arg-max or multinomial", "cpu", against("z_select", *_HEAD), 5.0),
-    Target(_COMPRESS, "≥ 2× Hugging Face + PEFT, padded", "cpu", against("compress", PADDED, documents=many), 2.0),
-    Target(
-        "decompress",
-        "≥ 5× `generate`, one document after another",
-        "cpu",
-        against("decompress", ONE_BY_ONE, documents=many),
-        5.0,
-    ),
-    Target(
-        "decompress", "≥ 2× `generate`, batched and padded", "cpu", against("decompress", BATCHED, documents=many), 2.0
-    ),
-    Target(
-        "nearest code",
-        "≤ 1.15× the time of the bare matmul, bf16",
-        "cuda",
-        against("codebook_assign", "mm", "mm in blocks", dtype=HALF),
-        1 / 1.15,
-    ),
-    Target(
-        "nearest code",
-        "≥ 1.0× flash-kmeans, d = 128",
-        "cuda",
-        against("codebook_assign", "flash-kmeans", dtype=HALF, d=128),
-        1.0,
-    ),
-    Target(
-        "nearest code",
-        "≥ 1.5× flash-kmeans, d ≥ 1024",
-        "cuda",
-        against("codebook_assign", "flash-kmeans", dtype=HALF, d=lambda d: d >= 1024),
-        1.5,
-    ),
-    Target(
-        "nearest code",
-        "≥ 5× vector-quantize-pytorch",
-        "cuda",
-        against("codebook_assign", "vector-quantize-pytorch"),
-        5.0,
-    ),
-    Target(
-        "residual search",
-        "≥ 5× vector-quantize-pytorch ResidualVQ, L = 4",
-        "cuda",
-        against("residual_quantize", "vector-quantize-pytorch", L=4),
-        5.0,
-    ),
-    *(Target(op, f"≥ 3× {_UNPAD[op]}, end to end", "cuda", against(op, _UNPAD[op]), 3.0) for op in MOVES),
-    *(Target(op, COPY_BANDWIDTH, "cuda", bandwidth_of(op, "clone"), 0.7) for op in MOVES),
-    Target(
-        "LoRA linear",
-        "≥ 1.25× PEFT, forward and backward, rank 16 to 128",
-        "cuda",
-        against("lora_linear", "PEFT", direction="forward+backward", n=1),
-        1.25,
-    ),
-    Target("LoRA linear", "three adapters mixed ≤ 1.15× the time of one", "cuda", mixed_against_one, 1 / 1.15),
-    Target(
-        "Z head", "≥ 3× the full-vocabulary head + arg-max or multinomial", "cuda", against("z_select", *_HEAD), 3.0
-    ),
-    Target(_COMPRESS, "≥ 3× Hugging Face + PEFT, padded", "cuda", against("compress", PADDED, documents=many), 3.0),
-    Target(
-        "decompress",
-        "≥ 10× `generate`, one document after another",
-        "cuda",
-        against("decompress", ONE_BY_ONE, documents=many),
-        10.0,
-    ),
-    Target(
-        "decompress", "≥ 3× `generate`, batched and padded", "cuda", against("decompress", BATCHED, documents=many), 3.0
-    ),
-)
+def _nearest(*baselines: str, **sizes):
+    return against("codebook_assign", *baselines, **sizes)
+
+
+def _codec(op: str, baseline: str):
+    return against(op, baseline, documents=many)
+
+
+def _of_device(device: str, *rows) -> tuple[Target, ...]:
+    return tuple(Target(op, text, device, measure, least) for op, text, measure, least in rows)
+
+
+TARGETS: tuple[Target, ...] = _of_device(
+    "cpu",
+    ("nearest code", "≥ 1.5× faiss IndexFlatL2, d = 64", _nearest("faiss", d=64), 1.5),
+    ("nearest code", "≥ 1.2× faiss IndexFlatL2, d = 576", _nearest("faiss", d=576), 1.2),
+    ("nearest code", "≥ 1.0× the bare torch.mm of the same shape, fp32", _nearest("mm", dtype="float32"), 1.0),
+    ("residual search", "≥ 3× vector-quantize-pytorch ResidualVQ, L = 4",
+     against("residual_quantize", _VECTOR_QUANTIZE, L=4), 3.0),
+    *((op, "≥ 3× boolean masks", against(op, _MASKS[op]), 3.0) for op in MOVES),
+    *((op, COPY_BANDWIDTH, bandwidth_of(op, "clone"), 0.7) for op in MOVES),
+    ("LoRA linear", "≥ 1.2× PEFT, forward", against("lora_linear", "PEFT"), 1.2),
+    ("Z head", "≥ 5× the full-vocabulary head + arg-max or multinomial", against("z_select", *_HEAD), 5.0),
+    (_COMPRESS, "≥ 2× Hugging Face + PEFT, padded", _codec("compress", PADDED), 2.0),
+    ("decompress", "≥ 5× `generate`, one document after another", _codec("decompress", ONE_BY_ONE), 5.0),
+    ("decompress", "≥ 2× `generate`, batched and padded", _codec("decompress", BATCHED), 2.0),
+) + _of_device(
+    "cuda",
+    ("nearest code", "≤ 1.15× the time of the bare matmul, bf16",
+     _nearest("mm", "mm in blocks", dtype="bfloat16"), 1 / 1.15),
+    ("nearest code", "≥ 1.0× flash-kmeans, d = 128", _nearest("flash-kmeans", dtype="bfloat16", d=128), 1.0),
+    ("nearest code", "≥ 1.5× flash-kmeans, d ≥ 1024",
+     _nearest("flash-kmeans", dtype="bfloat16", d=lambda d: d >= 1024), 1.5),
+    ("nearest code", "≥ 5× vector-quantize-pytorch", _nearest(_VECTOR_QUANTIZE), 5.0),
+    ("residual search", "≥ 5× vector-quantize-pytorch ResidualVQ, L = 4",
+     against("residual_quantize", _VECTOR_QUANTIZE, L=4), 5.0),
+    *((op, f"≥ 3× {_UNPAD[op]}, end to end", against(op, _UNPAD[op]), 3.0) for op in MOVES),
+    *((op, COPY_BANDWIDTH, bandwidth_of(op, "clone"), 0.7) for op in MOVES),
+    ("LoRA linear", "≥ 1.25× PEFT, forward and backward, rank 16 to 128",
+     against("lora_linear", "PEFT", direction="forward+backward", n=1), 1.25),
+    ("LoRA linear", "three adapters mixed ≤ 1.15× the time of one", mixed_against_one, 1 / 1.15),
+    ("Z head", "≥ 3× the full-vocabulary head + arg-max or multinomial", against("z_select", *_HEAD), 3.0),
+    (_COMPRESS, "≥ 3× Hugging Face + PEFT, padded", _codec("compress", PADDED), 3.0),
+    ("decompress", "≥ 10× `generate`, one document after another", _codec("decompress", ONE_BY_ONE), 10.0),
+    ("decompress", "≥ 3× `generate`, batched and padded", _codec("decompress", BATCHED), 3.0),
+)  # fmt: skip
 
 ELSEWHERE = {"cpu": (), "cuda": ((_COMPRESS, "host share < 10 %"),)}
-"""By device, targets that no case measures (op, target): the host's share is in the profile of `bench.profile_codec`."""
+"""By device, (op, target) that no case measures: the host's share is in the profile of `bench.profile_codec`."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +173,8 @@ class Verdict:
             return "met"
         key, worst = self.values[0]
         missed = 1 - worst / self.target.least
-        return f"**{'missed' if not self.met else f'met on {self.met} of {len(self.values)}'}**: {100 * missed:.0f} % short at {key}"
+        met = f"met on {self.met} of {len(self.values)}" if self.met else "missed"
+        return f"**{met}**: {100 * missed:.0f} % short at {key}"
 
 
 def judge(target: Target, cases: list[dict]) -> Verdict:

@@ -12,15 +12,18 @@ from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.pretrain import PretrainConfig, build_model, train_tokenizer
 
 CODEC = {
-    "segment_length": 16,
-    "num_codebooks": 2,
-    "codebook_size": 16,
-    "latent_dim": 8,
-    "max_unit_length": 8,
-    "budgets": [2, 4],
-    "lora_rank": 2,
-    "lora_alpha": 2,
-}
+    "segment_length": 16, "num_codebooks": 2, "codebook_size": 16, "latent_dim": 8, "max_unit_length": 8,
+    "budgets": [2, 4], "lora_rank": 2, "lora_alpha": 2,
+}  # fmt: skip
+TRAINING = {
+    "base": "tiny", "out": "unused", "codec": CODEC, "batch_tokens": 256, "chunk_tokens": 64, "continuous_steps": 1,
+    "blend_steps": 1, "surprisal_steps": 1, "sampling_start": 0.5, "sampling_every": 1, "warmup_steps": 1,
+    "eval_documents": 2, "eval_tokens": 32, "kmeans_latents": 64, "threads": 1,
+}  # fmt: skip
+BASE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+    "context": 64,
+}  # fmt: skip
 
 _SENTENCES = (
     "The ferry leaves the small harbour at seven and comes back when the light is gone.",
@@ -46,17 +49,7 @@ def write_texts(path: str | Path, documents: int = 24) -> Path:
 def write_tiny_base(folder: str | Path, texts: str | Path) -> Path:
     """A random two-layer Llama with a byte-level tokenizer of 300 tokens, in Hugging Face format."""
     folder = Path(folder)
-    config = PretrainConfig(
-        out=str(folder),
-        train_files=[str(texts)],
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        context=64,
-    )
+    config = PretrainConfig(out=str(folder), train_files=[str(texts)], **BASE)
     tokenizer = train_tokenizer(config)
     build_model(config, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from bench.codec.runs import TINY
-from bench.environment import ROOT
-from bench.micro.shapes import mixed_lengths
+from bench.machine import ROOT
 from bench.tiny import write_texts, write_tiny_codec
 from ztok_fast.codec.base_model import BaseModel, BaseModelError, load_base
 from ztok_fast.codec.codec import MODELS, ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.ops.spec import mixed_lengths
 
 TEXTS = ("ztok_fast/data/demo.txt", "tests/data/unseen.txt")
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 import ztok_fast
 from bench.codec import files
-from bench.micro.case import Mismatch
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.passes import encode_documents, stack_windows
 from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.ops.spec import Mismatch
 
 DISTANCE_ROUNDING = 1e-4
-"""How much farther, relative to the squared length of the latent, a code may be than the nearest: float32 rounding of the
-hidden states reaches the latents."""
+"""How much farther than the nearest a code may be, relative to the squared length of the latent: float32 rounding of
+the hidden states reaches the latents."""
 LOGIT_ROUNDING = 1e-3
 """How far below the best logit a written token's may be; a tenth of the margin that exact mode allows for rounding."""
 

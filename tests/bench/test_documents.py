@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme
-from bench.model_card import CARDS, CardError, training_table, write_card
+from bench import documents
+from bench.documents import CARDS, DocumentError, training_table, write_card
 from bench.tables import number, table
 from ztok_fast.codec import zfile
 from ztok_fast.codec.config import ZTokConfig
@@ -55,15 +55,15 @@ def test_scripts_that_documents_name_exist(path):
 
 
 def test_the_readme_shows_the_results_in_the_repository():
-    assert readme.main(["--check"]) == 0
+    assert documents.main(["readme", "--check"]) == 0
 
 
 def test_a_block_is_replaced_and_what_is_around_it_kept():
     text = "before\n<!-- x -->\nold\n\\1 old\n<!-- end of x -->\nafter\n"
-    assert readme.fill_block(text, "x", "a\\1b") == "before\n<!-- x -->\na\\1b\n<!-- end of x -->\nafter\n"
-    assert "<!-- demo output -->" in readme.README.read_text()
-    with pytest.raises(readme.BlockError, match="expected one block 'y'"):
-        readme.fill_block(text, "y", "new")
+    assert documents.fill_block(text, "x", "a\\1b") == "before\n<!-- x -->\na\\1b\n<!-- end of x -->\nafter\n"
+    assert "<!-- demo output -->" in documents.README.read_text()
+    with pytest.raises(DocumentError, match="expected one block 'y'"):
+        documents.fill_block(text, "y", "new")
 
 
 ENVIRONMENT = {
@@ -76,18 +76,11 @@ ENVIRONMENT = {
 }
 
 
+EVALUATION = {"teacher_forced": 0.9876, "free_running": 0.9012, "ratio": 2.01, "rate": 5.5}
+
+
 def results():
-    point = {
-        "units": "learned",
-        "levels": 2,
-        "budget": 2.0,
-        "ratio": 2.01,
-        "rate": 5.5,
-        "teacher_forced": 0.9876,
-        "free_running": 0.9012,
-        "loss_bits": 0.25,
-        "length_surprisal_correlation": -0.3,
-    }
+    point = {"units": "learned", "levels": 2, "budget": 2.0, "loss_bits": 0.25, **EVALUATION}
     few = {**point, "levels": 1, "rate": 3.5, "free_running": 0.4}
     return {
         "environment": ENVIRONMENT,
@@ -100,9 +93,9 @@ def results():
 
 
 def test_measured_tables_hold_the_results_and_their_command(tmp_path):
-    assert readme.measured(tmp_path) == "No results file is in `docs/results` yet."
+    assert documents.measured(tmp_path) == "No results file is in `docs/results` yet."
     (tmp_path / "tiny.json").write_text(json.dumps(results()))
-    text = readme.measured(tmp_path)
+    text = documents.measured(tmp_path)
     assert "98.8 %" in text and "90.1 %" in text and "40.0 %" not in text
     assert "4.75" in text and "33.3 %" in text and "1,234 text tokens" in text
     assert "`python -m bench.curves --codec tiny` (commit abc; Python 3.11; torch 2.13; peft 0.21; A CPU" in text
@@ -115,16 +108,9 @@ def card_files(tmp_path):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(ZTokConfig(base_model="tiny").to_dict()))
     (model / "codec.safetensors").write_bytes(bytes(1234))
-    own = {"teacher_forced": 0.5, "free_running": 0.25, "ratio": 2.0, "rate": 5.0}
-    rows = [
-        {
-            "step": step,
-            "codes_alive": [16, 15],
-            "perplexity": [12.4, 11.0],
-            **({"eval": {"base": {}, "2": own}} if step % 2 == 0 else {}),
-        }
-        for step in range(1, 42)
-    ]
+    use = {"codes_alive": [16, 15], "perplexity": [12.4, 11.0]}
+    evaluated = {"eval": {"base": {}, "2": EVALUATION}}
+    rows = [{"step": step, **use, **(evaluated if step % 2 == 0 else {})} for step in range(1, 42)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation.write_text(json.dumps(results()))
     return run, model, evaluation
@@ -145,16 +131,16 @@ def test_a_card_of_another_codec_is_refused(card_files):
     other = results()
     other["codec"]["name"] = "another"
     evaluation.write_text(json.dumps(other))
-    with pytest.raises(CardError, match="expected one of tiny, got one of another"):
+    with pytest.raises(DocumentError, match="expected results of tiny, got those of another"):
         write_card(run, model, evaluation, CARDS / "ztok-mini.md")
     (run / "metrics.jsonl").unlink()
-    with pytest.raises(CardError, match="run: expected the file"):
+    with pytest.raises(DocumentError, match="run: expected the file"):
         write_card(run, model, evaluation, CARDS / "ztok-mini.md")
 
 
 def test_the_training_table_is_thinned_to_the_last_evaluation():
-    own = {"teacher_forced": 0.5, "free_running": 0.25, "ratio": 2.0, "rate": 5.0}
-    rows = [{"step": n, "eval": {"base": {}, "2": own}, "codes_alive": [1], "perplexity": [1.0]} for n in range(1, 100)]
+    own = {"eval": {"base": {}, "2": EVALUATION}, "codes_alive": [1], "perplexity": [1.0]}
+    rows = [{"step": n, **own} for n in range(1, 100)]
     steps = [int(line.split("|")[1]) for line in training_table(rows).splitlines()[2:] if line.startswith("|")]
     assert len(steps) <= 8 and steps[-1] == 99 and steps == sorted(steps)
 
@@ -162,7 +148,7 @@ def test_the_training_table_is_thinned_to_the_last_evaluation():
 def test_a_run_that_ended_before_its_first_evaluation_says_so():
     text = training_table([{"step": 1, "accuracy": 0.25}, {"step": 20, "accuracy": 0.5}])
     assert "after 20 steps, before its first evaluation" in text and "25.0 %" in text and "50.0 %" in text
-    with pytest.raises(CardError, match="at least one step"):
+    with pytest.raises(DocumentError, match="at least one step"):
         training_table([])
 
 

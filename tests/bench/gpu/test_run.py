@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.micro import once, results
+from bench import results
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(
@@ -21,23 +21,24 @@ STUB = """#!/usr/bin/env bash
 case "$*" in
     "-m pytest"*) echo "2 failed in 1 s"; exit 1 ;;
     *bench.profile_codec*) sleep 60 ;;
-    *bench.micro.once*) exit 9 ;;
+    *bench.once*) exit 9 ;;
 esac
 """
 
 
-def run_script(out, *arguments, python=sys.executable):
-    environment = {**os.environ, "PYTHON": str(python)}
+def run_script(out, *arguments, **environment):
+    environment = environment or {**os.environ, "PYTHON": sys.executable}
     environment.pop("OUT", None)
-    if out is not None:
-        environment["OUT"] = str(out)
-    return subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu" / "run.sh"), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    environment |= {} if out is None else {"OUT": str(out)}
+    command = ["bash", str(ROOT / "bench" / "gpu" / "run.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def stub(path, text):
+    """An interpreter that does what the text says."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
 
 
 def result_of(printed):
@@ -49,10 +50,8 @@ def result_of(printed):
 
 
 def test_a_failed_or_hanging_step_is_reported_and_stops_no_other(tmp_path):
-    stub = tmp_path / "python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    run = run_script(tmp_path / "out", "--dry", "--seconds", "14", python=stub)
+    environment = {**os.environ, "PYTHON": stub(tmp_path / "python", STUB)}
+    run = run_script(tmp_path / "out", "--dry", "--seconds", "14", **environment)
     found = result_of(run.stdout)
     assert run.returncode == 1
     assert list(found) == STEPS[: len(found)] and found["build"] == "ok" and found["bench"] == "ok"
@@ -70,19 +69,10 @@ def test_a_step_that_cannot_run_is_skipped_with_its_reason(tmp_path):
     tools.mkdir()
     for name in ("bash", "env", "date", "timeout", "tail", "grep", "mkdir", "tee", "dirname", "ls", "sleep"):
         (tools / name).symlink_to(shutil.which(name))
-    stub = tmp_path / "python"
-    stub.write_text("#!/usr/bin/env bash\nexit 0\n")
-    stub.chmod(0o755)
-    environment = {"PATH": str(tools), "PYTHON": str(stub), "OUT": str(tmp_path / "out")}
     if Path("/usr/local/cuda/bin/compute-sanitizer").exists():
         pytest.skip("it is installed at its usual place")
-    run = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu" / "run.sh"), "--steps", "memcheck,racecheck"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    environment = {"PATH": str(tools), "PYTHON": stub(tmp_path / "python", "#!/usr/bin/env bash\nexit 0\n")}
+    run = run_script(tmp_path / "out", "--steps", "memcheck,racecheck", **environment)
     assert run.returncode == 0, run.stderr
     skipped = "skipped: compute-sanitizer is not installed"
     assert result_of(run.stdout) == {"memcheck": skipped, "racecheck": skipped}
@@ -118,27 +108,7 @@ def test_the_whole_dry_run(tmp_path):
     assert list(found) == STEPS
     assert all(result == "ok" or result.startswith("skipped") for result in found.values())
     assert {case["op"] for case in results.load(tmp_path / "bench-cpu.json")["cases"]} == {"ragged_pack", "z_select"}
-    assert {case["op"] for case in results.load(tmp_path / "bench-codec-cpu.json")["cases"]} == {
-        "compress",
-        "decompress",
-    }
+    runs = {case["op"] for case in results.load(tmp_path / "bench-codec-cpu.json")["cases"]}
+    assert runs == {"compress", "decompress"}
     assert "text tokens/s" in (tmp_path / "profile.txt").read_text()
     assert (tmp_path / "trace.json.gz").stat().st_size > 1000
-
-
-def broken(mass, cu_seqlens, threshold, mode):
-    from ztok_fast.ops.halting import reference
-
-    weights, ends, *rest = reference.halting_units(mass, cu_seqlens, threshold, mode)
-    return weights, ~ends, *rest
-
-
-def test_once_fails_for_a_backend_that_is_wrong(monkeypatch, capsys):
-    from ztok_fast.ops import requirements
-
-    assert once.main(["--ops", "halting_units", "--set", "tiny", "--backends", "reference"]) == 0
-    assert "2 runs of backends, 0 red" in capsys.readouterr().out
-    row = requirements.Requirement("halting_units", "broken", f"{__name__}:broken", ("cpu",))
-    monkeypatch.setattr(requirements, "REQUIREMENTS", (row, *requirements.REQUIREMENTS))
-    assert once.main(["--ops", "halting_units", "--set", "tiny", "--backends", "broken"]) == 1
-    assert "halting_units[B=3,S=20]/float32/forward: broken: wrong" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.micro import results
+from bench import results
 
 NEAREST_LINES = {"M": {"V": 1024, "d": 128}, "V": {"M": 256, "d": 128}, "d": {"M": 256, "V": 4096}}
 
@@ -14,16 +14,15 @@ def draw(found: dict, folder: Path, device: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     cases = [case for case in found["cases"] if case["device"] == device]
     drawn = []
-    for name, function in (("nearest", _nearest), ("roofline", _roofline)):
-        figure = function(found, cases)
+    for name, figure in (("nearest", _nearest(cases)), ("roofline", _roofline(found, cases))):
         if figure is not None:
-            path = folder / f"bench-{device}-{name}.png"
-            figure.savefig(path, dpi=130, metadata={"Software": None})
-            drawn.append(path)
+            drawn.append(folder / f"bench-{device}-{name}.png")
+            figure.savefig(drawn[-1], dpi=130, metadata={"Software": None})
     return drawn
 
 
-def _new_figure(width, height):
+def new_figure(width: float, height: float):
+    """A figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,45 +32,33 @@ def _new_figure(width, height):
 
 
 def _lines(cases, axis, fixed):
-    """{contender: [(size on the axis, milliseconds)]} of the fp32 or, where there are none, the bf16 forward cases."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """{implementation: [(size, milliseconds)]} of the fp32 or, where there are none, the bf16 forward cases."""
     for dtype in ("float32", "bfloat16"):
+        lines: dict[str, list[tuple[int, float]]] = {}
         for case in cases:
-            shape = case["shape"]
-            if case["op"] != "codebook_assign" or case["direction"] != "forward" or case["dtype"] != dtype:
-                continue
-            if any(shape[name] != size for name, size in fixed.items()):
-                continue
-            for entry in case["contenders"]:
-                if entry["status"] == "ok":
+            kind = (case["op"], case["direction"], case["dtype"])
+            if kind == ("codebook_assign", "forward", dtype) and fixed.items() <= case["shape"].items():
+                for entry in (own for own in case["implementations"] if own["status"] == "ok"):
                     name = f"ztok_fast, {entry['name']}" if entry["kind"] == "backend" else entry["name"]
-                    lines.setdefault(name, []).append((shape[axis], 1e3 * results.seconds(entry)))
+                    lines.setdefault(name, []).append((case["shape"][axis], 1e3 * results.seconds(entry)))
         if lines:
-            break
-    return {name: sorted(points) for name, points in lines.items()}
+            return {name: sorted(points) for name, points in lines.items()}
+    return {}
 
 
-def _nearest(found, cases):
+def _nearest(cases):
     panels = {axis: _lines(cases, axis, fixed) for axis, fixed in NEAREST_LINES.items()}
     panels = {axis: lines for axis, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
     if not panels:
         return None
-    figure = _new_figure(4.2 * len(panels), 4.4)
+    figure = new_figure(4.2 * len(panels), 4.4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for plot, (axis, lines) in zip(axes, panels.items()):
         for name, points in lines.items():
-            own = name.startswith("ztok_fast")
-            mark = name.startswith("mm")
-            plot.plot(
-                *zip(*points),
-                marker="o",
-                markersize=4,
-                label=name,
-                color=f"C{names.index(name) % 10}",
-                linewidth=2.2 if own else 1.0,
-                linestyle=":" if mark else "-",
-            )
+            style = {"linewidth": 2.2 if name.startswith("ztok_fast") else 1.0, "marker": "o", "markersize": 4}
+            style |= {"color": f"C{names.index(name) % 10}", "linestyle": ":" if name.startswith("mm") else "-"}
+            plot.plot(*zip(*points), label=name, **style)
         fixed = ", ".join(f"{name} = {size}" for name, size in NEAREST_LINES[axis].items())
         plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="median time, ms", title=fixed)
         plot.grid(alpha=0.3)
@@ -84,34 +71,22 @@ def _roofline(found, cases):
     """Left: operations per second against operations per byte. Right: bytes per second of the ops that only move."""
     if not cases:
         return None
-    figure = _new_figure(11, 4.6)
+    figure = new_figure(11, 4.6)
     left, right = figure.subplots(1, 2)
     marks = found["runs"][cases[-1]["run"]]["marks"]
-    names = list(dict.fromkeys(case["op"] for case in cases))
-    for number, name in enumerate(names):
-        counted, moved = [], []
-        for case in cases:
-            ours = results.default_backend(case)
-            if case["op"] != name or ours is None:
-                continue
-            work = case["work"]
-            if work["flops"]:
-                counted.append((work["flops"] / work["bytes"], ours["gflops"]))
-            else:
-                moved.append((work["bytes"] / 1e6, ours["gbs"]))
+    for number, name in enumerate(dict.fromkeys(case["op"] for case in cases)):
+        timed = [(case["work"], results.default_backend(case)) for case in cases if case["op"] == name]
+        timed = [(work, ours) for work, ours in timed if ours is not None]
+        counted = [(work["flops"] / work["bytes"], ours["gflops"]) for work, ours in timed if work["flops"]]
+        moved = [(work["bytes"] / 1e6, ours["gbs"]) for work, ours in timed if not work["flops"]]
         for plot, points in ((left, counted), (right, moved)):
             if points:
                 plot.scatter(*zip(*points), label=name, color=f"C{number % 10}", s=22)
     intensities = [2.0**power for power in range(-3, 12)]
     for dtype, rate in marks["mm_gflops"].items():
-        left.plot(
-            intensities,
-            [min(rate, x * marks["copy_gbs"]) for x in intensities],
-            color="black",
-            linewidth=1,
-            linestyle="-" if dtype == "float32" else "--",
-            label=f"copy and torch.mm, {dtype}",
-        )
+        reached = [min(rate, x * marks["copy_gbs"]) for x in intensities]
+        style = {"color": "black", "linewidth": 1, "linestyle": "-" if dtype == "float32" else "--"}
+        left.plot(intensities, reached, label=f"copy and torch.mm, {dtype}", **style)
     left.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
     right.axhline(marks["copy_gbs"], color="black", linewidth=1, label="a large copy")
     right.set(xscale="log", xlabel="MB read and written", ylabel="GB/s", ylim=(0, None))

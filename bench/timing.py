@@ -41,7 +41,7 @@ def stats(samples: Sequence[float], calls_per_sample: int) -> Stats:
 
 
 @dataclass
-class Contender:
+class Timed:
     """Something to be timed: one call per input set, made inside `context` (the forced backend)."""
 
     name: str
@@ -59,6 +59,30 @@ class Contender:
         self.position = (self.position + self.repeats) % n
         return chosen
 
+    def sample(self, cuda: bool) -> float:
+        """Seconds per call: by CUDA events or by the wall clock."""
+        calls = self.next_calls()
+        if cuda:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self.context():
+            begin = start.record() if cuda else time.perf_counter_ns()
+            for call in calls:
+                call()
+            end = stop.record() if cuda else time.perf_counter_ns()
+        if cuda:
+            stop.synchronize()
+            return start.elapsed_time(stop) / (1e3 * len(calls))
+        return (end - begin) / (1e9 * len(calls))
+
+    def warm_up(self, cuda: bool, seconds: float) -> None:
+        """Run for a while; the fastest sample seen decides the number of calls per sample."""
+        stop = time.perf_counter() + seconds
+        fastest = self.sample(cuda)
+        while time.perf_counter() < stop:
+            fastest = min(fastest, self.sample(cuda))
+        self.repeats = max(1, round((GRAPH_SECONDS if cuda else SAMPLE_SECONDS) / max(fastest, 1e-9)))
+        self.samples.clear()
+
 
 @contextmanager
 def no_garbage_collection():
@@ -73,76 +97,41 @@ def no_garbage_collection():
             gc.enable()
 
 
-def _wall_sample(contender: Contender) -> float:
-    calls = contender.next_calls()
-    with contender.context():
-        start = time.perf_counter_ns()
-        for call in calls:
-            call()
-        stop = time.perf_counter_ns()
-    return (stop - start) / (1e9 * len(calls))
-
-
-def _event_sample(contender: Contender) -> float:
-    calls = contender.next_calls()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with contender.context():
-        start.record()
-        for call in calls:
-            call()
-        stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / (1e3 * len(calls))
-
-
-def _warm_up(contender: Contender, sample: Callable[[Contender], float], seconds: float) -> float:
-    """Run for a while; returns the fastest sample seen, from which the number of calls per sample follows."""
-    stop = time.perf_counter() + seconds
-    fastest = sample(contender)
-    while time.perf_counter() < stop:
-        fastest = min(fastest, sample(contender))
-    return fastest
-
-
 def take_turns(
-    contenders: Sequence[Contender], seconds: float, cuda: bool = False, min_rounds: int = 5, max_rounds: int = 400
+    entries: Sequence[Timed], seconds: float, cuda: bool = False, min_rounds: int = 5, max_rounds: int = 400
 ) -> dict[str, Stats]:
-    """Time all contenders within about `seconds`, each once per round, every other round in reverse order.
+    """Time all within about `seconds`, each once per round, every other round in reverse order.
 
     Args:
-        seconds: for all contenders together; `min_rounds` may take longer.
+        seconds: for all together; `min_rounds` may take longer.
         cuda: time with CUDA events and not with the wall clock.
     """
-    sample = _event_sample if cuda else _wall_sample
     with no_garbage_collection():
-        for contender in contenders:
-            fastest = _warm_up(contender, sample, min(WARM_UP_SECONDS, seconds / (4 * len(contenders))))
-            least = GRAPH_SECONDS if cuda else SAMPLE_SECONDS
-            contender.repeats = max(1, round(least / max(fastest, 1e-9)))
-            contender.samples.clear()
+        for entry in entries:
+            entry.warm_up(cuda, min(WARM_UP_SECONDS, seconds / (4 * len(entries))))
         start = time.perf_counter()
         for number in range(max_rounds):
             if number >= min_rounds and time.perf_counter() - start > seconds:
                 break
-            for contender in contenders if number % 2 == 0 else reversed(contenders):
-                contender.samples.append(sample(contender))
-    return {contender.name: stats(contender.samples, contender.repeats) for contender in contenders}
+            for entry in entries if number % 2 == 0 else reversed(entries):
+                entry.samples.append(entry.sample(cuda))
+    return {entry.name: stats(entry.samples, entry.repeats) for entry in entries}
 
 
-def graph_of(contender: Contender) -> Contender:
-    """The contender's calls, one per input set, captured in one CUDA graph; a call of the result replays it.
+def graph_of(entry: Timed) -> Timed:
+    """The calls, one per input set, captured in one CUDA graph; a call of the result replays it.
 
     Raises:
         RuntimeError: something in them cannot be captured (it synchronises, say).
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with contender.context():
+    with entry.context():
         with torch.cuda.stream(stream):  # allocations and lazy initialisation happen before the capture
-            for call in contender.calls:
+            for call in entry.calls:
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = [call() for call in contender.calls]
-    return Contender(contender.name, [graph.replay], contender.context, kept=(graph, kept))
+            kept = [call() for call in entry.calls]
+    return Timed(entry.name, [graph.replay], entry.context, kept=(graph, kept))

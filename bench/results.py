@@ -11,27 +11,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 STATUSES = ("ok", "wrong", "failed", "missing", "skipped")
-"""Of a contender: measured; its answer is not the right one; it raised; its package is not installed; it does not apply
+"""Of an implementation: measured; its answer is wrong; it raised; its package is not installed; it does not apply
 (another dtype, no backward, too much memory). All but `ok` carry a reason and no time."""
-CASE_FIELDS = {
-    "key",
-    "op",
-    "shape",
-    "dtype",
-    "direction",
-    "device",
-    "set",
-    "cold",
-    "input_sets",
-    "run",
-    "work",
-    "marks",
-    "disturbance",
-    "contenders",
-}
-CONTENDER_FIELDS = {"name", "kind", "status", "reason", "checked"}
+CASE_FIELDS = set(
+    "key op shape dtype direction device set cold input_sets run work marks disturbance implementations".split()
+)
+IMPLEMENTATION_FIELDS = {"name", "kind", "status", "reason", "checked"}
 TIME_FIELDS = {"seconds", "gflops", "gbs", "roofline"}
 
 
@@ -64,23 +51,17 @@ def load_all(paths: Sequence[str | Path]) -> dict | None:
         ResultsError: as `load`, or two files have the same case.
     """
     found = [load(path) for path in paths if Path(path).is_file()]
-    if not found:
-        return None
-    joined = {
-        "schema": SCHEMA,
-        "runs": {name: facts for own in found for name, facts in own["runs"].items()},
-        "cases": [case for own in found for case in own["cases"]],
-    }
+    runs = {name: facts for own in found for name, facts in own["runs"].items()}
+    joined = {"schema": SCHEMA, "runs": runs, "cases": [case for own in found for case in own["cases"]]}
     validate(joined)
-    return joined
+    return joined if found else None
 
 
 def validate(results: dict) -> None:
     """Raise `ResultsError` unless the results have this module's schema."""
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise ResultsError(
-            f"results: expected schema {SCHEMA}, got {results.get('schema') if isinstance(results, dict) else results!r}"
-        )
+    schema = results.get("schema") if isinstance(results, dict) else results
+    if schema != SCHEMA:
+        raise ResultsError(f"results: expected schema {SCHEMA}, got {schema!r}")
     keys = set()
     for case in results["cases"]:
         name = case.get("key", "?")
@@ -91,31 +72,27 @@ def validate(results: dict) -> None:
         if name in keys:
             raise ResultsError(f"{name}: stands twice in the file")
         keys.add(name)
-        for contender in case["contenders"]:
-            _validate_contender(f"{name}, {contender.get('name', '?')}", contender)
+        for own in case["implementations"]:
+            _validate_implementation(f"{name}, {own.get('name', '?')}", own)
 
 
-def _validate_contender(name: str, contender: dict) -> None:
-    if missing := CONTENDER_FIELDS - contender.keys():
+def _validate_implementation(name: str, own: dict) -> None:
+    if missing := IMPLEMENTATION_FIELDS - own.keys():
         raise ResultsError(f"{name}: lacks {', '.join(sorted(missing))}")
-    if contender["status"] not in STATUSES:
-        raise ResultsError(f"{name}: expected a status of {', '.join(STATUSES)}, got {contender['status']!r}")
-    timed = TIME_FIELDS & contender.keys()
-    if contender["status"] == "ok" and timed != TIME_FIELDS:
+    if own["status"] not in STATUSES:
+        raise ResultsError(f"{name}: expected a status of {', '.join(STATUSES)}, got {own['status']!r}")
+    timed = TIME_FIELDS & own.keys()
+    if own["status"] == "ok" and timed != TIME_FIELDS:
         raise ResultsError(f"{name}: lacks {', '.join(sorted(TIME_FIELDS - timed))}")
-    if contender["status"] != "ok" and (timed or not contender["reason"]):
-        raise ResultsError(f"{name}: status {contender['status']!r} needs a reason and no time")
+    if own["status"] != "ok" and (timed or not own["reason"]):
+        raise ResultsError(f"{name}: status {own['status']!r} needs a reason and no time")
 
 
 def put(results: dict, run: str, environment: dict, case: dict) -> None:
     """Add a case, or replace the one of its key; runs that no case names any more go."""
     results["runs"][run] = environment
-    for index, old in enumerate(results["cases"]):
-        if old["key"] == case["key"]:
-            results["cases"][index] = case
-            break
-    else:
-        results["cases"].append(case)
+    cases = {own["key"]: own for own in results["cases"]} | {case["key"]: case}
+    results["cases"] = list(cases.values())
     used = {entry["run"] for entry in results["cases"]}
     results["runs"] = {name: facts for name, facts in results["runs"].items() if name in used}
 
@@ -129,20 +106,15 @@ def save(results: dict, path: str | Path) -> None:
     os.replace(scratch, path)
 
 
-def contender(case: dict, name: str) -> dict | None:
-    """The measured contender of a name in a case, None when it has no time."""
-    for entry in case["contenders"]:
-        if entry["name"] == name and entry["status"] == "ok":
-            return entry
-    return None
+def measured(case: dict, name: str) -> dict | None:
+    """The entry of a name in a case, None when it has no time."""
+    return next((own for own in case["implementations"] if own["name"] == name and own["status"] == "ok"), None)
 
 
 def default_backend(case: dict) -> dict | None:
     """The backend that the op chooses by itself for this case, when it was measured."""
-    for entry in case["contenders"]:
-        if entry["kind"] == "backend" and entry.get("default") and entry["status"] == "ok":
-            return entry
-    return None
+    own = (own for own in case["implementations"] if own["kind"] == "backend" and own.get("default"))
+    return next((entry for entry in own if entry["status"] == "ok"), None)
 
 
 def seconds(entry: dict) -> float:
@@ -155,7 +127,7 @@ def disturbed(entry: dict) -> float:
     return sum((entry["disturbance"] or {}).values())
 
 
-def best_peer(case: dict) -> dict | None:
-    """The fastest measured peer of a case; marks and backends are none."""
-    peers = [entry for entry in case["contenders"] if entry["kind"] == "peer" and entry["status"] == "ok"]
-    return min(peers, key=seconds, default=None)
+def best_baseline(case: dict) -> dict | None:
+    """The fastest measured baseline of a case; marks and backends are none."""
+    found = [own for own in case["implementations"] if own["kind"] == "baseline" and own["status"] == "ok"]
+    return min(found, key=seconds, default=None)

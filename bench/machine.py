@@ -1,32 +1,70 @@
-"""The machine that is measured on: threads, what its units reach (the marks), and what is recorded of it."""
+"""The machine that is measured on: threads, what it reaches (the marks), what else runs on it, and what is recorded."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import shlex
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 PINNED = {"GOMP_SPINCOUNT": "0"}
 """Set before libgomp is loaded, unless the user has set it: where threads spin for work, a machine with as many busy
 processes as cores gives small ops multiples of a scheduler tick."""
 RECORDED = (
-    "OMP_",
-    "GOMP_",
-    "KMP_",
-    "OPENBLAS_",
-    "MKL_",
-    "MALLOC_",
-    "GLIBC_TUNABLES",
-    "TORCH",
-    "ZTOK_",
-    "TRITON_",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_",
-    "LD_PRELOAD",
+    "OMP_ GOMP_ KMP_ OPENBLAS_ MKL_ MALLOC_ GLIBC_TUNABLES TORCH ZTOK_ TRITON_ CUDA_VISIBLE_DEVICES PYTORCH_ LD_PRELOAD"
 )
-PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "pytest-benchmark", "matplotlib")
+"""Beginnings of the names of environment variables that go into the results."""
+PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "matplotlib")
+
+
+def environment(module: str, arguments: list[str]) -> dict:
+    """Facts for a results file: those of the doctor, the command and the commit.
+
+    Args:
+        module: the script's module name, e.g. `"bench.curves"`; arguments: its command line.
+    """
+    from ztok_fast import doctor
+
+    found = doctor.environment()
+    found["cpu"]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"command": shlex.join(["python", "-m", module, *arguments]), "commit": commit(), **found}
+
+
+def commit() -> str | None:
+    """The checkout's commit, with `-dirty` where tracked files differ from it.
+
+    Outside a checkout that of the variable `BENCH_COMMIT`, for a tree that was copied without its history; else `None`.
+    """
+    # Without this, a source tree unpacked inside another project's checkout would report that project's commit.
+    if not (ROOT / ".git").exists():
+        return os.environ.get("BENCH_COMMIT")
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def summary(facts: dict) -> str:
+    """Commit, versions and machine of :func:`environment` in one line."""
+    own, cpu = facts["packages"], facts["cpu"]
+    packages = [f"{name} {own[name]}" for name in ("torch", "transformers", "peft") if own.get(name)]
+    processor = f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads"
+    devices = [device["name"] for device in facts["cuda"]["devices"]]
+    return "; ".join([f"commit {facts['commit']}", f"Python {facts['python']}", *packages, processor, *devices])
+
+
+def write_json(path: str | Path, results: dict) -> None:
+    """Write results, with the folders that are missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def restart_with_pinned_environment(module: str, arguments: list[str], threads: int | None) -> None:
@@ -63,9 +101,9 @@ def pin_threads(threads: int | None) -> int:
 
 def last_cache_bytes(device) -> int:
     """Size of the last cache: L2 of a GPU, the largest that Linux reports of the CPU, 32 MB where it reports none."""
-    import torch
-
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [32 << 20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -93,11 +131,10 @@ class Disturbance:
         if before is None or after is None:
             return
         ticks = [b - a for a, b in zip(before, after)]
-        total = max(1, sum(ticks))
         mine = (own.user + own.system - self._own.user - self._own.system) * os.sysconf("SC_CLK_TCK")
         user, nice, system, idle, wait, irq, softirq, steal = ticks
-        busy = user + nice + system + irq + softirq
-        self.shares = {"others": round(max(0.0, busy - mine) / total, 4), "steal": round(steal / total, 4)}
+        others, total = max(0.0, user + nice + system + irq + softirq - mine), max(1, sum(ticks))
+        self.shares = {"others": round(others / total, 4), "steal": round(steal / total, 4)}
 
 
 def _processor_ticks() -> list[int] | None:
@@ -121,50 +158,38 @@ def marks(device, seconds: float = 1.0, size: int | None = None, count: int | No
     """
     import torch
 
-    from bench.micro.timing import Contender, take_turns
+    from bench.timing import Timed, take_turns
 
     cuda = device.type == "cuda"
     size = size or (8192 if cuda else 2048)
     count = count or ((1 << 30) if cuda else (1 << 27))
-    dtypes = (torch.float32, torch.bfloat16) if cuda else (torch.float32,)
-    contenders = []
-    for dtype in dtypes:
+
+    def product(dtype):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        contenders.append(Contender(str(dtype), [_mm_call(a, b, out)], torch.no_grad))
+        return Timed(str(dtype).removeprefix("torch."), [lambda: torch.mm(a, b, out=out)], torch.no_grad)
+
+    products = [product(dtype) for dtype in ((torch.float32, torch.bfloat16) if cuda else (torch.float32,))]
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    contenders.append(Contender("copy", [lambda: target.copy_(source)], torch.no_grad))
-    found = take_turns(contenders, seconds, cuda)
+    copy = Timed("copy", [lambda: target.copy_(source)], torch.no_grad)
+    found = take_turns([*products, copy], seconds, cuda)
     return {
-        "mm_gflops": {name.removeprefix("torch."): 2e-9 * size**3 / found[name].median for name in map(str, dtypes)},
+        "mm_gflops": {own.name: 2e-9 * size**3 / found[own.name].median for own in products},
         "mm_size": size,
         "copy_gbs": 2e-9 * count / found["copy"].median,
         "copy_bytes": count,
     }
 
 
-def _mm_call(a, b, out):
-    import torch
-
-    return lambda: torch.mm(a, b, out=out)
-
-
 def facts(arguments: list[str], threads: int, device) -> dict:
     """What is recorded with every run: command, commit, date, versions, machine, threads, variables."""
-    from importlib import metadata
-
-    from bench.environment import environment
-
     found = environment("bench", arguments)
     found["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found["threads"] = threads
-    found["last_cache_bytes"] = last_cache_bytes(device)
+    found["threads"], found["last_cache_bytes"] = threads, last_cache_bytes(device)
     found["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found["variables"] = {
-        **found["variables"],
-        **{name: value for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)},
-    }
+    recorded = tuple(RECORDED.split())
+    found["variables"] |= {name: value for name, value in sorted(os.environ.items()) if name.startswith(recorded)}
     for name in PACKAGES:
         try:
             found["packages"][name] = metadata.version(name)
