@@ -154,6 +154,8 @@ def zhead(width, size, count, dtype):
             3,
             ids,
         )
+    tokens = torch.randint(-1, size, (count,))
+    ops.token_scores(rows(count, width, dtype=dtype).detach(), rows(size, width, dtype=dtype).detach(), tokens)
 
 
 def main(isa: int) -> None:
@@ -165,7 +167,7 @@ def main(isa: int) -> None:
         setattr(torch.ops.ztok, name, GuardedOp(getattr(torch.ops.ztok, name)))
     for op in OPS.values():
         if any(backend.name == "cpp" for backend in op.backends):
-            op.default = GuardedOp(op.default)
+            op._compiled = GuardedOp(op.default)
             wanted.add(op.name)
     with ztok_fast.backend("cpp"):
         for dtype in DTYPES:
