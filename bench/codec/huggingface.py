@@ -7,6 +7,7 @@ attention or decoding. Only what the shipped codecs use is written here; others 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,11 +114,10 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
         ids, valid, document_of_row, index = ids[used], valid[used], document_of_row[used], index[used]
 
     embeds = parts.model.get_input_embeddings()(ids)
-    told = torch.tensor([1.0, ratio], device=device)
-    told[1] = told[1].log2() - 1
+    budget = torch.tensor([1.0, math.log2(ratio) - 1], device=device)
     positions = torch.arange(S, device=device).expand_as(ids)
     hidden = parts.model.model(
-        inputs_embeds=embeds + told @ weights["budget_embedding"],
+        inputs_embeds=embeds + budget @ weights["budget_embedding"],
         attention_mask=valid.long(),
         position_ids=positions,
         use_cache=False,
@@ -132,7 +132,7 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
     wanted = (lengths.to(device) / ratio).clamp(min=1.0)
     factor = (1 + SEGMENT_SPREAD * ((index * 0.6180339887) % 1 - 0.5))[:, None]
     spread = mass * factor
-    low = torch.full((B,), -max(4.0, float(torch.tensor(config.max_unit_length).log2())), device=device)
+    low = torch.full((B,), -max(4.0, math.log2(config.max_unit_length)), device=device)
     high = -low
     for _ in range(BISECTIONS):  # the most units that the budget allows each document
         middle = (low + high) / 2
@@ -170,18 +170,17 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
 
 
 class _Conditioning:
-    """Gives the base's decoder stack, by forward hooks, what `generate` has no argument for: position ids of the
-    prefix, what each text row is told of its unit, and the direct evidence at the last hidden states."""
+    """Gives the base's decoder stack, by forward hooks, what `generate` has no argument for: positions of the prefix,
+    the conditioning of each text row on its unit, and the bias of the logits, added to the last hidden states."""
 
-    def __init__(self, parts: Parts, positions: Tensor, told: Tensor, evidence: Tensor | None) -> None:
-        self.parts, self.positions, self.told, self.evidence, self.column = parts, positions, told, evidence, 0
+    def __init__(self, parts: Parts, positions: Tensor, conditioning: Tensor, logit_bias: Tensor | None) -> None:
+        self.parts, self.positions, self.column = parts, positions, 0
+        self.conditioning, self.logit_bias = conditioning, logit_bias
 
     def __enter__(self) -> _Conditioning:
-        stack = self.parts.model.model
-        self._hooks = [
-            stack.register_forward_pre_hook(self._before, with_kwargs=True),
-            stack.register_forward_hook(self._after),
-        ]
+        stack, before = self.parts.model.model, self._before
+        hooks = stack.register_forward_pre_hook(before, with_kwargs=True), stack.register_forward_hook(self._after)
+        self._hooks = hooks
         return self
 
     def __exit__(self, *exception) -> None:
@@ -193,13 +192,13 @@ class _Conditioning:
             kwargs["position_ids"] = self.positions
         else:
             row = self.parts.model.get_input_embeddings()(kwargs["input_ids"])
-            kwargs |= {"input_ids": None, "inputs_embeds": row + self.told[:, self.column, None]}
+            kwargs |= {"input_ids": None, "inputs_embeds": row + self.conditioning[:, self.column, None]}
             kwargs["position_ids"] = torch.full_like(self.positions[:, :1], self.column)
         return args, kwargs
 
     def _after(self, module, args, output):
-        if self.evidence is not None:
-            last = output.last_hidden_state[:, -1:] + self.evidence[:, self.column, None]
+        if self.logit_bias is not None:
+            last = output.last_hidden_state[:, -1:] + self.logit_bias[:, self.column, None]
             output.last_hidden_state = last
         self.column += 1
         return output
@@ -225,21 +224,21 @@ def write_segments(parts: Parts, segments: list[tuple[Tensor, Tensor]]) -> list[
     unit = torch.arange(len(length), device=device).repeat_interleave(length)
     offset = torch.arange(len(unit), device=device) - start_of_unit[unit]
     unbound = embeddings[unit] * weights["unbinding"][(length[unit] - 1) * config.max_unit_length + offset]
-    told, evidence = unbound + weights["offset_embedding.weight"][offset], None
+    conditioning, logit_bias = unbound + weights["offset_embedding.weight"][offset], None
     if config.copy_path:
         rms = model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
-        told = weights["copy_gains"][1] * unbound + weights["offset_embedding.weight"][offset]
-        evidence = (EVIDENCE_LOGIT / (rms**2 * unbound.shape[1])) * weights["copy_gains"][0] * unbound
-        evidence = _padded(evidence, text_bounds)
-    told = _padded(told, text_bounds)
-    start = weights["start_embedding"] + told[:, :1]
+        conditioning = weights["copy_gains"][1] * unbound + weights["offset_embedding.weight"][offset]
+        logit_bias = (EVIDENCE_LOGIT / (rms**2 * unbound.shape[1])) * weights["copy_gains"][0] * unbound
+        logit_bias = _padded(logit_bias, text_bounds)
+    conditioning = _padded(conditioning, text_bounds)
+    start = weights["start_embedding"] + conditioning[:, :1]
     prefix = torch.cat([_padded(embeddings, z_bounds, left=True), start], 1)
     first = torch.cat([start_of_unit[a:b] - start_of_unit[a] for a, b in z_bounds])
     positions = nn.functional.pad(_padded(first, z_bounds, left=True), (0, 1))  # the start row is at 0
     counts = torch.tensor(counts, device=device)
     mask = torch.arange(prefix.shape[1], device=device) >= (prefix.shape[1] - 1 - counts)[:, None]
     settings = GenerationConfig(max_new_tokens=max(tokens), do_sample=False, pad_token_id=0, eos_token_id=None)
-    with _Conditioning(parts, positions, told, evidence):
+    with _Conditioning(parts, positions, conditioning, logit_bias):
         written = model.generate(inputs_embeds=prefix, attention_mask=mask.long(), generation_config=settings)
     return [row[:count] for row, count in zip(written.tolist(), tokens)]
 
