@@ -5,10 +5,11 @@
 // rounding at most, relative to itself: it counts as one more rounding of each factor.
 //
 // A score is what the nearest code maximises: x.c - |c|^2 / 2 for l2, x.c for dot, x.c / |c| for cosine. Each float32
-// score of a code block is within `slack` of the true one, so a code can be the best only if its score reaches
-// lower - slack, with `lower` the largest score seen less its slack. That is rare: per register tile the search costs
-// six maxima, six comparisons and one branch. What passes is kept, and the winner is the least in float64 of what was
-// kept: exactly the float64 answer, whatever the order, the blocks, the threads and the instruction set.
+// score of a code block is within `error_bound` of the true one. With `lower` the largest score seen less its error
+// bound, a code can be the best only if its score is at least the threshold, lower - error_bound. That is rare: per
+// register tile the search costs six maxima, six comparisons and one branch. What passes is kept and reranked in
+// float64. The least of what was kept is exactly the float64 answer, whatever the order, the blocks, the threads and
+// the instruction set.
 //
 // Included by kernel files only (see isa.h).
 #pragma once
@@ -25,7 +26,7 @@ constexpr float kLeast = 0x1p-126f;   // what one operation may lose to underflo
 constexpr float kLargest = 0x1p120f;  // scores below this cannot overflow on the way
 constexpr float kNotANumber = __builtin_nanf("");
 
-// Drops candidates that cannot be the best any more. Where many are left they are settled in float64, so that a row
+// Drops candidates that cannot be the best any more. Where many are left they are decided in float64, so that a row
 // with thousands of equal codes needs no more memory than another.
 __attribute__((noinline)) inline void prune(Search& search, int64_t slot, const Matrix& codes, Metric metric) {
   Candidate* candidates = search.candidates + slot * kCandidates;
@@ -49,32 +50,33 @@ __attribute__((noinline)) inline void prune(Search& search, int64_t slot, const 
 
 // Raises the bound of a row to `best`, its largest score seen.
 inline void raise(Search& search, int64_t slot, float best) {
-  const float slack = search.slack[slot], lower = best - slack;
+  const float error_bound = search.error_bound[slot], lower = best - error_bound;
   if (lower > search.lower[slot]) search.lower[slot] = lower;
-  search.reach[slot] = search.lower[slot] - slack;
+  search.threshold[slot] = search.lower[slot] - error_bound;
 }
 
-// Keeps the codes of a panel whose scores reach the row's bound.
+// Keeps the codes of a panel whose scores are at least the row's threshold.
 inline void keep_panel(Search& search, int64_t slot, int64_t code, const float* scores, const Matrix& codes,
                        Metric metric) {
-  const Vec reach = broadcast(search.reach[slot]);
-  const Mask left = load(scores) >= reach, right = load(scores + kWidth) >= reach;
+  const Vec threshold = broadcast(search.threshold[slot]);
+  const Mask left = load(scores) >= threshold, right = load(scores + kWidth) >= threshold;
   uint64_t passed = bits(left) | static_cast<uint64_t>(bits(right)) << kWidth;
   for (; passed != 0; passed &= passed - 1) {
     const int lane = __builtin_ctzll(passed);
     if (search.candidate_counts[slot] == kCandidates) prune(search, slot, codes, metric);
     const int32_t n = search.candidate_counts[slot]++;
-    search.candidates[slot * kCandidates + n] = {static_cast<int32_t>(code + lane), scores[lane] + search.slack[slot]};
+    search.candidates[slot * kCandidates + n] = {static_cast<int32_t>(code + lane),
+                                                 scores[lane] + search.error_bound[slot]};
   }
 }
 
-// Some score of a tile reaches its row's bound. Rows are found without branches, which would be mispredicted.
+// Some score of a tile is at least its row's threshold. Rows are found without branches, which would be mispredicted.
 __attribute__((noinline)) inline void keep_tile(Search& search, int64_t slot, int64_t code, const float* tile,
                                                 const Matrix& codes, Metric metric) {
   uint32_t rows = 0;
   for (int r = 0; r < kTileRows; ++r) {
     const Vec largest = max(load(tile + r * kPanel), load(tile + r * kPanel + kWidth));
-    rows |= static_cast<uint32_t>(any(largest >= broadcast(search.reach[slot + r]))) << r;
+    rows |= static_cast<uint32_t>(any(largest >= broadcast(search.threshold[slot + r]))) << r;
   }
   for (; rows != 0; rows &= rows - 1) {
     const int r = __builtin_ctz(rows);
@@ -90,16 +92,16 @@ __attribute__((noinline)) inline void keep_block(Search& search, int64_t slot, i
   for (int r = 0; r < kTileRows; ++r, ++slot, scores += kBlockCodes) {
     Vec largest = max(load(scores), load(scores + kWidth));
     for (int64_t i = kPanel; i < panels * kPanel; i += kWidth) largest = max(load(scores + i), largest);
-    if (!any(largest >= broadcast(search.reach[slot]))) continue;
+    if (!any(largest >= broadcast(search.threshold[slot]))) continue;
     raise(search, slot, reduce_max(largest));
-    const Vec reach = broadcast(search.reach[slot]);
-    uint32_t reaching = 0;
+    const Vec threshold = broadcast(search.threshold[slot]);
+    uint32_t passing = 0;
     for (int64_t p = 0; p < panels; ++p) {
       const Vec both = max(load(scores + p * kPanel), load(scores + p * kPanel + kWidth));
-      reaching |= static_cast<uint32_t>(any(both >= reach)) << p;
+      passing |= static_cast<uint32_t>(any(both >= threshold)) << p;
     }
-    for (; reaching != 0; reaching &= reaching - 1) {
-      const int p = __builtin_ctz(reaching);
+    for (; passing != 0; passing &= passing - 1) {
+      const int p = __builtin_ctz(passing);
       keep_panel(search, slot, code + p * kPanel, scores + p * kPanel, codes, metric);
     }
   }
@@ -108,7 +110,7 @@ __attribute__((noinline)) inline void keep_block(Search& search, int64_t slot, i
 inline void search_exactly(Search& search, int64_t slot) {
   search.candidate_counts[slot] = kExact;
   search.norm[slot] = 0;
-  search.lower[slot] = search.reach[slot] = kNotANumber;
+  search.lower[slot] = search.threshold[slot] = kNotANumber;
 }
 
 // The bounds of all rows for the codes of one block.
@@ -124,9 +126,9 @@ inline void begin_block(Search& search, const CodeBlock& block, int64_t width, M
   for (int64_t i = 0; i < search_slots(search.count); i += kWidth) {
     const Vec norm = load(search.norm + i);
     const Vec size = fma(norm, longest, bias);
-    const Vec slack = fma(rounding, size, underflow * (one + norm + longest));
-    store(search.slack + i, slack);
-    store(search.reach + i, load(search.lower + i) - slack);
+    const Vec error_bound = fma(rounding, size, underflow * (one + norm + longest));
+    store(search.error_bound + i, error_bound);
+    store(search.threshold + i, load(search.lower + i) - error_bound);
     // Written so that a NaN, of an infinite length times 0, is too large as well.
     uint32_t too_large = ~bits(broadcast(kLargest) > size) & ((1u << kWidth) - 1);
     for (; too_large != 0; too_large &= too_large - 1) {

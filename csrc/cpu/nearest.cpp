@@ -65,7 +65,7 @@ struct RowBlock {
     ZTOK_SELECT(pack_tiles)(rows.get(), index.get(), active, problem.rows.width, centre, tiles.get());
   }
 
-  Settled settled(const Problem& problem, int64_t level) const {
+  Reranked reranked(const Problem& problem, int64_t level) const {
     const int64_t levels = problem.codebooks.levels, offset = first * levels + level;
     const SearchResult& result = problem.result;
     return {result.codes + offset, result.distances ? result.distances + offset : nullptr, levels,
@@ -90,8 +90,8 @@ struct SearchState {
     search = {block.rows.get(), block.index.get(), block.tiles.get(), centre, block.active};
     search.norm = floats.get();
     search.lower = floats.get() + slots;
-    search.slack = floats.get() + 2 * slots;
-    search.reach = floats.get() + 3 * slots;
+    search.error_bound = floats.get() + 2 * slots;
+    search.threshold = floats.get() + 3 * slots;
     search.candidate_counts = counts.get();
     search.candidates = candidates.get();
     ZTOK_SELECT(begin_search)(search, width);
@@ -202,8 +202,8 @@ bool search_many(const Problem& problem, int64_t block_rows) {
           ZTOK_SELECT(search_block)(state.search, packed[level * blocks + b], codes, problem.metric,
                                     state.scratch.get());
         }
-        ZTOK_SELECT(settle)(&state.search, 1, 0, state.search.count, codes, problem.metric, block.rows.get(),
-                            block.settled(problem, level));
+        ZTOK_SELECT(rerank)(&state.search, 1, 0, state.search.count, codes, problem.metric, block.rows.get(),
+                            block.reranked(problem, level));
       }
     });
   });
@@ -263,8 +263,8 @@ bool search_few(const Problem& problem) {
     } else {
       share_among(threads, blocks, 4, search);
     }
-    ZTOK_SELECT(settle)(searches.data(), threads, 0, block.active, codes, problem.metric, block.rows.get(),
-                        block.settled(problem, level));
+    ZTOK_SELECT(rerank)(searches.data(), threads, 0, block.active, codes, problem.metric, block.rows.get(),
+                        block.reranked(problem, level));
     for (const Search& search : searches) suspect |= search.suspect;
   }
   return !suspect || all_finite(problem.codebooks);

@@ -55,11 +55,11 @@ void sweep(Search& search, const CodeBlock& block, const Matrix& codes, Metric m
         store_tile(scratch, tile);
         continue;
       }
-      const float* reach = search.reach + t * kTileRows;
-      Mask reached = max(tile[0][0], tile[0][1]) >= broadcast(reach[0]);
+      const float* threshold = search.threshold + t * kTileRows;
+      Mask passed = max(tile[0][0], tile[0][1]) >= broadcast(threshold[0]);
 #pragma GCC unroll 6
-      for (int r = 1; r < kTileRows; ++r) reached = reached | (max(tile[r][0], tile[r][1]) >= broadcast(reach[r]));
-      if (__builtin_expect(any(reached), false)) {
+      for (int r = 1; r < kTileRows; ++r) passed = passed | (max(tile[r][0], tile[r][1]) >= broadcast(threshold[r]));
+      if (__builtin_expect(any(passed), false)) {
         alignas(64) float scores[kTileRows * kPanel];
         store_tile(scores, tile);
         keep_tile(search, t * kTileRows, block.first + p * kPanel, scores, codes, metric);
@@ -126,7 +126,7 @@ struct Winner {
   double score;
 };
 
-Winner settle_slot(const Search* searches, int64_t parts, int64_t slot, const float* row, const Matrix& codes,
+Winner rerank_slot(const Search* searches, int64_t parts, int64_t slot, const float* row, const Matrix& codes,
                    Metric metric) {
   bool exactly = false;
   float lower = -__builtin_inff();
@@ -161,7 +161,7 @@ void begin_search(Search& search, int64_t width) {
   search.begun = search.suspect = false;
   for (int64_t slot = 0; slot < search_slots(search.count); ++slot) {
     search.norm[slot] = 0;
-    search.lower[slot] = search.reach[slot] = kNotANumber;
+    search.lower[slot] = search.threshold[slot] = kNotANumber;
     if (slot >= search.count) continue;
     const float* row = search.rows + search.index[slot] * width;
     // of what is multiplied: the row less the centre
@@ -209,23 +209,23 @@ void search_unpacked(Search& search, CodeBlock& block, const Matrix& codes, Metr
   }
 }
 
-void settle(const Search* searches, int64_t parts, int64_t begin, int64_t end, const Matrix& codes, Metric metric,
-            float* rows, const Settled& settled) {
+void rerank(const Search* searches, int64_t parts, int64_t begin, int64_t end, const Matrix& codes, Metric metric,
+            float* rows, const Reranked& reranked) {
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t number = searches[0].index[slot];
     float* row = rows + number * codes.width;
     Winner winner{0, kNotANumber};
     if (searches[0].candidate_counts[slot] != kNotFinite) {
-      winner = settle_slot(searches, parts, slot, row, codes, metric);
+      winner = rerank_slot(searches, parts, slot, row, codes, metric);
       if (winner.code < 0) winner = {0, kNotANumber};  // no code is finite, which the caller reports
       if (metric == Metric::cosine) {
         const double square = squared_norm(row, codes.width);
         winner.score = 1 + (square > 0 ? winner.score / __builtin_sqrt(square) : 0);
       }
     }
-    settled.codes[number * settled.stride] = winner.code;
-    if (settled.distances) settled.distances[number * settled.stride] = static_cast<float>(winner.score);
-    if (settled.last) continue;
+    reranked.codes[number * reranked.stride] = winner.code;
+    if (reranked.distances) reranked.distances[number * reranked.stride] = static_cast<float>(winner.score);
+    if (reranked.last) continue;
     const int64_t offset = winner.code * codes.stride;
     switch (codes.element) {
       case Element::float16:
@@ -237,7 +237,7 @@ void settle(const Search* searches, int64_t parts, int64_t begin, int64_t end, c
       default:
         subtract(row, static_cast<const float*>(codes.data) + offset, codes.width);
     }
-    if (settled.errors) settled.errors[number] += squared_norm(row, codes.width);
+    if (reranked.errors) reranked.errors[number] += squared_norm(row, codes.width);
   }
 }
 

@@ -23,17 +23,18 @@ struct Search {
   const float* tiles = nullptr;    // the same less the centre, packed; not packed for `search_unpacked`
   const float* centre = nullptr;   // [width] or null: what is taken off rows and codes before they are multiplied
   int64_t count = 0;
-  float* norm = nullptr;   // length, 0 where the row is not searched in float32
-  float* lower = nullptr;  // the best true score is at least this; NaN where the row is not searched in float32
-  float* slack = nullptr;  // how far a float32 score of the current code block may be off
-  float* reach = nullptr;  // lower - slack: a float32 score below it cannot be the best; NaN lets nothing pass
+  float* norm = nullptr;         // length, 0 where the row is not searched in float32
+  float* lower = nullptr;        // the best true score is at least this; NaN where the row is not searched in float32
+  float* error_bound = nullptr;  // how far a float32 score of the current code block may be off
+  float* threshold =
+      nullptr;  // lower - error_bound: a float32 score below it cannot be the best; NaN lets nothing pass
   int32_t* candidate_counts = nullptr;
   Candidate* candidates = nullptr;  // [count, kCandidates], by ascending code
   bool begun = false;               // has seen a block
   bool suspect = false;             // has seen a code whose square is no float32, be it very long or not finite
 };
 
-struct Settled {
+struct Reranked {
   int32_t* codes;    // by row number, `stride` from row to row
   float* distances;  // likewise, or null
   int64_t stride;
@@ -58,7 +59,7 @@ ZTOK_KERNEL(void, search_unpacked, Search& search, CodeBlock& block, const Matri
 
 // After the last block: the winner of rows [begin, end) among the candidates of `parts` searches of the same rows over
 // different codes; what the winner leaves over replaces the row.
-ZTOK_KERNEL(void, settle, const Search* searches, int64_t parts, int64_t begin, int64_t end, const Matrix& codes,
-            Metric metric, float* rows, const Settled& settled)
+ZTOK_KERNEL(void, rerank, const Search* searches, int64_t parts, int64_t begin, int64_t end, const Matrix& codes,
+            Metric metric, float* rows, const Reranked& reranked)
 
 }  // namespace ztok

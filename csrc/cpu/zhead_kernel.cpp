@@ -56,9 +56,9 @@ void bound_noise(const uint32_t* words, float* bounds) {
   }
 }
 
-// Looks at the logits of one block for one row. A float32 score is within `slack` of the true one.
+// Looks at the logits of one block for one row. A float32 score is within `error_bound` of the true one.
 void look(const ZQuery& query, ZRow& row, const float* hidden, const float* logits, int64_t first, int64_t count,
-          float inverse, float slack) {
+          float inverse, float error_bound) {
   alignas(64) uint32_t words[kBlockCodes];
   alignas(64) float bounds[kBlockCodes];
   const bool sampled = query.temperature != 0;
@@ -70,16 +70,16 @@ void look(const ZQuery& query, ZRow& row, const float* hidden, const float* logi
     __builtin_memcpy(bounds, logits, sizeof bounds);
   }
   for (int64_t i = 0; i < count; i += kWidth) {
-    uint32_t passed = bits(load(bounds + i) >= broadcast(row.lower - slack));
+    uint32_t passed = bits(load(bounds + i) >= broadcast(row.lower - error_bound));
     for (; passed != 0; passed &= passed - 1) {
       const int64_t j = i + __builtin_ctz(passed);
       if (j >= count) break;
       float score = logits[j] * inverse;
       if (sampled) score += static_cast<float>(gumbel_of(words[j]));
-      if (score - slack > row.lower) row.lower = score - slack;
-      if (score + slack < row.lower) continue;
+      if (score - error_bound > row.lower) row.lower = score - error_bound;
+      if (score + error_bound < row.lower) continue;
       if (row.count == kZCandidates) prune(query, row, hidden);
-      row.candidates[row.count++] = {static_cast<int32_t>(first + j), score + slack, logits[j]};
+      row.candidates[row.count++] = {static_cast<int32_t>(first + j), score + error_bound, logits[j]};
     }
   }
 }
@@ -108,9 +108,9 @@ void block_of(const ZQuery& query, const T* codes, int64_t first, ZRow* rows, ZM
     masses[r * stride] = {largest, sum_of_exponentials(logits, count, largest)};
     // As in nearest_kernel.cpp; the 32 also hold apart what may become equal when the logits are rounded to float32.
     const float rounding = 1.01f * kUnit * (2 * n + 32) * size + kLeast * (2 * n + 32) * (1 + row.norm + longest);
-    const float slack = (rounding + 8 * kUnit * size) * inverse + 8 * kUnit * kMostNoise;
+    const float error_bound = (rounding + 8 * kUnit * size) * inverse + 8 * kUnit * kMostNoise;
     look(query, row, query.hidden + r * width, logits, first, count, inverse,
-         query.temperature == 0 ? rounding : slack);
+         query.temperature == 0 ? rounding : error_bound);
   }
 }
 

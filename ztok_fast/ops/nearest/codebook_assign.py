@@ -158,10 +158,10 @@ def check_codes(x, codebook, codes, distances=None, metric="l2", loose=False) ->
         raise Mismatch(f"distances: off by up to {float((distances.double() - chosen).abs().max()):.2e}")
     rows = some_rows(x.shape[0], size * width, x.device)
     best = reference.nearest_codes(x[rows], codebook, metric)[1]
-    slack = 2 * (width + 2) * eps * terms[rows]
+    error_bound = 2 * (width + 2) * eps * terms[rows]
     if loose:
-        slack = (width + 4) * eps * (x[rows].norm(dim=1) + codebook.norm(dim=1).max()) ** 2
-    worse = chosen[rows] - best > slack
+        error_bound = (width + 4) * eps * (x[rows].norm(dim=1) + codebook.norm(dim=1).max()) ** 2
+    worse = chosen[rows] - best > error_bound
     if bool(worse.any()):
         raise Mismatch(f"codes: {int(worse.sum())} of {len(rows)} rows checked have a nearer code")
 

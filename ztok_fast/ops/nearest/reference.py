@@ -27,7 +27,7 @@ def _direct_scores(rows: torch.Tensor, codes: torch.Tensor, metric: str) -> torc
     return -(rows * codes).sum(-1)
 
 
-def _settle_near_ties(rows, book, near, best, metric):
+def _rerank_near_ties(rows, book, near, best, metric):
     """Among the codes marked in `near` [m, V], the one with the least direct score; the lowest index among equals."""
     contested = (near.sum(1) > 1).nonzero()[:, 0]
     codes_per_step = max(1, _BLOCK_ELEMENTS // book.shape[1])
@@ -63,18 +63,18 @@ def nearest_codes(rows: torch.Tensor, book: torch.Tensor, metric: str) -> tuple[
         rows64, book64 = _unit_rows(rows64), _unit_rows(book64)
     norms = book64.square().sum(1)
     offset = norms / 2 if metric == "l2" else torch.zeros_like(norms)
-    # bound of the rounding error of one score, from the longest code and the row's own length
+    # the rounding error of one score is bounded from the longest code and the row's own length
     longest = norms.max().sqrt()
-    slack = 4 * (book.shape[1] + 4) * torch.finfo(torch.float64).eps
+    relative = 4 * (book.shape[1] + 4) * torch.finfo(torch.float64).eps
     best = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     step = max(1, _BLOCK_ELEMENTS // book.shape[0])
     for start in range(0, rows.shape[0], step):
         block = rows64[start : start + step]
         scores = torch.addmm(offset, block, book64.T, alpha=-1)  # [step, V]
         least, codes = scores.min(1)
-        tolerance = slack * longest * (block.norm(dim=1) + longest)
-        near = scores <= (least + tolerance)[:, None]
-        best[start : start + step] = _settle_near_ties(block, book64, near, codes, metric)
+        error_bound = relative * longest * (block.norm(dim=1) + longest)
+        near = scores <= (least + error_bound)[:, None]
+        best[start : start + step] = _rerank_near_ties(block, book64, near, codes, metric)
     distances = _direct_scores(rows64, book64[best], metric)
     if metric == "cosine":
         distances = 1 + distances
