@@ -61,7 +61,7 @@ def pytest_configure(config):
 
 
 def backend_cases(op):
-    """A parameter (backend, device) for each backend of an op on each device; skipped, with why, where it cannot run."""
+    """A parameter (backend, device) for each backend of an op on each device; skipped, with why, if it cannot run."""
     for device in DEVICES:
         for row in _rows(op):
             if not row.runs_on(device):
@@ -71,6 +71,12 @@ def backend_cases(op):
                 reasons.append("no CUDA device")
             marks = pytest.mark.skip(reason="; ".join(reasons)) if reasons else ()
             yield pytest.param(row.name, device, id=f"{row.name}-{device}", marks=marks)
+
+
+def missing(op, backend, device):
+    """Why a backend of an op cannot run on a device."""
+    row = next(row for row in _rows(op) if row.name == backend)
+    return list(row.unmet(torch.device(device), forced=True))
 
 
 def _rows(op):

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
+from tests.ops.conftest import missing
 from tests.ops.test_nearest import check_against_float64
-from ztok_fast.ops import requirements
 from ztok_fast.ops.quantize import reference
-from ztok_fast.ops.triton_tables import capability_of
+from ztok_fast.ops.triton_launch import Tiles
 
-ROW = next(row for row in requirements.rows_of("codebook_assign") if row.backend == "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MISSING = requirements.unmet(ROW, DEVICE, forced=True)
+MISSING = missing("codebook_assign", "triton", DEVICE)
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 
@@ -18,28 +17,22 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that a search launches, in their order."""
-    from ztok_fast.ops.nearest import triton_kernels as kernels
-
     seen = []
+    launch = Tiles.__getitem__
 
-    class Recorded:
-        def __init__(self, name):
-            self.name, self.kernel = name, getattr(kernels, name)
+    def recorded(tiles, grid):
+        seen.append(tiles.kernel.__name__.removesuffix("_kernel"))
+        return launch(tiles, grid)
 
-        def __getitem__(self, grid):
-            seen.append(self.name.removesuffix("_kernel"))
-            return self.kernel[grid]
-
-    for name in ("prepare_codes", "residual_search", "scan", "settle", "sum_codes"):
-        monkeypatch.setattr(kernels, f"{name}_kernel", Recorded(f"{name}_kernel"))
+    monkeypatch.setattr(Tiles, "__getitem__", recorded)
     return seen
 
 
 def use_path(monkeypatch, path):
     """Force all levels in one launch, or two launches per level with the codebook in several parts."""
-    from ztok_fast.ops.nearest import triton_configs as configs
+    from ztok_fast.ops.nearest import triton
 
-    monkeypatch.setattr(configs, "FULL_BLOCKS", 0 if path == "one launch" else 10**6)
+    monkeypatch.setattr(triton, "FULL_BLOCKS", 0 if path == "one launch" else 10**6)
 
 
 def wide_case(kind):
@@ -60,7 +53,7 @@ def test_many_rows_of_any_width_take_one_launch(launches, monkeypatch, width):
     use_path(monkeypatch, "one launch")
     x, codebooks = torch.randn(70, width, device=DEVICE), torch.randn(3, 40, width, device=DEVICE)
     found = triton.search(x, codebooks, "l2", None, quantize=True)
-    assert launches == ["prepare_codes", "residual_search"]
+    assert launches == ["prepare_codes", "residual_search", "mean_error"]
     check_against_float64(x, codebooks, "l2", found.codes, found.distances, exact=True)
 
 
@@ -70,7 +63,7 @@ def test_few_rows_take_two_launches_per_level(launches, monkeypatch):
     use_path(monkeypatch, "by level")
     x, codebooks = torch.randn(9, 20, device=DEVICE), torch.randn(3, 400, 20, device=DEVICE)
     triton.search(x, codebooks, "l2", None, quantize=True)
-    assert launches == ["prepare_codes", *["scan", "settle"] * 3, "sum_codes"]
+    assert launches == ["prepare_codes", *["scan", "rerank"] * 3, "sum_codes", "mean_error"]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +118,13 @@ def poisoned_scores(parts, source):
 def test_blocks_without_a_level_are_not_scanned(monkeypatch):
     """By level: the scan writes no score for blocks that use no level, and what is there is not read."""
     from ztok_fast.ops.nearest import triton
-    from ztok_fast.ops.nearest import triton_configs as configs
 
     use_path(monkeypatch, "by level")
     x, codebooks = torch.randn(600, 20, device=DEVICE), torch.randn(2, 300, 20, device=DEVICE)
     levels = torch.zeros(600, dtype=torch.int32, device=DEVICE)
     levels[:100] = 2
     levels[130:135] = 1
-    block = configs.step_tile(600, 2, 2, capability_of(x)).rows
+    block = triton.SCAN.BM
     expected = triton.search(x, codebooks, "l2", levels, quantize=True)
     kept = []
 
@@ -163,14 +155,14 @@ def test_searches_are_counted(monkeypatch, path, width):
     x, codebooks = torch.randn(600, width), torch.randn(3, 20, width)
     levels = torch.zeros(600, dtype=torch.int32)
     levels[0], levels[599] = 3, 1
-    settled = []
-    settle = kernels.settle
+    reranked = []
+    rerank = kernels.rerank
 
     def counted(*arguments):
-        settled.append(int(arguments[1].handle.data[0]))
-        return settle(*arguments)
+        reranked.append(int(arguments[1].handle.data[0]))
+        return rerank(*arguments)
 
-    monkeypatch.setattr(kernels, "settle", counted)
+    monkeypatch.setattr(kernels, "rerank", counted)
     found = triton.search(x, codebooks, "l2", levels, quantize=True)
-    assert len(settled) == 4 and settled.count(0) == 3
+    assert len(reranked) == 4 and reranked.count(0) == 3
     assert (found.codes >= 0).sum() == 4

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from tests.ops.conftest import missing
 from tests.ops.test_nearest import CASES, check_against_float64
-from ztok_fast.ops import requirements
 
-ROW = next(row for row in requirements.rows_of("codebook_assign") if row.backend == "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MISSING = requirements.unmet(ROW, DEVICE, forced=True)
+MISSING = missing("codebook_assign", "triton", DEVICE)
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 
@@ -16,9 +15,9 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 @pytest.fixture(params=["whole", "by_level"])
 def path(request, monkeypatch):
     """Force all levels in one launch, or a launch per level with the codebook in several parts."""
-    from ztok_fast.ops.nearest import triton_configs as configs
+    from ztok_fast.ops.nearest import triton
 
-    monkeypatch.setattr(configs, "FULL_BLOCKS", 0 if request.param == "whole" else 7)
+    monkeypatch.setattr(triton, "FULL_BLOCKS", 0 if request.param == "whole" else 7)
     return request.param
 
 
@@ -78,7 +77,7 @@ def tensor_core_scores(rows, codes, offset, row_terms, code_terms):
 @pytest.mark.parametrize(("row_terms", "code_terms"), [(1, 1), (2, 1), (2, 2)])
 def test_error_bound_holds_and_is_not_far_off(row_terms, code_terms, aligned, width):
     """Of every score; `aligned` rows and codes point the same way, where running sums and so errors are largest."""
-    from ztok_fast.ops.nearest.triton_error import relative_error
+    from ztok_fast.ops.nearest.triton_bound import error_bound
 
     rows, codes = torch.randn(64, width), torch.randn(128, width)
     if aligned:
@@ -90,13 +89,13 @@ def test_error_bound_holds_and_is_not_far_off(row_terms, code_terms, aligned, wi
     longest = codes.double().norm(dim=1).max()
     scale = longest * (rows.double().norm(dim=1, keepdim=True) + longest)
     error = (tensor_core_scores(rows, codes, offset, row_terms, code_terms).double() - exact).abs() / scale
-    bound = relative_error(width, row_terms, code_terms)
+    bound = error_bound(width, row_terms, code_terms)
     assert error.max() <= bound
     if aligned:  # a bound that is a thousand times too wide would send every row to the float64 search
         assert error.max() > bound / 1000
 
 
-def test_close_seconds_are_settled_in_float64(path, monkeypatch):
+def test_close_seconds_are_reranked_in_float64(path, monkeypatch):
     """With the float64 comparison of the best two taken away, close codes go wrong: it is what decides them."""
     from ztok_fast.ops.nearest import triton
 
@@ -106,21 +105,20 @@ def test_close_seconds_are_settled_in_float64(path, monkeypatch):
     x = (base + 1e-5 * torch.randn(20, 24)).to(DEVICE)
     exact = torch.cdist(x.double(), book.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
     assert torch.equal(triton.search(x, book[None], "l2", None, False).codes[:, 0].long(), exact)
-    monkeypatch.setattr(triton, "relative_error", lambda *terms: 0.0)
-    unsettled = triton.search(x, book[None], "l2", None, False).codes[:, 0].long()
-    assert not torch.equal(unsettled, exact)
+    monkeypatch.setattr(triton, "error_bound", lambda *terms: 0.0)
+    unranked = triton.search(x, book[None], "l2", None, False).codes[:, 0].long()
+    assert not torch.equal(unranked, exact)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 129])
 def test_the_path_and_the_parts_do_not_show(rows, monkeypatch):
     from ztok_fast.ops.nearest import triton
-    from ztok_fast.ops.nearest import triton_configs as configs
 
     x, codebook = torch.randn(rows, 20, device=DEVICE), torch.randn(2, 500, 20, device=DEVICE)
     found = []
     for full, parts in ((0, 1), (10**6, 1), (10**6, 5), (10**6, 32)):
-        monkeypatch.setattr(configs, "FULL_BLOCKS", full)
-        monkeypatch.setattr(configs, "MOST_PARTS", parts)
+        monkeypatch.setattr(triton, "FULL_BLOCKS", full)
+        monkeypatch.setattr(triton, "MOST_PARTS", parts)
         found.append(triton.search(x, codebook, "l2", None, quantize=True))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

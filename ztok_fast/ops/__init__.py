@@ -1,12 +1,11 @@
 """Tensor operations of the codec. They know nothing of models.
 
-Every op has one contract (`contract.py` of its family: public function, checks, registration), a plain PyTorch
-`reference.py` that defines its result, and possibly faster backends. See `ztok_fast.ops.requirements` for what runs
-where and `ztok_fast.ops.dispatch` for how a backend is chosen. The registered ops (`torch.ops.ztok`) and their backends
-return differentiable outputs first, the public functions named tuples.
+Every op is declared once (`ztok_fast.ops.op.Op`), in a file of its family: public function, checks, backends and
+specification. A plain PyTorch `reference.py` defines its result. `ztok_fast.ops.backends` says how a backend is chosen.
+The registered ops (`torch.ops.ztok`) return differentiable outputs first, the public functions named tuples.
 """
 
-from ztok_fast.ops.dispatch import BackendUnavailable, backend
+from ztok_fast.ops.backends import BackendUnavailable, backend
 from ztok_fast.ops.halting import HaltingUnits, halting_units, integrate_units
 from ztok_fast.ops.lora import lora_linear
 from ztok_fast.ops.nearest import Assignment, codebook_assign
@@ -20,6 +19,7 @@ from ztok_fast.ops.ragged import (
     ragged_scatter_add,
     ragged_unpack,
 )
+from ztok_fast.ops.triton_launch import autotune
 from ztok_fast.ops.zhead import Selection, z_select
 from ztok_fast.ops.zhead.token_scores import TokenScores, token_scores
 
@@ -33,6 +33,7 @@ __all__ = [
     "ResidualCodes",
     "Selection",
     "TokenScores",
+    "autotune",
     "backend",
     "codebook_assign",
     "halting_units",

@@ -9,11 +9,42 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
-from ztok_fast.ops.lora import triton_configs as configs
 from ztok_fast.ops.lora import triton_kernels as kernels
-from ztok_fast.ops.triton_tables import capability_of, look_up
+from ztok_fast.ops.triton_launch import Tiles
+
+
+def _linear_tiles(*tiles: tuple[int, int, int, int, int, int]) -> Tiles:
+    # GROUP: row blocks that share the columns of the weight in L2
+    configs = [
+        Config({"BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP": 8}, num_warps=warps, num_stages=stages)
+        for BM, BN, BK, BR, warps, stages in tiles
+    ]
+    return Tiles(kernels.lora_linear_kernel, *configs, key=("N", "K", "R"))
+
+
+# every step through the inner dimension divides this
+EVEN = 64
+LINEAR = _linear_tiles(
+    (128, 128, 32, 32, 8, 4), (64, 128, 64, 32, 4, 4), (128, 256, 64, 32, 8, 3), (64, 64, 64, 32, 4, 4)
+)  # fmt: skip
+# several adapters need room for a second accumulator
+LINEAR_SEVERAL = _linear_tiles((128, 64, 32, 32, 8, 4), (64, 128, 64, 32, 8, 4), (128, 128, 64, 32, 8, 3))
+# float32 is multiplied without tensor cores, in registers
+LINEAR_FLOAT32 = _linear_tiles((64, 64, 32, 16, 8, 3))
+# the inner dimension is long and the ranks are few: many row blocks are needed to occupy the device
+SHRINK = Tiles(
+    kernels.shrink_kernel,
+    *(
+        Config({"BM": BM, "BR": 64, "BK": 64}, num_warps=4, num_stages=stages)
+        for BM, stages in ((16, 4), (64, 3), (32, 4))
+    ),
+    key=("K", "R"),
+)
+OUTER = Tiles(kernels.outer_kernel, Config({"BM": 32, "BN": 64, "BR": 64, "CHUNK": 512}, num_warps=4, num_stages=3))
+ROW_ADAPTERS = Tiles(kernels.row_adapters_kernel, Config({"BM": 256}, num_warps=4))
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -24,18 +55,18 @@ def _dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _ranks(rank: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(rank)))
+def _ranks(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
 
 
 def row_adapters(x: Tensor, num_adapters: int, adapters: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """int32 [M], or None where every row uses adapter 0."""
     if adapters is None or cu_seqlens is None:
         return None if adapters is None else adapters.contiguous()
-    rows, block = x.shape[0], configs.ADAPTER_ROWS
+    rows = x.shape[0]
     out = torch.empty(rows, dtype=torch.int32, device=x.device)
-    kernels.row_adapters_kernel[(triton.cdiv(rows, block),)](
-        adapters.contiguous(), cu_seqlens.contiguous(), out, rows, adapters.shape[0], num_adapters, block
+    ROW_ADAPTERS[(triton.cdiv(rows, ROW_ADAPTERS.BM),)](
+        adapters.contiguous(), cu_seqlens.contiguous(), out, rows, adapters.shape[0], num_adapters
     )
     return out
 
@@ -45,13 +76,12 @@ def _shrink(x: Tensor, factor: Tensor, scaling: Tensor, adapters: Tensor | None)
     rows, width = x.shape
     num_adapters, rank, _ = factor.shape
     exact = torch.float32 in (x.dtype, factor.dtype)
-    tile = look_up(configs.SHRINK, capability_of(x), rows, exact)
-    ranks = _ranks(rank, tile.ranks)
+    # float32 is multiplied without tensor cores, in registers
+    tiles = SHRINK.at_most(BR=_ranks(rank), BK=32 if exact else 64)
     low_rank = torch.empty((rows, rank), dtype=torch.float32, device=x.device)
-    kernels.shrink_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(rank, ranks))](
+    tiles[lambda size: (triton.cdiv(rows, size["BM"]), triton.cdiv(rank, size["BR"]))](
         x, factor, scaling, adapters, low_rank, rows, width, rank, num_adapters, x.stride(0), *factor.stride(),
         SINGLE=adapters is None, EXACT=exact, UPCAST=triton_is_interpreted(),
-        BM=tile.rows, BR=ranks, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return low_rank
 
@@ -61,15 +91,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Tensor, ex
     rows, inner = x.shape
     columns, rank = weight.shape[1], low_rank.shape[1]
     float32 = x.dtype == torch.float32
-    tile = look_up(configs.LINEAR, capability_of(x), rows, float32, adapters is not None)
+    tiles = LINEAR_FLOAT32 if float32 else LINEAR if adapters is None else LINEAR_SEVERAL
+    # factors that are no bfloat16 numbers are split into two terms
+    tiles = tiles.at_most(BR=min(_ranks(rank), 32 if expand.dtype == torch.bfloat16 else 16))
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    kernels.lora_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+    tiles[lambda size: (triton.cdiv(rows, size["BM"]) * triton.cdiv(columns, size["BN"]),)](
         x, weight, bias, low_rank, expand, adapters, y, rows, columns, inner, rank, expand.shape[0],
         x.stride(0), *weight.stride(), *expand.stride(),
-        SINGLE=adapters is None, EVEN_K=inner % tile.inner == 0, EXACT=float32,
-        UPCAST=triton_is_interpreted(), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-        BR=_ranks(rank, configs.low_rank_step(tile, expand.dtype != torch.bfloat16)), GROUP=configs.GROUP,
-        num_warps=tile.warps, num_stages=tile.stages,
+        SINGLE=adapters is None, EVEN_K=inner % EVEN == 0, EXACT=float32, UPCAST=triton_is_interpreted(),
     )  # fmt: skip
     return y
 
@@ -82,19 +111,16 @@ def _outer(low_rank: Tensor, right: Tensor, adapters: Tensor | None, out: Tensor
     rows, rank = low_rank.shape
     num_adapters, _, columns = out.shape
     exact = right.dtype == torch.float32
-    tile = look_up(configs.OUTER, capability_of(right), columns, exact)
-    ranks = _ranks(rank, tile.ranks)
-    grid = triton.cdiv(columns, tile.columns), triton.cdiv(rank, ranks)
-    chunks = triton.cdiv(rows, tile.chunk)
-    parts = configs.outer_parts(
-        grid[0] * grid[1] * num_adapters, chunks, _multiprocessors(right), most_floats // out.numel()
-    )
+    tiles = OUTER.at_most(BR=_ranks(rank))
+    grid = triton.cdiv(columns, tiles.BN), triton.cdiv(rank, tiles.BR)
+    chunks = triton.cdiv(rows, tiles.CHUNK)
+    # enough programs for the device, in as few parts as that takes
+    wanted = triton.cdiv(2 * _multiprocessors(right), grid[0] * grid[1] * num_adapters)
+    parts = max(1, min(wanted, chunks, most_floats // out.numel()))
     sums = out[None] if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=right.device)
-    kernels.outer_kernel[(*grid, num_adapters * parts)](
+    tiles[(*grid, num_adapters * parts)](
         low_rank, right, adapters, sums, rows, columns, rank, num_adapters, triton.cdiv(chunks, parts),
-        right.stride(0), *sums.stride(),
-        SINGLE=adapters is None, EXACT=exact, UPCAST=triton_is_interpreted(),
-        CHUNK=tile.chunk, BM=tile.rows, BN=tile.columns, BR=ranks, num_warps=tile.warps, num_stages=tile.stages,
+        right.stride(0), *sums.stride(), SINGLE=adapters is None, EXACT=exact, UPCAST=triton_is_interpreted(),
     )  # fmt: skip
     if parts > 1:
         out.copy_(sums.sum(0))

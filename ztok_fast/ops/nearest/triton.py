@@ -12,12 +12,44 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import Config
 
-from ztok_fast.ops.nearest import triton_configs as configs
+from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest import triton_kernels as kernels
-from ztok_fast.ops.nearest.triton_error import relative_error
-from ztok_fast.ops.requirements import triton_is_interpreted
-from ztok_fast.ops.triton_tables import FUSION, capability_of, look_up
+from ztok_fast.ops.nearest.triton_bound import error_bound
+from ztok_fast.ops.triton_launch import Tiles
+
+# fewer blocks of rows than this leave multiprocessors idle: the codebook is split until there are about as many
+FULL_BLOCKS = 128
+MOST_PARTS = 32
+
+_KEY = ("D", "METRIC", "ROW_TERMS", "CODE_TERMS", "LEVELS", "QUANTIZE")
+
+
+def _search_tiles(*tiles: tuple[int, int, int, int, int]) -> Tiles:
+    configs = [
+        Config({"BM": BM, "BN": BN, "BD": BD, "BV": 64, "BK": 16}, num_warps=warps, num_stages=stages)
+        for BM, BN, BD, warps, stages in tiles
+    ]
+    return Tiles(kernels.residual_search_kernel, *configs, key=_KEY, writes=("residual",), adds=("usage",))
+
+
+PREPARE = Tiles(kernels.prepare_codes_kernel, Config({"BV": 32, "BK": 64}, num_warps=4))
+# one tile covers rows of up to LANES numbers; wider ones, and codes of two terms, which would spill, go in steps
+LANES = 64
+SEARCH_LANES = _search_tiles((64, 32, 64, 8, 2), (64, 64, 64, 8, 2), (64, 32, 64, 4, 2))
+SEARCH = _search_tiles((128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3))
+SCAN = Tiles(
+    kernels.scan_kernel,
+    *(
+        Config({"BM": 64, "BN": 64, "BK": BK}, num_warps=warps, num_stages=stages)
+        for BK, warps, stages in ((32, 4, 3), (64, 4, 3), (64, 4, 4), (32, 8, 3))
+    ),
+    key=_KEY[:-1],
+)
+RERANK = Tiles(kernels.rerank_kernel, Config({"BM": 16, "BK": 64, "BV": 32}, num_warps=4))
+SUM_CODES = Tiles(kernels.sum_codes_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
+MEAN_ERROR = Tiles(kernels.mean_error_kernel, Config({"BP": 1024}, num_warps=4))
 
 
 class Codes(NamedTuple):
@@ -53,11 +85,10 @@ def prepare_codes(x: Tensor, codebook: Tensor, metric: str, levels: int) -> Code
     if code_terms == 2:
         term_dtype = torch.float32 if triton_is_interpreted() else torch.bfloat16
         terms = torch.empty((2, *codebook.shape), dtype=term_dtype, device=x.device)
-    tile = look_up(configs.PREPARE, capability_of(x), width)
-    kernels.prepare_codes_kernel[(triton.cdiv(size, tile.rows), num_levels)](
-        codebook, terms, offsets, longest, size, width, metric, code_terms,
-        tile.rows, _step(tile.width, width), num_warps=tile.warps, **FUSION,
-    )  # fmt: skip
+    tiles = PREPARE.at_most(BK=triton.next_power_of_2(width))
+    tiles[triton.cdiv(size, tiles.BV), num_levels](
+        codebook, terms, offsets, longest, size, D=width, METRIC=metric, CODE_TERMS=code_terms
+    )
     return Codes(terms, offsets, longest, row_terms, code_terms)
 
 
@@ -83,20 +114,19 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     prepared = prepare_codes(x, codebook, metric, levels)
     # the first level leaves its residual in a copy, which is then the row that the others search
     source = x if levels == 1 else x.float() if x.dtype != torch.float32 else x.clone()
-    rel = relative_error(width, prepared.row_terms, prepared.code_terms)
-    shape = width, prepared.row_terms, prepared.code_terms, capability_of(source)
-    whole = configs.whole_tile(*shape)
-    tile = whole or configs.wide_tile(*shape)
-    if triton.cdiv(rows, tile.rows) >= configs.FULL_BLOCKS:
-        sums = _new_sums(found, triton.cdiv(rows, tile.rows))
-        _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, rel, tile, whole is not None)
+    bound = error_bound(width, prepared.row_terms, prepared.code_terms)
+    step = max(16, triton.next_power_of_2(width))
+    lanes = width <= LANES and prepared.code_terms == 1
+    tiles = (SEARCH_LANES if lanes else SEARCH).at_most(BK=step)
+    if triton.cdiv(rows, tiles.BM) >= FULL_BLOCKS:
+        sums = _new_sums(found, triton.cdiv(rows, tiles.BM))
+        _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, bound, tiles, lanes)
     else:
-        settle = look_up(configs.SETTLE, capability_of(source), width)
-        sums = _new_sums(found, triton.cdiv(rows, settle.rows))
-        _by_level(source, codebook, prepared, metric, row_levels, found, sums, rel, settle)
-    if quantize:
-        parts = levels * sums.shape[2]
-        kernels.mean_error_kernel[(1,)](sums, *losses, parts, D=width, BP=configs.SUMS, num_warps=4, **FUSION)
+        tiles = RERANK.at_most(BK=step)
+        sums = _new_sums(found, triton.cdiv(rows, tiles.BM))
+        _by_level(source, codebook, prepared, metric, row_levels, found, sums, bound, tiles)
+    if sums is not None:
+        MEAN_ERROR[(1,)](sums, *losses, levels * sums.shape[2], D=width)
     return found
 
 
@@ -107,23 +137,16 @@ def _new_sums(found: Found, blocks: int) -> Tensor | None:
     return torch.empty((2, found.codes.shape[1], blocks), dtype=torch.float64, device=found.codes.device)
 
 
-def _step(most: int, width: int) -> int:
-    """A step of the width: no longer than the width needs."""
-    return min(most, triton.next_power_of_2(width))
-
-
-def _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, rel, tile, lanes):
-    """All levels in one launch, for enough rows to fill the device. `lanes`: the tile covers the width."""
+def _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, bound, tiles, lanes):
+    """All levels in one launch, for enough rows to fill the device. `lanes`: a tile covers the width."""
     rows, width = source.shape
     levels, size, _ = codebook.shape
-    kernels.residual_search_kernel[(triton.cdiv(rows, tile.rows),)](
+    tiles[(triton.cdiv(rows, tiles.BM),)](
         source, codebook, prepared.terms, prepared.offsets, prepared.longest, row_levels, source,
         found.codes, found.distances, found.usage, found.quantized, sums, rows, size, levels,
-        REL=rel, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
+        BOUND=bound, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
         UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=found.usage is not None,
-        LANES=lanes, BM=tile.rows, BN=tile.codes, BD=tile.width,
-        BV=tile.settle_codes, BK=_step(tile.settle_width, width),
-        num_warps=tile.warps, num_stages=tile.stages, **FUSION,
+        LANES=lanes,
     )  # fmt: skip
 
 
@@ -134,49 +157,39 @@ def _part_scores(parts: int, source: Tensor) -> tuple[Tensor, Tensor]:
     return scores, torch.empty((parts, 2, rows), dtype=torch.int32, device=source.device)
 
 
-def _by_level(source, codebook, prepared, metric, row_levels, found, sums, rel, settle):
+def _by_level(source, codebook, prepared, metric, row_levels, found, sums, bound, rerank):
     """Two launches per level (and one for the sum of the codes), for so few rows that the codebook has to be split over
     the device to fill it."""
     rows, width = source.shape
     levels, size, _ = codebook.shape
-    quantize = found.usage is not None
-    capability = capability_of(source)
-    tile = configs.step_tile(rows, prepared.row_terms, prepared.code_terms, capability)
-    blocks, tiles = triton.cdiv(rows, tile.rows), triton.cdiv(size, tile.codes)
-    parts = max(1, min(tiles, configs.MOST_PARTS, configs.FULL_BLOCKS // blocks))
+    blocks, tiles = triton.cdiv(rows, SCAN.BM), triton.cdiv(size, SCAN.BN)
+    parts = max(1, min(tiles, MOST_PARTS, FULL_BLOCKS // blocks))
     tiles_per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, tiles_per_part)
     scores, indices = _part_scores(parts, source)
-    step = _step(settle.width, width)
-    settle_grid = (triton.cdiv(rows, settle.rows),)
+    options = {"D": width, "METRIC": metric, "LEVELS": row_levels is not None}
+    grid = (triton.cdiv(rows, rerank.BM),)
     for level in range(levels):
-        kernels.scan_kernel[(blocks, parts)](
+        SCAN[blocks, parts](
             source, prepared.terms[..., level, :, :] if prepared.code_terms == 1 else prepared.terms[0, level],
             prepared.terms[1, level] if prepared.code_terms == 2 else None,
             prepared.offsets[level], row_levels, scores, indices, rows, size, tiles_per_part, level,
-            D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
-            UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None,
-            BM=tile.rows, BN=tile.codes, BK=tile.width,
-            num_warps=tile.warps, num_stages=tile.stages, **FUSION,
+            ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms, UPCAST=triton_is_interpreted(), **options,
         )  # fmt: skip
-        kernels.settle_kernel[settle_grid](
+        rerank[grid](
             source, codebook, prepared.longest, scores, indices, row_levels, source, found.codes, found.distances,
             found.usage, sums, rows, size, levels, level, parts,
-            REL=rel, D=width, METRIC=metric, LEVELS=row_levels is not None, QUANTIZE=quantize,
-            BM=settle.rows, BV=settle.codes, BK=step, num_warps=settle.warps, **FUSION,
+            BOUND=bound, QUANTIZE=found.usage is not None, **options,
         )  # fmt: skip
-    if quantize:
-        kernels.sum_codes_kernel[settle_grid](
-            codebook, found.codes, found.quantized, rows, size, levels,
-            D=width, BM=settle.rows, BK=step, num_warps=settle.warps, **FUSION,
-        )  # fmt: skip
+    if found.usage is not None:
+        SUM_CODES.at_most(BK=rerank.BK)[grid](codebook, found.codes, found.quantized, rows, size, levels, D=width)
 
 
 def codebook_assign(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """See `ztok_fast.ops.codebook_assign`; returns distances and codes.
 
     Work: M V d multiply-adds per level on the tensor cores (three times as many for float32 rows and codes, twice for
-    float32 rows and bfloat16 codes), plus 2 d per row to settle the best two.
+    float32 rows and bfloat16 codes), plus 2 d per row to rerank the best two.
     """
     if codebook.ndim == 2:
         found = search(x, codebook[None], metric, None, quantize=False)

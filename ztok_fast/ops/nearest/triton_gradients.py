@@ -15,19 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import Config
 
-from ztok_fast.ops.nearest.triton_configs import GRADIENTS
 from ztok_fast.ops.nearest.triton_scan import finish_score, load_codes, load_rows, term_of
-from ztok_fast.ops.triton_tables import FUSION, capability_of, look_up
+from ztok_fast.ops.triton_launch import Tiles
 
-# rows that one program adds up: it divides the sum, so it is the same everywhere and in no table
+# rows that one program adds up: it divides the sum, so it is the same everywhere and not tuned
 PIECE = 64
-
-
-def tile_of(like: Tensor, width: int) -> tuple[int, int, int]:
-    """Rows, step of the width, and warps for rows of this width."""
-    tile = look_up(GRADIENTS, capability_of(like), width)
-    return tile.rows, min(tile.width, triton.next_power_of_2(width)), tile.warps
 
 
 @triton.jit
@@ -164,6 +158,12 @@ def sum_run_kernel(sums, first_piece, factor, grad, D: tl.constexpr, FACTOR: tl.
     store_as(grad, run.to(tl.int64) * D + k, total, k < D)
 
 
+_PARTS = Tiles(cosine_parts_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
+_ROWS = Tiles(row_gradients_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
+_PIECES = Tiles(sum_piece_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
+_RUNS = Tiles(sum_run_kernel, Config({"BK": 64}, num_warps=4))
+
+
 def sum_by_code(values: Tensor, codes: Tensor, codebook: Tensor, factor: Tensor | None) -> Tensor:
     """Sums of rows float32 [L, M, d] by their codes [M, L] (-1: none), shaped and typed as the codebook [L, V, d].
 
@@ -180,16 +180,15 @@ def sum_by_code(values: Tensor, codes: Tensor, codebook: Tensor, factor: Tensor 
     first_piece = torch.cat([pieces.new_zeros(1), torch.cumsum(pieces, 0)])
     most = min(runs, run.shape[0]) + triton.cdiv(run.shape[0], PIECE)
     run_of_piece = torch.searchsorted(first_piece[1:], torch.arange(most, device=run.device), right=True)
-    block, step, warps = tile_of(values, width)
+    step = triton.next_power_of_2(width)
+    tiles = _PIECES.at_most(BK=step)
     sums = torch.empty((most, width), dtype=torch.float32, device=values.device)
     if most > 0:
-        sum_piece_kernel[(most, triton.cdiv(width, step))](
-            values, order, starts, first_piece, run_of_piece, sums, runs,
-            D=width, PIECE=PIECE, BM=block, BK=step, num_warps=warps, **FUSION,
-        )  # fmt: skip
-    sum_run_kernel[(runs, triton.cdiv(width, step))](
-        sums, first_piece, factor, grad, D=width, FACTOR=factor is not None, BK=step, num_warps=warps, **FUSION
-    )
+        tiles[most, triton.cdiv(width, tiles.BK)](
+            values, order, starts, first_piece, run_of_piece, sums, runs, D=width, PIECE=PIECE
+        )
+    tiles = _RUNS.at_most(BK=step)
+    tiles[runs, triton.cdiv(width, tiles.BK)](sums, first_piece, factor, grad, D=width, FACTOR=factor is not None)
     return grad
 
 
@@ -201,17 +200,16 @@ def row_gradients(x, codebook, codes, weights, metric, add=None, factor=None) ->
     to_codes = torch.empty((levels, rows, width), dtype=torch.float32, device=x.device)
     if rows == 0:
         return grad_x, to_codes
-    block, step, warps = tile_of(x, width)
-    blocks = triton.cdiv(rows, block)
+    step = triton.next_power_of_2(width)
     parts = None
     if metric == "cosine":
         parts = torch.empty((3, levels, rows), dtype=torch.float32, device=x.device)
-        cosine_parts_kernel[(blocks, levels)](
-            x, codebook, codes, parts, rows, size, levels, D=width, BM=block, BK=step, num_warps=warps, **FUSION
-        )
-    row_gradients_kernel[(blocks, triton.cdiv(width, step))](
+        tiles = _PARTS.at_most(BK=step)
+        tiles[triton.cdiv(rows, tiles.BM), levels](x, codebook, codes, parts, rows, size, levels, D=width)
+    tiles = _ROWS.at_most(BK=step)
+    tiles[triton.cdiv(rows, tiles.BM), triton.cdiv(width, tiles.BK)](
         x, codebook, codes, weights, parts, add, factor, grad_x, to_codes, rows, size, levels,
-        D=width, METRIC=metric, QUANTIZE=weights is None, BM=block, BK=step, num_warps=warps, **FUSION,
+        D=width, METRIC=metric, QUANTIZE=weights is None,
     )  # fmt: skip
     return grad_x, to_codes
 

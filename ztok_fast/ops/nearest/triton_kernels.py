@@ -3,7 +3,7 @@
     prepare_codes_kernel    offsets, terms and greatest length of the codes, once per call
     residual_search_kernel  all levels in one launch; a block owns BM rows              (enough rows to fill the device)
     scan_kernel             one level; the codebook is split over the second grid axis  (few rows)
-    settle_kernel           merges the parts of scan_kernel and makes the next level's residual
+    rerank_kernel           merges the parts of scan_kernel and makes the next level's residual
     sum_codes_kernel        the sum of a row's codes over the levels
     mean_error_kernel       the loss from the sums that each block of rows left at each level
 
@@ -27,8 +27,8 @@ from ztok_fast.ops.nearest.triton_scan import (
     load_codes,
     load_rows,
     merge_two,
+    rerank,
     score_of,
-    settle,
     term_of,
 )
 
@@ -169,7 +169,7 @@ def scan_steps(
 @triton.jit(do_not_specialize=["M", "V", "L"])
 def residual_search_kernel(
     x, book, terms, offsets, longest, row_levels, residual, codes, distances, usage, quantized, sums, M, V, L,
-    REL: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr,
+    BOUND: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, ROW_TERMS: tl.constexpr, CODE_TERMS: tl.constexpr,
     UPCAST: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr, LANES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +198,7 @@ def residual_search_kernel(
                 D, METRIC, ROW_TERMS, CODE_TERMS, UPCAST, BM, BN, BD,
             )  # fmt: skip
         length = tl.load(longest + level).to(tl.float32, bitcast=True)
-        code, distance = settle(x, rows, used, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
+        code, distance = rerank(x, rows, used, found, book + at, length, M, V, BOUND, D, METRIC, BM, BV, BK)
         # every thread has read the residual before any writes it, and has written it before the next level reads it
         tl.debug_barrier()
         write_level(
@@ -269,9 +269,9 @@ def scan_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "V", "L", "level", "parts"])
-def settle_kernel(
+def rerank_kernel(
     x, book, longest, scores, indices, row_levels, residual, codes, distances, usage, sums, M, V, L, level, parts,
-    REL: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr,
+    BOUND: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, LEVELS: tl.constexpr, QUANTIZE: tl.constexpr,
     BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Codes and distances of BM rows at one level from the parts that `scan_kernel` left; the next level's residual."""
@@ -294,7 +294,7 @@ def settle_kernel(
         at = level.to(tl.int64) * V * D
         found = first, i, second, j, third
         length = tl.load(longest + level).to(tl.float32, bitcast=True)
-        code, distance = settle(x, rows, used, found, book + at, length, M, V, REL, D, METRIC, BM, BV, BK)
+        code, distance = rerank(x, rows, used, found, book + at, length, M, V, BOUND, D, METRIC, BM, BV, BK)
         # the residual is read for the last time before any thread writes it
         tl.debug_barrier()
         write_level(

@@ -1,4 +1,4 @@
-"""Device functions of the nearest-code search: scan a codebook with tensor cores, then settle the rows it leaves open.
+"""Device functions of the nearest-code search: scan a codebook with tensor cores, then rerank what it leaves open.
 
 **Scan.** Scores (the part of the distance that depends on the code: |c|^2/2 - x.c, -x.c or -x.c/|c|) come from
 tensor-core products and are compared where they are made; no score is stored. A row keeps its best and second-best
@@ -10,10 +10,10 @@ of three tf32 ones at half the rate (the splitting is that of Henry, Tang and He
 artificial intelligence datatype for higher-precision computations", arXiv:1904.06376). bfloat16 codes have one
 term and float16 codes two, both exact.
 
-**Settle.** `REL` bounds the error of a score relative to |c|max (|x| + |c|max) (`triton_error.py`), so only codes whose
-score is within twice that of the best can be the nearest. The best two are compared in float64, term by term, as the
-reference does it. If the third is within the bound as well, the whole codebook is searched again for that row in
-float64. What is open is known on the device alone; nothing waits for the host.
+**Rerank.** `BOUND` bounds the error of a score relative to |c|max (|x| + |c|max) (`triton_bound.py`). Only codes whose
+score is within twice that of the best, the threshold, can be the nearest. The best two are compared in float64, term by
+term, as the reference does it. If the third is within the threshold as well, the whole codebook is searched again for
+that row in float64. What is open is known on the device alone; nothing waits for the host.
 
 The tile of codes is loaded as [codes, width], so both operands have the summed dimension innermost, as wgmma wants it.
 """
@@ -28,7 +28,7 @@ NO_CODE = tl.constexpr(2147483647)
 def term_of(x):
     """float32 -> the nearest number that bfloat16 holds (ties to even), as float32; also under the interpreter."""
     bits = x.to(tl.uint32, bitcast=True)
-    # NaN and infinity come out as NaN or infinity: rows that hold any are settled without looking at scores
+    # NaN and infinity come out as NaN or infinity: rows that hold any are decided without looking at scores
     bits += 0x7FFF + ((bits >> 16) & 1)
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
 
@@ -177,7 +177,7 @@ def candidate_scores(
 
 
 @triton.jit
-def settle(
+def rerank(
     x,
     rows,
     used,
@@ -186,7 +186,7 @@ def settle(
     longest,
     M,
     V,
-    REL: tl.constexpr,
+    BOUND: tl.constexpr,
     D: tl.constexpr,
     METRIC: tl.constexpr,
     BM: tl.constexpr,
@@ -207,13 +207,13 @@ def settle(
         scale = longest * x_norm
     else:
         scale = x_norm
-    limit = best + 2 * REL * scale
+    threshold = best + 2 * BOUND * scale
     # written so that NaN counts as open; below 1e-30 the products themselves lose bits to underflow
     sure = (scale > 1e-30) & (scale < 1e37)
-    take_j = ((second > limit).to(tl.int32) == 0) & ((score_j < score_i) | ((score_j == score_i) & (j < i)))
+    take_j = ((second > threshold).to(tl.int32) == 0) & ((score_j < score_i) | ((score_j == score_i) & (j < i)))
     code = tl.where(take_j, j, i)
     score = tl.where(take_j, score_j, score_i)
-    open_rows = (((third > limit) & sure).to(tl.int32) ^ 1) * ((bad == 0) & used).to(tl.int32)
+    open_rows = (((third > threshold) & sure).to(tl.int32) ^ 1) * ((bad == 0) & used).to(tl.int32)
     if METRIC != "l2":  # all codes are equally near a row of zeros
         zero_row = (x_norm == 0) & (open_rows == 1) & (score_i == 0)
         code = tl.where(zero_row, 0, code)

@@ -8,16 +8,35 @@ Rows that end no unit are read only for the mean they have a share in; blocks of
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
+from triton import Config
 
 from ztok_fast.ops.halting import triton as halting
 from ztok_fast.ops.nearest import triton as nearest
-from ztok_fast.ops.quantize import triton_configs as configs
 from ztok_fast.ops.quantize import triton_kernels as kernels
 from ztok_fast.ops.quantize.triton_residual import residual_quantize_backward
-from ztok_fast.ops.triton_tables import capability_of, look_up
+from ztok_fast.ops.triton_launch import Tiles
+
+# a block waits for the rows of its units and wants to be small; columns that cover the latent are normalised in it
+PROJECT = Tiles(
+    kernels.project_units_kernel,
+    *(
+        Config({"BM": BM, "BN": 128, "BK": 32}, num_warps=warps, num_stages=2)
+        for BM, warps in ((32, 8), (16, 8), (32, 4))
+    ),
+    key=("HIDDEN", "D"),
+)
+
+
+@functools.cache
+def _rows_tiles(kernel, width: int) -> Tiles:
+    """A few whole rows of this width, about 4096 numbers."""
+    columns = triton.next_power_of_2(width)
+    return Tiles(kernel, Config({"BM": max(1, min(32, 4096 // columns)), "BD": columns}, num_warps=8))
 
 
 def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, num_levels, total_units):
@@ -28,21 +47,16 @@ def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, n
     unit_levels = hidden.new_empty(total_units, dtype=torch.int32)
     if total_units == 0:
         return latents, scale, unit_levels
-    capability = capability_of(hidden)
-    tile = look_up(configs.PROJECT, capability, width)
-    columns = min(tile.columns, max(16, triton.next_power_of_2(width)))
-    whole = columns >= width
-    kernels.project_units_kernel[(triton.cdiv(total_units, tile.units), triton.cdiv(width, columns))](
+    tiles = PROJECT.at_most(BN=max(16, triton.next_power_of_2(width)))
+    whole = tiles.BN >= width
+    tiles[lambda size: (triton.cdiv(total_units, size["BM"]), triton.cdiv(width, size["BN"]))](
         hidden, weights, *table, cu_units, end_weight, mean_weight, levels, latents, scale, unit_levels,
         sequences, num_levels, total_units,
         HIDDEN=hidden.shape[1], D=width, LEVELS=levels is not None, WHOLE=whole,
-        BM=tile.units, BN=columns, BK=tile.width, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not whole:
-        rows = look_up(configs.ROWS, capability, width)
-        kernels.normalise_kernel[(triton.cdiv(total_units, rows.rows),)](
-            latents, scale, total_units, D=width, BM=rows.rows, BD=triton.next_power_of_2(width), num_warps=rows.warps
-        )
+        tiles = _rows_tiles(kernels.normalise_kernel, width)
+        tiles[(triton.cdiv(total_units, tiles.BM),)](latents, scale, total_units, D=width)
     return latents, scale, unit_levels
 
 
@@ -51,11 +65,10 @@ def unnormalise(latents: Tensor, scale: Tensor, grad_latents: Tensor, from_codes
     total_units, width = latents.shape
     grad = torch.empty_like(latents)
     if total_units:
-        tile = look_up(configs.ROWS, capability_of(latents), width)
-        kernels.unnormalise_kernel[(triton.cdiv(total_units, tile.rows),)](
-            latents, scale, grad_latents, from_codes, grad, total_units,
-            D=width, BM=tile.rows, BD=triton.next_power_of_2(width), num_warps=tile.warps,
-        )  # fmt: skip
+        tiles = _rows_tiles(kernels.unnormalise_kernel, width)
+        tiles[(triton.cdiv(total_units, tiles.BM),)](
+            latents, scale, grad_latents, from_codes, grad, total_units, D=width
+        )
     return grad
 
 

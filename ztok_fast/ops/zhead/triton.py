@@ -10,12 +10,28 @@ import struct
 import torch
 import triton
 from torch import Tensor
+from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
-from ztok_fast.ops.nearest.triton_error import relative_error
-from ztok_fast.ops.triton_tables import FUSION, capability_of, look_up
-from ztok_fast.ops.zhead import triton_configs as configs
+from ztok_fast.ops.nearest.triton_bound import error_bound
+from ztok_fast.ops.triton_launch import Tiles
 from ztok_fast.ops.zhead import triton_kernels as kernels
+
+# blocks that fill the device, and the most parts that one program merges at once
+FULL_BLOCKS, MOST_PARTS = 256, 256
+
+
+def _scan_tiles(*tiles: tuple[int, int, int, int]) -> Tiles:
+    configs = [
+        Config({"BB": 16, "BV": BV, "BK": BK}, num_warps=warps, num_stages=stages) for BV, BK, warps, stages in tiles
+    ]
+    return Tiles(kernels.scan_kernel, *configs, key=("D", "SAMPLE"))
+
+
+SCAN = _scan_tiles((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3))
+# float32 is multiplied without tensor cores, in registers
+SCAN_FLOAT32 = _scan_tiles((64, 32, 8, 4), (64, 32, 4, 4))
+SELECT = Tiles(kernels.select_kernel, Config({"BC": 32, "BK": 64}, num_warps=4))
 
 
 def z_select(
@@ -29,7 +45,7 @@ def z_select(
 ) -> tuple[Tensor, Tensor]:
     """See `ztok_fast.ops.z_select`; `top_p` is 1 or the temperature 0, as the op says.
 
-    Work: the rows are read once per tile of 16 or 32 sequences. A logit whose partial sums overflow float32 counts as
+    Work: the rows are read once per tile of 16 sequences. A logit whose partial sums overflow float32 counts as
     infinite.
     """
     batch, width = hidden.shape
@@ -41,27 +57,23 @@ def z_select(
     sample = temperature > 0
     words = struct.unpack("<5i", struct.pack("<dQI", temperature, seed, step))
     key = dict(zip(kernels.KEY, words, strict=True))
-    capability = capability_of(hidden)
-    tile = look_up(configs.SCAN, capability, batch, hidden.element_size())
-    blocks, tiles = triton.cdiv(batch, tile.sequences), triton.cdiv(num_codes, tile.codes)
-    parts = max(1, min(tiles, configs.MOST_PARTS, configs.FULL_BLOCKS // blocks))
+    scan = SCAN_FLOAT32 if hidden.dtype == torch.float32 else SCAN
+    blocks, tiles = triton.cdiv(batch, scan.BB), triton.cdiv(num_codes, scan.BV)
+    parts = max(1, min(tiles, MOST_PARTS, FULL_BLOCKS // blocks))
     tiles_per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, tiles_per_part)
     scores = torch.empty((3, batch, parts), dtype=torch.float32, device=hidden.device)
     indices = torch.empty((2, batch, parts), dtype=torch.int32, device=hidden.device)
     sums = torch.empty((3, batch, parts), dtype=torch.float32, device=hidden.device)
-    constants = {"D": width, "SAMPLE": sample, "ROW_IDS": row_ids is not None, **FUSION}
-    kernels.scan_kernel[(blocks, parts)](
+    constants = {"D": width, "SAMPLE": sample, "ROW_IDS": row_ids is not None}
+    scan[blocks, parts](
         hidden, rows, row_ids, scores, indices, sums, batch, num_codes, tiles_per_part, parts, **key, **constants,
-        UPCAST=triton_is_interpreted(), BB=tile.sequences, BV=tile.codes, BK=tile.width,
-        num_warps=tile.warps, num_stages=tile.stages,
+        UPCAST=triton_is_interpreted(),
     )  # fmt: skip
     # float32 products are summed one by one
     terms = 16 * width if hidden.dtype == torch.float32 else width
-    select = look_up(configs.SELECT, capability, width)
-    kernels.select_kernel[(batch,)](
+    SELECT[(batch,)](
         hidden, rows, row_ids, scores, indices, sums, codes, log_probs, num_codes, parts, **key, **constants,
-        REL=relative_error(terms, 1, 1), P=max(2, triton.next_power_of_2(parts)), BC=select.codes, BK=select.width,
-        num_warps=select.warps,
+        BOUND=error_bound(terms, 1, 1), P=max(2, triton.next_power_of_2(parts)),
     )  # fmt: skip
     return codes, log_probs

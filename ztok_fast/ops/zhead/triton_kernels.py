@@ -172,10 +172,10 @@ def exact_scores(logits, codes, row_id, seed_low, seed_high, step, temperature, 
 def select_kernel(
     hidden, rows, row_ids, scores, indices, sums, codes, log_probs, V, parts,
     temperature_low, temperature_high, seed_low, seed_high, step,
-    REL: tl.constexpr, D: tl.constexpr, SAMPLE: tl.constexpr, ROW_IDS: tl.constexpr,
+    BOUND: tl.constexpr, D: tl.constexpr, SAMPLE: tl.constexpr, ROW_IDS: tl.constexpr,
     P: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Code and log-probability of one sequence from its parts. REL: error of a logit per |hidden| |longest row|."""
+    """Code and log-probability of one sequence from its parts. BOUND: error of a logit per |hidden| |longest row|."""
     row = tl.program_id(0)
     plane = tl.num_programs(0).to(tl.int64) * parts
     row_id = row.to(tl.int64)
@@ -204,17 +204,17 @@ def select_kernel(
     pair = tl.where(two == 0, tl.min(i, 0), tl.min(j, 0))
     logits, square = exact_logits(hidden, rows, row, pair, V, D, 2, BK)
     exact = exact_scores(logits, pair, row_id, seed_low, seed_high, step, temperature, SAMPLE)
-    error = REL * tl.sqrt(square).to(tl.float32) * longest
+    error = BOUND * tl.sqrt(square).to(tl.float32) * longest
     if SAMPLE:
         error = error / temperature.to(tl.float32) + NOISE_ERROR + 2.0**-20 * tl.abs(tl.min(first, 0))
-    limit = tl.min(first, 0) + 2 * error
+    threshold = tl.min(first, 0) + 2 * error
     # written so that NaN, from scores that overflow float32 at a temperature near 0, counts as open
-    far = tl.where(two == 0, tl.min(first, 0), tl.min(second, 0)) > limit
+    far = tl.where(two == 0, tl.min(first, 0), tl.min(second, 0)) > threshold
     exact = tl.where(far, float("inf"), exact)
     least = tl.min(exact, 0)
     code = tl.min(tl.where(exact == least, pair, NO_CODE), 0)
     logit = tl.max(tl.where(pair == code, logits, float("-inf")), 0)
-    if ((third > limit) | bad).to(tl.int32) == 0:
+    if ((third > threshold) | bad).to(tl.int32) == 0:
         lanes_c = tl.arange(0, BC)
         best = tl.full([BC], float("inf"), tl.float64)
         best_code = tl.full([BC], NO_CODE, tl.int32)

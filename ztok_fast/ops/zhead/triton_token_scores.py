@@ -9,15 +9,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest.triton_scan import load_codes
-from ztok_fast.ops.triton_tables import FUSION
+from ztok_fast.ops.triton_launch import Tiles
 
-# tokens, codes and elements of the width at a time, and warps; float32 is multiplied without tensor cores, in registers
-BLOCKS = {torch.float32: (32, 32, 32, 4)}
-HALF_PRECISION_BLOCKS = (64, 128, 32, 8)
-OWN_WIDTH = 16  # elements at a time of the float64 product
 # programs that fill a GPU, and the parts that the vocabulary is cut into for it at most
 FULL_GRID, MOST_PARTS = 264, 64
 
@@ -87,6 +84,19 @@ def token_scores_kernel(
     tl.store(ranks + at, rank, mask=keep)
 
 
+# BO: elements at a time of the float64 product
+TILES = Tiles(
+    token_scores_kernel,
+    *(
+        Config({"BT": 64, "BV": 128, "BK": BK, "BO": 16}, num_warps=8, num_stages=stages)
+        for BK, stages in ((32, 3), (64, 3), (32, 4))
+    ),
+    key=("D",),
+)
+# float32 is multiplied without tensor cores, in registers
+TILES_FLOAT32 = Tiles(token_scores_kernel, Config({"BT": 32, "BV": 32, "BK": 32, "BO": 16}, num_warps=4))
+
+
 def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """See `ztok_fast.ops.token_scores`. A logit whose partial sums overflow float32 counts as infinite.
 
@@ -96,18 +106,17 @@ def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor,
     size = rows.shape[0]
     if total == 0:
         return hidden.new_empty(0, dtype=torch.float32), hidden.new_empty(0, dtype=torch.int32)
-    tokens, codes, step, warps = BLOCKS.get(hidden.dtype, HALF_PRECISION_BLOCKS)
-    blocks, tiles = triton.cdiv(total, tokens), triton.cdiv(size, codes)
-    per_part = triton.cdiv(tiles, max(1, min(tiles, MOST_PARTS, FULL_GRID // blocks)))
-    parts = triton.cdiv(tiles, per_part)
+    tiles = TILES_FLOAT32 if hidden.dtype == torch.float32 else TILES
+    blocks, count = triton.cdiv(total, tiles.BT), triton.cdiv(size, tiles.BV)
+    per_part = triton.cdiv(count, max(1, min(count, MOST_PARTS, FULL_GRID // blocks)))
+    parts = triton.cdiv(count, per_part)
     own = torch.empty(total, dtype=torch.float64, device=hidden.device)
     sums = torch.empty((3, total, parts), dtype=torch.float32, device=hidden.device)
     ranks = torch.empty((total, parts), dtype=torch.int32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        token_scores_kernel[(blocks, parts)](
-            hidden, rows, targets, own, sums, ranks, total, size, per_part, parts, D=width,
-            UPCAST=triton_is_interpreted(), BT=tokens, BV=codes, BK=step, BO=OWN_WIDTH,
-            num_warps=warps, num_stages=3, **FUSION,
+        tiles[blocks, parts](
+            hidden, rows, targets, own, sums, ranks, total, size, per_part, parts,
+            D=width, UPCAST=triton_is_interpreted(),
         )  # fmt: skip
     greatest, mass, rounded = sums.double()
     largest = greatest.amax(1)  # of NaN and a number it is NaN

@@ -11,7 +11,7 @@ ULP = 2.0**-23
 FIXED_ULPS = 16
 
 
-def relative_error(width: int, row_terms: int, code_terms: int) -> float:
+def error_bound(width: int, row_terms: int, code_terms: int) -> float:
     """Bound of |score - exact score| / (|c|max (|x| + |c|max)) for rows and codes cut into so many terms.
 
     One term means that the input has it exactly (bfloat16, or float16 against float16). Two terms of float16 codes are
