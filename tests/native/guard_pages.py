@@ -46,8 +46,8 @@ class Guarded:
         everything[GUARD_BYTES : GUARD_BYTES + usable] = CANARY
         first = GUARD_BYTES + (usable - wanted if side == "end" else 0)
         held = everything[first : first + wanted].view(tensor.dtype)
+        held.copy_(tensor.as_strided((span,), (1,)))  # elements may share memory
         self.tensor = held.as_strided(tensor.shape, tensor.stride(), held.storage_offset())
-        self.tensor.copy_(tensor)
         low, high = (GUARD_BYTES, first) if side == "end" else (first + wanted, GUARD_BYTES + usable)
         self._canary = everything[low:high]
         _protect(everything.data_ptr())
