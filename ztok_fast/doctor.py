@@ -1,7 +1,7 @@
 """What runs here and why: `python -m ztok_fast.doctor`.
 
 Prints versions, the CPU and its features, GPUs, the compiled libraries, and for each op and device the backend that is
-chosen and why the others are not. Everything about ops comes from `ztok_fast.ops.requirements`.
+chosen and why the others are not. Everything about ops comes from their declarations, `ztok_fast.ops.op.OPS`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from importlib import metadata
 
 import torch
 
+import ztok_fast.ops  # noqa: F401 (declares the ops)
 from ztok_fast import native
-from ztok_fast.ops import dispatch, requirements
+from ztok_fast.ops.backends import forced_backend
+from ztok_fast.ops.op import OPS, Op
 
 PACKAGES = ("ztok-fast", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "triton")
 VARIABLES = ("ZTOK_BACKEND", "ZTOK_DEBUG_CHECKS")
@@ -72,25 +74,28 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
-def op_report(op: str, device: torch.device) -> dict:
-    """The backend chosen for an op on a device, None if there is none, and why each other one is not."""
-    where = ""
-    try:
-        row = dispatch.choose(op, device)
-        chosen, error = row.backend, None
-        where = f" where {row.arguments.text}" if row.arguments else ""
-    except ValueError as refusal:
-        chosen, error = None, str(refusal)
+def op_report(op: Op, device: torch.device) -> dict:
+    """The backend chosen for an op on a device, None if there is none, and why each other one is not.
+
+    Dtypes are left out, and so are conditions on the shape, which are only said.
+    """
     forced = os.environ.get("ZTOK_BACKEND") or None
-    others = {}
-    for row in requirements.rows_of(op):
-        if row.backend == chosen:
-            continue
-        reasons = requirements.unmet(row, device)
-        if not reasons:
-            reasons = [f"ZTOK_BACKEND forces {forced}" if forced else f"{chosen} is preferred{where}"]
-        others[row.backend] = reasons
-    return {"op": op, "device": str(device), "backend": chosen, "error": error, "others": others}
+    try:
+        forced, error = forced_backend(op.name), None
+    except ValueError as refusal:
+        error = str(refusal)
+    others = {b.name: list(b.unmet(device, forced=b.name == forced)) for b in op.backends}
+    able = [b for b in op.backends if not others[b.name] and forced in (None, b.name)]
+    if able and error is None:
+        chosen = able[0].name
+        del others[chosen]
+        where = f" where {able[0].condition[0]}" if able[0].condition else ""
+    else:
+        chosen, where = None, ""
+        error = error or f"{op.name}: {f'{forced} is forced' if forced else 'no backend can run it'}"
+    why = f"ZTOK_BACKEND forces {forced}" if forced else f"{chosen} is preferred{where}"
+    others = {name: reasons or [why] for name, reasons in others.items()}
+    return {"op": op.name, "device": str(device), "backend": chosen, "error": error, "others": others}
 
 
 def collect() -> dict:
@@ -98,7 +103,7 @@ def collect() -> dict:
     return {
         "environment": environment(),
         "native": native.build_info(),
-        "ops": [op_report(op, device) for device in devices() for op in requirements.ops()],
+        "ops": [op_report(op, device) for device in devices() for op in OPS.values()],
     }
 
 

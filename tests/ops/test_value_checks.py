@@ -5,8 +5,10 @@ import torch
 
 import ztok_fast
 from ztok_fast import native, ops
-from ztok_fast.ops import checks, dispatch
-from ztok_fast.ops.requirements import Requirement
+from ztok_fast.ops import checks
+from ztok_fast.ops.backends import Backend
+from ztok_fast.ops.nearest import reference
+from ztok_fast.ops.op import OPS
 
 pytestmark = pytest.mark.skipif(not native.status("cpu").available, reason="no compiled CPU library")
 
@@ -95,27 +97,27 @@ def test_levels_of_a_sequence_without_rows_are_checked():
             ops.quantize_ragged(**arguments)
 
 
-def test_the_check_runs_first_or_only_after_a_refusal():
-    ran = []
+@pytest.mark.parametrize("checks_values", [False, True])
+def test_the_check_runs_first_or_only_after_a_refusal(monkeypatch, checks_values):
+    """A check that finds nothing leaves the backend's own error."""
+    ran, op = [], OPS["codebook_assign"]
 
-    def row(checks_values):
-        return Requirement("codebook_assign", "cpp", "tests.ops.test_value_checks:refuse", checks_values=checks_values)
+    def kernel(x, codebook, metric):
+        ran.append("kernel")
+        if metric == "dot":
+            raise RuntimeError("refused")
+        return reference.codebook_assign(x, codebook, metric)
 
-    def check():
-        ran.append("check")
-
-    assert dispatch.run_row(row(True), check, "work") == "work" and ran == []
-    assert dispatch.run_row(row(False), check, "work") == "work" and ran == ["check"]
-    with pytest.raises(RuntimeError, match="refused"):  # a check that finds nothing leaves the backend's own error
-        dispatch.run_row(row(True), check, "fail")
-    assert ran == ["check", "check"]
-
-
-def refuse(what):
-    """A backend that fails on demand."""
-    if what == "fail":
-        raise RuntimeError("refused")
-    return what
+    monkeypatch.setattr(op, "backends", (Backend("cpp", kernel, checks_values=checks_values),))
+    monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(op, "check_values", lambda *args: ran.append("check"))
+    x, codebook = torch.randn(2, 4), torch.randn(3, 4)
+    ops.codebook_assign(x, codebook)
+    assert ran == (["kernel"] if checks_values else ["check", "kernel"])
+    ran.clear()
+    with pytest.raises(RuntimeError, match="refused"):
+        ops.codebook_assign(x, codebook, "dot")
+    assert ran == (["kernel", "check"] if checks_values else ["check", "kernel"])
 
 
 def test_good_input_is_looked_at_once(monkeypatch):
