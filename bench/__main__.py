@@ -6,6 +6,7 @@
     python -m bench --device cuda --plots out/figures
     python -m bench --ops compress decompress               whole runs of the codec, which no other call includes
     python -m bench --list --set full                       the cases and nothing else
+    compute-sanitizer --error-exitcode 9 python -m bench --check --device cuda
 
 Results are added to the JSON file case by case, so a run that is interrupted keeps what it has and several runs make
 one file. Exit status: 0; 1 when a backend's answer was wrong or it raised; 130 when interrupted. `docs/benchmarks.md`
@@ -40,6 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--json", metavar="FILE", help="results file to add to (default build/bench/DEVICE.json)")
     add("--plots", metavar="DIR", help="draw plots of the results file into a folder")
+    add("--check", action="store_true", help="run small cases once per backend and check them, untimed")
     add("--list", action="store_true", help="print the cases and stop")
     options = parser.parse_args(argv)
     if options.seconds <= 0:
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
 
     from bench import results
     from bench.registry import interleave, select
-    from bench.session import Session, SessionError
+    from bench.session import Session, SessionError, check_all
 
     threads = pin_threads(options.threads)
     try:
@@ -82,6 +84,9 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
         return 2
     path = Path(options.json) if options.json else ROOT / "build" / "bench" / f"{device.type}.json"
     try:
+        if options.check:
+            tiny = [] if options.set == "tiny" else select(options.ops, "tiny", device.type, options.cases)
+            return check_all(tiny + cases, device, options.backends)
         session = Session(path, device, threads, argv, options)
         status = session.measure_all(cases)
         if options.plots:

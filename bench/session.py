@@ -13,12 +13,41 @@ import torch
 from bench import results
 from bench.machine import facts, marks, summary
 from bench.registry import Chosen
-from bench.runner import measure, wrong_backends
+from bench.runner import backends_of, gradient_mode, measure, verify, wrong_backends
 from bench.tables import percent, table
 
 # Measured before every case, so within a fraction of a second.
 SHORT_MARKS = {"cpu": {"seconds": 0.1, "size": 1024}, "cuda": {"seconds": 0.05, "size": 4096, "count": 1 << 28}}
 TINY_MARKS = {"seconds": 0.05, "size": 256, "count": 1 << 20}
+
+
+CHECKED = {"flops": 100e6, "bytes": 20e6}
+"""The most work of a case that `check_all` takes."""
+
+
+def check_all(cases: Chosen, device: torch.device, backends: list[str] | None) -> int:
+    """Run and check small cases once per backend, untimed; without names all backends but the reference.
+
+    Returns:
+        1 when a backend was wrong or raised, else 0.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ran, red = 0, []
+    for subject, case in cases:
+        inputs = subject.make(case, torch.Generator(device).manual_seed(1))
+        work = subject.work(case, inputs)
+        if all(getattr(work, name) <= most for name, most in CHECKED.items()):
+            with gradient_mode(case):
+                for own in backends_of(subject, case, [inputs], device, backends):
+                    if own.calls and (backends is not None or own.name != "reference"):
+                        verify(own, subject, case, [inputs])
+                        ran += 1
+                        if own.status != "ok":
+                            red.append(f"{subject.key(case)}: {own.name}: {own.status}: {own.reason}")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("\n".join([*(f"WRONG {line}" for line in red), f"{ran} runs of backends, {len(red)} red"]))
+    return int(bool(red))
 
 
 class SessionError(ValueError):

@@ -92,13 +92,13 @@ tests() {
 
 sanitize() {
     local tool=$1
-    [ $dry = 0 ] || { "$python" -m bench.once --set tiny; return; }
+    [ $dry = 0 ] || { "$python" -m bench --check --set tiny; return; }
     local program
     program=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null) || {
         echo "compute-sanitizer is not installed"; return 77; }
     # without torch's caching every tensor is an allocation of its own, so that a byte past its end is seen
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-        "$python" -m bench.once --device cuda
+        "$python" -m bench --check --device cuda
 }
 
 bench() {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import once, results, runner, session
+from bench import results, runner, session
 from bench.registry import OPS
 from bench.subject import Baseline, same
 from ztok_fast.ops import backends
@@ -63,12 +63,13 @@ def test_a_backend_that_is_wrong_gets_no_speed_and_fails_the_command(
     assert f"WRONG {CASE}: cuda: {status}" in captured.err
     line = next(line for line in captured.out.splitlines() if line.startswith("| cuda"))
     assert status in line and "×" not in line.split("|")[-2]
-    assert once.main(["--ops", "residual_quantize", "--set", "tiny", "--backends", "cuda"]) == 1
-    assert f"{CASE}: cuda: {status}" in capsys.readouterr().err
+    assert bench(tmp_path, *only, "--check", "--backends", "cuda") == 1
+    assert f"WRONG {CASE}: cuda: {status}" in capsys.readouterr().out
 
 
-def test_every_op_once_is_right(capsys):
-    assert once.main(["--ops", "residual_quantize", "--set", "tiny", "--backends", "reference"]) == 0
+def test_small_cases_are_checked_once_without_a_results_file(tmp_path, capsys):
+    assert bench(tmp_path, "--ops", "residual_quantize", "--check", "--backends", "reference") == 0
+    assert not (tmp_path / "out.json").exists()
     assert "2 runs of backends, 0 red" in capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ STUB = """#!/usr/bin/env bash
 case "$*" in
     "-m pytest"*) echo "2 failed in 1 s"; exit 1 ;;
     *bench.profile_codec*) sleep 60 ;;
-    *bench.once*) exit 9 ;;
+    *"bench --check"*) exit 9 ;;
 esac
 """
 
