@@ -104,9 +104,9 @@ def test_damaged_codec(ztok, codec_folder, tmp_path, name):
 
 
 def test_doctor_reports_every_op(ztok):
-    from ztok_fast.ops import requirements
+    from ztok_fast.ops.op import OPS
 
     result = ztok("doctor", "--json")
     assert result.status == 0
-    assert {entry["op"] for entry in json.loads(result.out)["ops"]} == set(requirements.ops())
+    assert {entry["op"] for entry in json.loads(result.out)["ops"]} == set(OPS)
     assert "codebook_assign" in ztok("doctor").out
