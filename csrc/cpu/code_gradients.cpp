@@ -2,6 +2,8 @@
 // and of the codebooks are two passes over the rows, each of which walks the levels again: nothing of the size of
 // [rows, levels, width] is stored. In the second pass every element of the codebooks' gradient belongs to one thread,
 // which sees all rows in their order, so that no number of threads shows in a sum.
+#include "code_gradients.h"
+
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -140,6 +142,8 @@ double value_of(const char* op, const char* argument, const Tensor& scalar) {
   return *static_cast<const float*>(as_float(scalar).const_data_ptr());
 }
 
+}  // namespace
+
 // With e_l = z - q_{<=l} and N used pairs, both losses are sum_l |e_l|^2 / (N d); the commitment sees z alone, the
 // codebook loss the codes alone.
 std::tuple<Tensor, Tensor> residual_quantize_backward(const Tensor& latents, const Tensor& codebooks,
@@ -160,7 +164,6 @@ std::tuple<Tensor, Tensor> residual_quantize_backward(const Tensor& latents, con
           codebook_gradients(inputs, chosen, by_codes, codebooks.scalar_type())};
 }
 
-}  // namespace
 }  // namespace ztok
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {

@@ -1,12 +1,11 @@
 // integrate_units on the CPU: each thread takes the units that begin in its range of rows, so no sum is shared and a
 // row is read once (twice where it carries a remainder into the next unit).
 #include <cstring>
-#include <optional>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
-#include "halting.h"
+#include "units.h"
 
 namespace ztok {
 namespace {
@@ -50,19 +49,6 @@ void row_gradient_f64(const void* row, int64_t width, const WideShareGradient* o
   }
 }
 
-void check_integration(const char* op, const Tensor& rows, const Tensor& weights, const Tensor& unit,
-                       const Tensor& cu_units) {
-  ZTOK_CHECK(rows.dim() == 2 && rows.is_cpu() && rows.is_contiguous(), op,
-             "rows: expected a contiguous CPU tensor [T, D]");
-  const auto wanted = rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  ZTOK_CHECK(weights.dim() == 2 && weights.size(0) == rows.size(0) && weights.size(1) == 2 && weights.is_cpu() &&
-                 weights.is_contiguous() && weights.scalar_type() == wanted,
-             op, "weights: expected a contiguous CPU tensor [T, 2], float64 for float64 rows and float32 for others");
-  ZTOK_CHECK(unit.dim() == 1 && unit.size(0) == rows.size(0) && unit.is_cpu(), op, "unit: expected a CPU tensor [T]");
-  ZTOK_CHECK(cu_units.dim() == 1 && cu_units.size(0) > 0 && cu_units.is_cpu(), op,
-             "cu_units: expected a CPU tensor [B + 1]");
-}
-
 const char* bytes_at(const Tensor& tensor, int64_t row) {
   return static_cast<const char*>(tensor.const_data_ptr()) + row * tensor.size(1) * tensor.element_size();
 }
@@ -87,7 +73,7 @@ void row_gradients(const UnitTable& table, const Tensor& rows, const Tensor& wei
   });
   for_row_ranges(table.rows, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int32_t k = table.unit[t];
+      const int64_t k = table.unit[t];
       const bool ends = k >= 0 && (t + 1 == table.rows || table.unit[t + 1] != k);
       const auto share = [&](int64_t of, Weight weight, Weight* grad_weight) {
         const bool has_unit = of >= 0 && of < table.capacity && inverse[of] > 0;
@@ -108,14 +94,36 @@ void row_gradients(const UnitTable& table, const Tensor& rows, const Tensor& wei
 
 }  // namespace
 
-UnitTable unit_table(const char* op, const Tensor& unit, const Tensor& cu_units, int64_t capacity) {
-  for (const Tensor* tensor : {&unit, &cu_units}) {
-    ZTOK_CHECK(tensor->scalar_type() == ScalarType::Int && tensor->is_contiguous() && tensor->is_cpu(), op,
-               "unit, cu_units: expected contiguous int32 CPU tensors");
-  }
-  ZTOK_CHECK(capacity >= 0, op, "total_units: expected at least 0, got ", capacity);
+UnitTensors unit_tensors(const char* op, const Tensor& rows, const Tensor& weights, const Tensor& unit,
+                         const Tensor& cu_units) {
+  ZTOK_CHECK(rows.dim() == 2, op, "rows: expected [T, D], got ", rows.dim(), " dimensions");
+  ZTOK_CHECK(weights.dim() == 2 && weights.size(0) == rows.size(0) && weights.size(1) == 2, op,
+             "weights: expected [T, 2]");
+  ZTOK_CHECK(unit.dim() == 1 && unit.size(0) == rows.size(0), op, "unit: expected [T]");
+  ZTOK_CHECK(cu_units.dim() == 1 && cu_units.size(0) > 0, op, "cu_units: expected [B + 1]");
+  const bool wide = rows.scalar_type() == ScalarType::Double || weights.scalar_type() == ScalarType::Double;
+  const UnitTensors tensors{wide ? as_dtype(rows, ScalarType::Double) : as_contiguous(rows),
+                            as_dtype(weights, wide ? ScalarType::Double : ScalarType::Float),
+                            as_dtype(unit, ScalarType::Int), as_dtype(cu_units, ScalarType::Int)};
+  const UnitTable table = tensors.table(0);
+  ZTOK_CHECK(table.cu_units[0] == 0, op, "cu_units[0]: expected 0, got ", table.cu_units[0]);
+  ZTOK_CHECK(std::is_sorted(table.cu_units, table.cu_units + table.sequences + 1), op,
+             "cu_units: expected non-decreasing offsets");
+  return tensors;
+}
+
+UnitTable UnitTensors::table(int64_t capacity) const {
   return {static_cast<const int32_t*>(unit.const_data_ptr()), static_cast<const int32_t*>(cu_units.const_data_ptr()),
           cu_units.size(0) - 1, unit.size(0), capacity};
+}
+
+int64_t UnitTensors::units() const {
+  return static_cast<const int32_t*>(cu_units.const_data_ptr())[cu_units.size(0) - 1];
+}
+
+void check_total_units(const char* op, const UnitTensors& tensors, int64_t total_units) {
+  ZTOK_CHECK(total_units >= tensors.units(), op, "total_units: expected at least ", tensors.units(), ", got ",
+             total_units);
 }
 
 UnitMean unit_mean_kernel(const char* op, ScalarType rows, ScalarType means) {
@@ -146,20 +154,18 @@ RowGradient row_gradient_kernel(const char* op, ScalarType rows, ScalarType mean
   }
 }
 
-IntegrationGradient integration_gradient(const char* op, const Tensor& rows, const Tensor& weights, const Tensor& unit,
-                                         const Tensor& cu_units, const Tensor& means, const Tensor& grad,
-                                         const float* grad_end_rows) {
-  check_integration(op, rows, weights, unit, cu_units);
+IntegrationGradient integration_gradient(const char* op, const UnitTensors& tensors, const Tensor& means,
+                                         const Tensor& grad, const float* grad_end_rows) {
+  const Tensor &rows = tensors.rows, &weights = tensors.weights;
   for (const Tensor* tensor : {&means, &grad}) {
     ZTOK_CHECK(tensor->dim() == 2 && tensor->size(0) == means.size(0) && tensor->size(1) == rows.size(1) &&
-                   tensor->scalar_type() == means.scalar_type() && tensor->is_cpu() && tensor->is_contiguous(),
-               op, "means, grad: expected contiguous CPU tensors [K, D] of one dtype");
+                   tensor->scalar_type() == means.scalar_type() && tensor->is_contiguous(),
+               op, "means, grad: expected [K, D] of one dtype");
   }
-  const UnitTable table = unit_table(op, unit, cu_units, means.size(0));
+  const UnitTable table = tensors.table(means.size(0));
   IntegrationGradient out{torch::stable::new_empty(rows, {rows.size(0), rows.size(1)}),
                           torch::stable::new_empty(weights, {weights.size(0), 2})};
   if (rows.scalar_type() == ScalarType::Double) {
-    ZTOK_CHECK(means.scalar_type() == ScalarType::Double && !grad_end_rows, op, "means: expected float64 as the rows");
     row_gradients<WideShareGradient, double>(table, rows, weights, means, grad, nullptr, row_gradient_f64, out.rows,
                                              out.weights);
   } else {
@@ -172,58 +178,52 @@ IntegrationGradient integration_gradient(const char* op, const Tensor& rows, con
 
 namespace {
 
-Tensor integrate_units(const Tensor& rows, const Tensor& weights, const Tensor& unit, const Tensor& cu_units,
-                       int64_t total_units) {
-  const char* op = "integrate_units";
-  check_integration(op, rows, weights, unit, cu_units);
-  const UnitTable table = unit_table(op, unit, cu_units, total_units);
-  Tensor means = torch::stable::new_empty(rows, {total_units, rows.size(1)});
-  const int64_t width = rows.size(1), row_bytes = width * static_cast<int64_t>(rows.element_size());
+// The ends of units follow from `unit`.
+Tensor integrate_units(const Tensor& rows, const Tensor& weights, const Tensor& unit, const Tensor& /*ends*/,
+                       const Tensor& cu_units, int64_t total_units) {
+  constexpr const char* op = "integrate_units";
+  const UnitTensors in = unit_tensors(op, rows, weights, unit, cu_units);
+  check_total_units(op, in, total_units);
+  const UnitTable table = in.table(in.units());
+  Tensor means = torch::stable::new_empty(in.rows, {total_units, rows.size(1)});
+  const int64_t width = rows.size(1), row_bytes = width * static_cast<int64_t>(in.rows.element_size());
   auto* out = static_cast<char*>(means.mutable_data_ptr());
+  std::vector<uint8_t> found(table.capacity, 0);
   const auto run = [&](const auto* shares, auto* kernel) {
     for_row_ranges(table.rows, row_bytes, [&](int64_t begin, int64_t end) {
-      for_each_unit(table, begin, end, [&](int64_t k, const UnitRows& units_rows) {
-        kernel(rows.const_data_ptr(), width, shares, units_rows, out + k * row_bytes);
+      for_each_unit(table, begin, end, [&](int64_t k, const UnitRows& unit_rows) {
+        kernel(in.rows.const_data_ptr(), width, shares, unit_rows, out + k * row_bytes);
+        found[k] = 1;
       });
     });
   };
-  if (rows.scalar_type() == ScalarType::Double) {
-    run(static_cast<const double*>(weights.const_data_ptr()), unit_mean_f64);
+  if (in.rows.scalar_type() == ScalarType::Double) {
+    run(static_cast<const double*>(in.weights.const_data_ptr()), unit_mean_f64);
   } else {
-    run(static_cast<const float*>(weights.const_data_ptr()),
-        unit_mean_kernel(op, rows.scalar_type(), rows.scalar_type()));
+    run(static_cast<const float*>(in.weights.const_data_ptr()),
+        unit_mean_kernel(op, in.rows.scalar_type(), in.rows.scalar_type()));
   }
-  const int64_t units = std::clamp<int64_t>(table.cu_units[table.sequences], 0, total_units);
-  std::memset(out + units * row_bytes, 0, (total_units - units) * row_bytes);
-  return means;
+  for (int64_t k = 0; k < table.capacity; ++k) {
+    if (!found[k]) std::memset(out + k * row_bytes, 0, row_bytes);  // not a unit that halting_units made
+  }
+  std::memset(out + table.capacity * row_bytes, 0, (total_units - table.capacity) * row_bytes);
+  return as_dtype(means, rows.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> integrate_units_backward(const Tensor& rows, const Tensor& weights, const Tensor& unit,
-                                                    const Tensor& cu_units, const Tensor& means, const Tensor& grad,
-                                                    const std::optional<Tensor>& grad_end_rows) {
-  const char* op = "integrate_units_backward";
-  if (grad_end_rows.has_value()) {
-    ZTOK_CHECK(grad_end_rows->dim() == 2 && grad_end_rows->size(0) == means.size(0) &&
-                   grad_end_rows->size(1) == rows.size(1) && grad_end_rows->scalar_type() == ScalarType::Float &&
-                   grad_end_rows->is_contiguous() && grad_end_rows->is_cpu(),
-               op, "grad_end_rows: expected a contiguous float32 CPU tensor [K, D]");
-  }
-  const auto* added = grad_end_rows.has_value() ? static_cast<const float*>(grad_end_rows->const_data_ptr()) : nullptr;
-  IntegrationGradient out = integration_gradient(op, rows, weights, unit, cu_units, means, grad, added);
-  return {out.rows, out.weights};
+                                                    const Tensor& /*ends*/, const Tensor& cu_units, const Tensor& means,
+                                                    const Tensor& grad) {
+  constexpr const char* op = "integrate_units_backward";
+  const UnitTensors in = unit_tensors(op, rows, weights, unit, cu_units);
+  const ScalarType dtype = in.rows.scalar_type();
+  const IntegrationGradient out = integration_gradient(op, in, as_dtype(means, dtype), as_dtype(grad, dtype), nullptr);
+  return {as_dtype(out.rows, rows.scalar_type()), as_dtype(out.weights, weights.scalar_type())};
 }
 
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def("integrate_units_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, int total_units) -> Tensor");
-  m.def(
-      "integrate_units_backward_native(Tensor rows, Tensor weights, Tensor unit, Tensor cu_units, Tensor means, "
-      "Tensor grad, Tensor? grad_end_rows) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("integrate_units_native", TORCH_BOX(&ztok::integrate_units));
-  m.impl("integrate_units_backward_native", TORCH_BOX(&ztok::integrate_units_backward));
+  m.impl("integrate_units", TORCH_BOX(&ztok::integrate_units));
+  m.impl("integrate_units_backward", TORCH_BOX(&ztok::integrate_units_backward));
 }

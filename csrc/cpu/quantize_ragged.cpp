@@ -1,5 +1,7 @@
-// quantize_ragged on the CPU: halting, then a block of units at a time is gathered, projected and normalised, and all
-// of them are searched. Besides the mass, only rows that have a share in a unit are read.
+// quantize_ragged on the CPU: a block of units at a time is gathered, projected and normalised, then all of them are
+// searched. Only rows that have a share in a unit are read. Extra memory: 8 D bytes for each of at most 512 units, 24
+// bytes per unit. Backward: what the units are made from is gathered again; four matrix products of K units; one pass
+// over the rows.
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -7,9 +9,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "halting.h"
+#include "code_gradients.h"
 #include "quantize.h"
 #include "tensors.h"
+#include "units.h"
 
 namespace ztok {
 namespace {
@@ -44,7 +47,11 @@ void gather(const Tensor& hidden, const float* weights, const UnitRows* units, i
   const int64_t units_per_task = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, 2 * row_bytes));
   torch::stable::parallel_for(0, count, units_per_task, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      if (units[k].end == 0) continue;  // not in the table: only units that halting_units did not make
+      if (units[k].end == 0) {  // not a unit that halting_units made
+        std::fill_n(end_rows + k * width, width, 0.0f);
+        std::fill_n(means + k * width, width, 0.0f);
+        continue;
+      }
       mean(rows + (units[k].end - 1) * row_bytes, width, whole, UnitRows{0, 1, false}, end_rows + k * width);
       mean(rows, width, weights, units[k], means + k * width);
     }
@@ -90,44 +97,46 @@ void fill_rows(Tensor& tensor, int64_t from, T value) {
   std::fill(data + from * width, data + tensor.size(0) * width, value);
 }
 
-void check_projection(const Tensor& hidden, const Tensor& mass, const Tensor& end_weight, const Tensor& mean_weight,
-                      const Tensor& codebooks, int64_t total_units) {
-  ZTOK_CHECK(hidden.dim() == 2 && hidden.is_cpu() && hidden.is_contiguous(), kOp,
-             "hidden: expected a contiguous CPU tensor [T, D]");
-  ZTOK_CHECK(mass.dim() == 1 && mass.size(0) == hidden.size(0) && mass.scalar_type() != ScalarType::Double, kOp,
-             "mass: expected [T], not of float64");
-  ZTOK_CHECK(codebooks.dim() == 3 && codebooks.is_contiguous() && codebooks.size(0) * codebooks.size(1) > 0, kOp,
-             "codebooks: expected a contiguous tensor [L, V, d] that is not empty");
+struct Projections {
+  Tensor end, mean;  // float [d, D]
+};
+
+Projections projections_of(const char* op, const UnitTensors& in, const Tensor& end_weight, const Tensor& mean_weight,
+                           const Tensor& codebooks) {
+  ZTOK_CHECK(codebooks.dim() == 3 && codebooks.size(0) * codebooks.size(1) > 0, op,
+             "codebooks: expected [L, V, d], not empty");
+  ZTOK_CHECK(in.weights.scalar_type() == ScalarType::Float, op, "weights: expected float32");
   for (const Tensor* weight : {&end_weight, &mean_weight}) {
-    ZTOK_CHECK(weight->dim() == 2 && weight->size(0) == codebooks.size(2) && weight->size(1) == hidden.size(1), kOp,
+    ZTOK_CHECK(weight->dim() == 2 && weight->size(0) == codebooks.size(2) && weight->size(1) == in.rows.size(1), op,
                "end_weight, mean_weight: expected [d, D]");
   }
-  ZTOK_CHECK(total_units >= 0, kOp, "total_units: expected at least 0, got ", total_units);
+  return {as_float(end_weight), as_float(mean_weight)};
 }
 
-using Outputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Outputs quantize_ragged(const Tensor& hidden, const Tensor& mass, const Tensor& cu_seqlens, const Tensor& end_weight,
-                        const Tensor& mean_weight, const Tensor& codebooks, const std::optional<Tensor>& levels,
-                        double threshold, bool stop, int64_t total_units) {
-  check_projection(hidden, mass, end_weight, mean_weight, codebooks, total_units);
+// The ends of units follow from `unit`.
+Outputs quantize_ragged(const Tensor& hidden, const Tensor& weights, const Tensor& unit, const Tensor& /*ends*/,
+                        const Tensor& cu_units, const Tensor& end_weight, const Tensor& mean_weight,
+                        const Tensor& codebooks, const std::optional<Tensor>& levels, int64_t total_units) {
+  const UnitTensors in = unit_tensors(kOp, hidden, weights, unit, cu_units);
+  const Projections projections = projections_of(kOp, in, end_weight, mean_weight, codebooks);
+  check_total_units(kOp, in, total_units);
   const int64_t width = codebooks.size(2), num_levels = codebooks.size(0), hidden_width = hidden.size(1);
-  HaltingOutput halting = find_units(kOp, mass, cu_seqlens, threshold, stop);
-  const UnitTable table = unit_table(kOp, halting.unit, halting.cu_units, total_units);
+  const UnitTable table = in.table(total_units);
   const std::vector<UnitRows> unit_rows = rows_of_units(table);
   const auto units = static_cast<int64_t>(unit_rows.size());
 
   Tensor latents = torch::stable::new_empty(hidden, {total_units, width}, ScalarType::Float);
   Tensor scale = torch::stable::new_empty(hidden, {total_units}, ScalarType::Float);
-  const Tensor from_end = torch::stable::transpose(as_float(end_weight), 0, 1);
-  const Tensor from_mean = torch::stable::transpose(as_float(mean_weight), 0, 1);
-  const auto* weights = static_cast<const float*>(halting.weights.const_data_ptr());
+  const Tensor from_end = torch::stable::transpose(projections.end, 0, 1);
+  const Tensor from_mean = torch::stable::transpose(projections.mean, 0, 1);
+  const auto* shares = static_cast<const float*>(in.weights.const_data_ptr());
   for (int64_t first = 0; first < units; first += kUnitsPerBlock) {
     const int64_t count = std::min(kUnitsPerBlock, units - first);
     Tensor end_rows = torch::stable::new_empty(hidden, {count, hidden_width}, ScalarType::Float);
     Tensor means = torch::stable::new_empty(hidden, {count, hidden_width}, ScalarType::Float);
-    gather(hidden, weights, unit_rows.data() + first, count, static_cast<float*>(end_rows.mutable_data_ptr()),
+    gather(in.rows, shares, unit_rows.data() + first, count, static_cast<float*>(end_rows.mutable_data_ptr()),
            static_cast<float*>(means.mutable_data_ptr()));
     normalise(torch::stable::matmul(end_rows, from_end), torch::stable::matmul(means, from_mean), count,
               static_cast<float*>(latents.mutable_data_ptr()) + first * width,
@@ -140,9 +149,10 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& mass, const Tensor& 
   Tensor quantized = torch::stable::new_empty(hidden, {total_units, width}, ScalarType::Float);
   Tensor usage = torch::stable::new_empty(hidden, {num_levels, codebooks.size(1)}, ScalarType::Long);
   std::optional<Tensor> unit_levels;
-  if (levels.has_value()) unit_levels = levels_of_units(levels, table, units, num_levels, hidden);
+  if (levels.has_value()) unit_levels = levels_of_units(as_contiguous(*levels), table, units, num_levels, hidden);
   const Matrix rows{latents.const_data_ptr(), Element::float32, units, width, width};
-  const float loss = quantize_rows(kOp, rows, codebooks_of(kOp, codebooks), level_counts(kOp, unit_levels, units),
+  const Tensor books = with_adjacent_elements(codebooks);
+  const float loss = quantize_rows(kOp, rows, codebooks_of(kOp, books), level_counts(kOp, unit_levels, units),
                                    {static_cast<int32_t*>(codes.mutable_data_ptr()), quantized.mutable_data_ptr(),
                                     Element::float32, static_cast<int64_t*>(usage.mutable_data_ptr())});
   fill_rows(codes, units, int32_t(-1));
@@ -151,42 +161,73 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& mass, const Tensor& 
   Tensor codebook_loss = torch::stable::new_empty(hidden, {}, ScalarType::Float);
   *static_cast<float*>(commitment.mutable_data_ptr()) = loss;
   *static_cast<float*>(codebook_loss.mutable_data_ptr()) = loss;
-  return {quantized, latents, commitment,   codebook_loss, halting.weights, codes,
-          usage,     scale,   halting.ends, halting.unit,  halting.counts,  halting.cu_units};
+  return {quantized, latents, commitment, codebook_loss, scale, codes, usage};
 }
 
-// For the backward pass: float [total_units, D] each, the rows that end the units and the means; zeros past the last.
-std::tuple<Tensor, Tensor> unit_inputs(const Tensor& hidden, const Tensor& weights, const Tensor& unit,
-                                       const Tensor& cu_units, int64_t total_units) {
-  ZTOK_CHECK(hidden.dim() == 2 && hidden.is_cpu() && hidden.is_contiguous() && unit.dim() == 1 &&
-                 unit.size(0) == hidden.size(0) && weights.dim() == 2 && weights.size(0) == hidden.size(0) &&
-                 weights.size(1) == 2 && weights.is_contiguous() && weights.scalar_type() == ScalarType::Float,
-             kOp, "expected contiguous CPU tensors hidden [T, D], float32 weights [T, 2] and unit [T]");
-  const std::vector<UnitRows> unit_rows = rows_of_units(unit_table(kOp, unit, cu_units, total_units));
-  const auto units = static_cast<int64_t>(unit_rows.size());
+// Gradient of what was normalised to `latents` z = s r with s = (|r|^2 / d + eps)^(-1/2): s (g - z <g, z> / d), with g
+// the sum of both gradients of z.
+Tensor unnormalise(const Tensor& latents, const Tensor& scale, const Tensor& grad_latents, const Tensor& from_codes) {
+  const int64_t count = latents.size(0), width = latents.size(1);
+  Tensor result = torch::stable::new_empty(latents, {count, width}, ScalarType::Float);
+  const auto* z = static_cast<const float*>(latents.const_data_ptr());
+  const auto* s = static_cast<const float*>(scale.const_data_ptr());
+  const auto* a = static_cast<const float*>(grad_latents.const_data_ptr());
+  const auto* b = static_cast<const float*>(from_codes.const_data_ptr());
+  auto* out = static_cast<float*>(result.mutable_data_ptr());
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16 * 1024 / width), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double product = 0;
+      for (int64_t i = k * width; i < (k + 1) * width; ++i) {
+        out[i] = a[i] + b[i];
+        product += static_cast<double>(out[i]) * z[i];
+      }
+      const auto mean = static_cast<float>(product / static_cast<double>(width));
+      for (int64_t i = k * width; i < (k + 1) * width; ++i) out[i] = s[k] * (out[i] - z[i] * mean);
+    }
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_ragged_backward(
+    const Tensor& hidden, const Tensor& weights, const Tensor& unit, const Tensor& /*ends*/, const Tensor& cu_units,
+    const Tensor& end_weight, const Tensor& mean_weight, const Tensor& codebooks, const Tensor& given_latents,
+    const Tensor& scale, const Tensor& codes, const Tensor& grad_quantized, const Tensor& grad_latents,
+    const Tensor& grad_commitment, const Tensor& grad_codebook_loss) {
+  constexpr const char* op = "quantize_ragged_backward";
+  const UnitTensors in = unit_tensors(op, hidden, weights, unit, cu_units);
+  const Projections projections = projections_of(op, in, end_weight, mean_weight, codebooks);
+  const Tensor latents = as_dtype(given_latents, ScalarType::Float);
+  ZTOK_CHECK(latents.dim() == 2 && latents.size(1) == codebooks.size(2) && scale.numel() == latents.size(0) &&
+                 grad_latents.dim() == 2 && grad_latents.size(0) == latents.size(0) &&
+                 grad_latents.size(1) == latents.size(1),
+             op, "latents, grad_latents, scale: expected [K, d], [K, d] and [K]");
+  const auto [from_codes, grad_codebooks] = residual_quantize_backward(
+      latents, codebooks, codes, as_dtype(grad_quantized, ScalarType::Float), grad_commitment, grad_codebook_loss);
+  const Tensor grad =
+      unnormalise(latents, as_dtype(scale, ScalarType::Float), as_dtype(grad_latents, ScalarType::Float), from_codes);
+  const int64_t total_units = latents.size(0);
+  const std::vector<UnitRows> unit_rows = rows_of_units(in.table(total_units));
   Tensor end_rows = torch::stable::new_empty(hidden, {total_units, hidden.size(1)}, ScalarType::Float);
   Tensor means = torch::stable::new_empty(hidden, {total_units, hidden.size(1)}, ScalarType::Float);
-  gather(hidden, static_cast<const float*>(weights.const_data_ptr()), unit_rows.data(), units,
+  const auto units = static_cast<int64_t>(unit_rows.size());
+  gather(in.rows, static_cast<const float*>(in.weights.const_data_ptr()), unit_rows.data(), units,
          static_cast<float*>(end_rows.mutable_data_ptr()), static_cast<float*>(means.mutable_data_ptr()));
   fill_rows(end_rows, units, 0.0f);
   fill_rows(means, units, 0.0f);
-  return {end_rows, means};
+  const Tensor grad_means = as_contiguous(torch::stable::matmul(grad, projections.mean));
+  const Tensor grad_ends = as_contiguous(torch::stable::matmul(grad, projections.end));
+  const IntegrationGradient of_rows =
+      integration_gradient(op, in, means, grad_means, static_cast<const float*>(grad_ends.const_data_ptr()));
+  const Tensor transposed = torch::stable::transpose(grad, 0, 1);
+  return {of_rows.rows, of_rows.weights,
+          as_dtype(torch::stable::matmul(transposed, end_rows), end_weight.scalar_type()),
+          as_dtype(torch::stable::matmul(transposed, means), mean_weight.scalar_type()), grad_codebooks};
 }
 
 }  // namespace
 }  // namespace ztok
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
-  m.def(
-      "quantize_ragged_native(Tensor hidden, Tensor mass, Tensor cu_seqlens, Tensor end_weight, Tensor mean_weight, "
-      "Tensor codebooks, Tensor? levels, float threshold, bool stop, int total_units) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "unit_inputs_native(Tensor hidden, Tensor weights, Tensor unit, Tensor cu_units, int total_units) "
-      "-> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
-  m.impl("quantize_ragged_native", TORCH_BOX(&ztok::quantize_ragged));
-  m.impl("unit_inputs_native", TORCH_BOX(&ztok::unit_inputs));
+  m.impl("quantize_ragged", TORCH_BOX(&ztok::quantize_ragged));
+  m.impl("quantize_ragged_backward", TORCH_BOX(&ztok::quantize_ragged_backward));
 }

@@ -152,26 +152,7 @@ def _cuda(op: str, family: str, dtypes: tuple[torch.dtype, ...] = FLOATS, **need
     )
 
 
-REQUIREMENTS: tuple[Requirement, ...] = (
-    _cpp("halting_units", "halting", checks_values=True),
-    _triton("halting_units", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
-    _reference("halting_units", "halting"),
-    _cpp("halting_units_backward", "halting"),
-    _triton("halting_units_backward", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
-    _reference("halting_units_backward", "halting"),
-    _cpp("integrate_units", "halting"),
-    _triton("integrate_units", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
-    _reference("integrate_units", "halting"),
-    _cpp("integrate_units_backward", "halting"),
-    _triton("integrate_units_backward", "halting", dtypes=FLOATS, argument_dtypes=FLOATS),
-    _reference("integrate_units_backward", "halting"),
-    _cpp("quantize_ragged", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32, checks_values=True),
-    _triton("quantize_ragged", "quantize"),
-    _reference("quantize_ragged", "quantize"),
-    _cpp("quantize_ragged_backward", "quantize", UP_TO_FLOAT32, argument_dtypes=UP_TO_FLOAT32),
-    _triton("quantize_ragged_backward", "quantize"),
-    _reference("quantize_ragged_backward", "quantize"),
-)
+REQUIREMENTS: tuple[Requirement, ...] = ()
 
 
 def ops() -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 import torch
 
 from ztok_fast.ops.checks import compute_dtype
+from ztok_fast.ops.op import vjp
 from ztok_fast.ops.segments import exclusive_cumsum, segment_sum, sequence_of
+from ztok_fast.ops.straight_through import straight_through
 
 # the mass is counted in multiples of threshold / 2**20, so that its prefix sums are exact integers
 FRACTION_BITS = 20
@@ -16,68 +18,93 @@ def _fixed_point(mass: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.nan_to_num(scaled, nan=0.0).clamp(0, ONE).long()
 
 
+def _sequences(cu_seqlens, rows):
+    """First row of the sequence of each row, and whether a row is the last of its sequence; both [T]."""
+    row = torch.arange(rows, device=cu_seqlens.device)
+    sequence = sequence_of(cu_seqlens, row)
+    return cu_seqlens[sequence].long(), row + 1 == cu_seqlens[sequence + 1]
+
+
 def _accumulate(mass, cu_seqlens, threshold):
     """Fixed-point mass, its inclusive prefix sum within the sequence, rows that fire, rows that carry; all [T]."""
-    rows = torch.arange(mass.shape[0], device=mass.device)
-    sequence = sequence_of(cu_seqlens, rows)
-    is_last = rows + 1 == cu_seqlens[sequence + 1]
+    first, is_last = _sequences(cu_seqlens, mass.shape[0])
     quanta = _fixed_point(mass, threshold)
     before = exclusive_cumsum(quanta)
-    prefix = before[1:] - before[cu_seqlens[sequence].long()]
+    prefix = before[1:] - before[first]
     fired = (prefix >> FRACTION_BITS) > ((prefix - quanta) >> FRACTION_BITS)
     return quanta, prefix, fired, fired & ~is_last, is_last
 
 
 def _in_unit(mass, cu_seqlens, threshold):
     """mode="stop": rows up to the first whose mass reaches the threshold, and those that end a unit; all [T]."""
-    rows = torch.arange(mass.shape[0], device=mass.device)
-    sequence = sequence_of(cu_seqlens, rows)
-    is_last = rows + 1 == cu_seqlens[sequence + 1]
+    first, is_last = _sequences(cu_seqlens, mass.shape[0])
     reached = mass.double() >= threshold
     before = exclusive_cumsum(reached)
-    open_ = before[:-1] == before[cu_seqlens[sequence].long()]
+    open_ = before[:-1] == before[first]
     return open_, open_ & (reached | is_last)
 
 
 def halting_units(mass, cu_seqlens, threshold, mode):
-    """See `ztok_fast.ops.halting.contract.halting_units`; returns weights, ends, unit, counts and cu_units."""
+    """See `ztok_fast.ops.halting_units`; returns weights, ends, unit, counts and cu_units."""
     dtype = compute_dtype(mass)
-    if mode == "fire":
-        quanta, prefix, fired, carries, is_last = _accumulate(mass, cu_seqlens, threshold)
-        ends = fired | is_last
-        own = torch.where(fired, ONE - ((prefix - quanta) & (ONE - 1)), quanta)
-        carried = torch.where(carries, prefix & (ONE - 1), 0)
-        weights = (torch.stack([own, carried], 1).double() * (threshold / ONE)).to(dtype)
-        unit = exclusive_cumsum(ends)[:-1]
-    else:
-        open_, ends = _in_unit(mass, cu_seqlens, threshold)
-        own = torch.where(open_, torch.nan_to_num(mass.to(dtype)), 0)
-        weights = torch.stack([own, torch.zeros_like(own)], 1)
-        unit = torch.where(open_, exclusive_cumsum(ends)[:-1], -1)
-    cu_units = exclusive_cumsum(ends)[cu_seqlens.long()]
+    with torch.no_grad():
+        if mode == "fire":
+            quanta, prefix, fired, carries, is_last = _accumulate(mass, cu_seqlens, threshold)
+            ends = fired | is_last
+            own = torch.where(fired, ONE - ((prefix - quanta) & (ONE - 1)), quanta)
+            carried = torch.where(carries, prefix & (ONE - 1), 0)
+            weights = (torch.stack([own, carried], 1).double() * (threshold / ONE)).to(dtype)
+            unit = exclusive_cumsum(ends)[:-1]
+        else:
+            open_, ends = _in_unit(mass, cu_seqlens, threshold)
+            own = torch.where(open_, torch.nan_to_num(mass.to(dtype)), 0)
+            weights = torch.stack([own, torch.zeros_like(own)], 1)
+            unit = torch.where(open_, exclusive_cumsum(ends)[:-1], -1)
+        cu_units = exclusive_cumsum(ends)[cu_seqlens.long()]
+    weights = straight_through(weights, _weights_before_rounding(mass, cu_seqlens, threshold, mode))
     return weights, ends, unit.int(), cu_units.diff().int(), cu_units.int()
 
 
-def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
-    """Gradient of the mass [T] from that of the weights [T, 2].
+def _weights_before_rounding(mass, cu_seqlens, threshold, mode):
+    """The weights [T, 2] up to constants, as functions of the mass that autograd differentiates.
 
-    In "fire", d own = d mass_t where the row does not fire and -dC_{t-1} where it does, d carried = dC_t, with C the
-    prefix sum within the sequence: the gradient of mass_s gathers what later rows of its sequence have.
+    In "fire", the own share is the mass where the row does not fire and -C[t - 1] where it does, the carried share is
+    C[t], with C the prefix sum within the sequence.
     """
+    with torch.no_grad():
+        if mode == "fire":
+            _, _, fired, carries, _ = _accumulate(mass, cu_seqlens, threshold)
+            first, _ = _sequences(cu_seqlens, mass.shape[0])
+        else:
+            open_, _ = _in_unit(mass, cu_seqlens, threshold)
+    dtype = compute_dtype(mass)
     if mode == "stop":
-        open_, _ = _in_unit(mass, cu_seqlens, threshold)
-        return torch.where(open_, grad_weights[:, 0], 0).to(mass.dtype)
-    _, _, fired, carries, _ = _accumulate(mass, cu_seqlens, threshold)
-    # float64: sequences share one running sum here and must not disturb one another
-    grad = grad_weights.double()
-    to_exclusive = torch.where(fired, -grad[:, 0], 0)
-    to_inclusive = torch.where(carries, grad[:, 1], 0)
-    running = torch.cumsum(to_exclusive + to_inclusive, 0)
-    running = torch.cat([running.new_zeros(1), running])
-    sequence = sequence_of(cu_seqlens, torch.arange(mass.shape[0], device=mass.device))
-    later = running[cu_seqlens[sequence + 1].long()] - running[1:]
-    direct = torch.where(fired, 0, grad[:, 0])
-    return (direct + to_inclusive + later).to(mass.dtype)
+        own = torch.where(open_, mass, 0).to(dtype)
+        return torch.stack([own, torch.zeros_like(own)], 1)
+    wide = mass.double()
+    prefix = _sums_within(wide, first)
+    own = torch.where(fired, wide - prefix, wide)
+    return torch.stack([own, torch.where(carries, prefix, 0)], 1).to(dtype)
+
+
+def _sums_within(values, first):
+    """Inclusive prefix sums [T] of `values` within sequences, of which `first` [T] is the first row.
+
+    By doubling. The difference of two sums over all rows would take less work, but its gradient would carry the
+    rounding of one sequence into the others.
+    """
+    row = torch.arange(values.shape[0], device=values.device)
+    step = 1
+    while step < values.shape[0]:
+        earlier = torch.cat([values.new_zeros(step), values[:-step]])
+        values = values + torch.where(row - step >= first, earlier, 0)
+        step *= 2
+    return values
+
+
+def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
+    """Gradient of the mass [T] from that of the weights [T, 2]."""
+    return vjp(lambda m: _weights_before_rounding(m, cu_seqlens, threshold, mode), (mass,), (grad_weights,))[0]
 
 
 def carries_on(unit, ends, cu_units):
@@ -99,35 +126,30 @@ def unit_indices(unit, ends, cu_units, total_units):
 
 
 def _unit_sums(values, weights, own, carried, total_units):
-    """Sums over each unit of weights * values; `values` [T, D] or [T]. Rows of no unit do not count, NaN or not."""
-    shape = (-1,) + (1,) * (values.ndim - 1)
-    first = segment_sum(values * weights[:, 0].view(shape), own, total_units)
-    return first + segment_sum(values * weights[:, 1].view(shape), carried, total_units)
+    """Sums [total_units, D] over each unit of weights * values [T, D]. Rows of no unit do not count, NaN or not."""
+    sums = 0
+    for index, share in ((own, weights[:, :1]), (carried, weights[:, 1:])):
+        counted = torch.where((index < total_units)[:, None], values, 0)
+        sums = sums + segment_sum(counted * share, index, total_units)
+    return sums
 
 
 def integrate_units(rows, weights, unit, ends, cu_units, total_units):
-    """See `ztok_fast.ops.halting.contract.integrate_units`."""
+    """See `ztok_fast.ops.integrate_units`."""
     dtype = compute_dtype(rows, weights)
     own, carried = unit_indices(unit, ends, cu_units, total_units)
     weights = weights.to(dtype)
-    totals = _unit_sums(weights.new_ones(weights.shape[0]), weights, own, carried, total_units)
+    totals = _unit_sums(weights.new_ones(weights.shape[0], 1), weights, own, carried, total_units)
     sums = _unit_sums(rows.to(dtype), weights, own, carried, total_units)
-    means = torch.where(totals[:, None] > 0, sums / totals[:, None], 0)
-    return means.to(rows.dtype)
+    # the division is by 1 where there is no weight: 0 / 0 would have no gradient
+    has_weight = totals > 0
+    return torch.where(has_weight, sums / torch.where(has_weight, totals, 1), 0).to(rows.dtype)
 
 
 def integrate_units_backward(rows, weights, unit, ends, cu_units, means, grad):
     """Gradients of the rows [T, D] and of the weights [T, 2] from that of the means [K, D]."""
-    dtype = compute_dtype(rows, weights)
-    total_units = means.shape[0]
-    own, carried = unit_indices(unit, ends, cu_units, total_units)
-    rows_, weights_ = rows.to(dtype), weights.to(dtype)
-    totals = _unit_sums(weights_.new_ones(weights.shape[0]), weights_, own, carried, total_units)[:, None]
-    per_weight = torch.where(totals > 0, grad.to(dtype) / totals, 0)
-    # a row of zeros at the end for rows that have no such unit
-    per_weight = torch.cat([per_weight, per_weight.new_zeros(1, rows.shape[1])])
-    means_ = torch.cat([means.to(dtype), means.new_zeros(1, rows.shape[1], dtype=dtype)])
-    grad_rows = per_weight[own] * weights_[:, :1] + per_weight[carried] * weights_[:, 1:]
-    grad_own = (per_weight[own] * (rows_ - means_[own])).sum(1)
-    grad_carried = (per_weight[carried] * (rows_ - means_[carried])).sum(1)
-    return grad_rows.to(rows.dtype), torch.stack([grad_own, grad_carried], 1).to(weights.dtype)
+
+    def integrate(rows, weights):
+        return integrate_units(rows, weights, unit, ends, cu_units, means.shape[0])
+
+    return tuple(vjp(integrate, (rows, weights), (grad,)))

@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.halting import triton_configs as configs
 from ztok_fast.ops.halting import triton_integration as integration
 from ztok_fast.ops.halting import triton_kernels as kernels
-from ztok_fast.ops.requirements import triton_is_interpreted
 from ztok_fast.ops.triton_tables import capability_of, look_up
 
 
@@ -56,8 +56,8 @@ def prefix_sums(mass: Tensor, threshold: float, mode: str) -> Prefix:
     return Prefix(prefix, tile, grid)
 
 
-def find_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str, total_units: int | None = None):
-    """Units of rows: weights, ends, unit, counts, cu_units; with `total_units` also the table of units."""
+def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str):
+    """See `ztok_fast.ops.halting_units`; returns weights, ends, unit, counts and cu_units."""
     rows, sequences = mass.shape[0], cu_seqlens.shape[0] - 1
     stop = mode == "stop"
     weights = mass.new_empty((rows, 2), dtype=torch.float64 if mass.dtype == torch.float64 else torch.float32)
@@ -65,28 +65,16 @@ def find_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str, to
     unit = mass.new_empty(rows, dtype=torch.int32)
     counts = mass.new_empty(sequences, dtype=torch.int32)
     cu_units = mass.new_empty(sequences + 1, dtype=torch.int32)
-    table = None if total_units is None else _new_table(mass, total_units)
     prefix = prefix_sums(mass, threshold, mode)
     block = look_up(configs.OFFSETS, capability_of(mass), sequences)
     kernels.offsets_kernel[(1,)](
         prefix.sums, cu_seqlens, counts, cu_units, sequences, STOP=stop, BB=block.sequences, num_warps=block.warps
     )
-    first_rows, end_rows = table or (unit, unit)  # not used without a table
     kernels.rows_kernel[prefix.grid](
-        mass, prefix.sums, cu_seqlens, cu_units, weights, ends, unit, first_rows, end_rows, rows, sequences,
-        total_units or 0, _bits(threshold / kernels.ONE.value), STOP=stop, TABLE=table is not None,
-        BT=prefix.tile.rows, num_warps=prefix.tile.warps,
+        mass, prefix.sums, cu_seqlens, cu_units, weights, ends, unit, rows, sequences,
+        _bits(threshold / kernels.ONE.value), STOP=stop, BT=prefix.tile.rows, num_warps=prefix.tile.warps,
     )  # fmt: skip
-    return (weights, ends, unit, counts, cu_units), table
-
-
-def _new_table(like: Tensor, total_units: int) -> UnitRows:
-    return UnitRows(*(like.new_empty(total_units, dtype=torch.int64) for _ in range(2)))
-
-
-def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str):
-    """See `ztok_fast.ops.halting.contract.halting_units`; returns weights, ends, unit, counts and cu_units."""
-    return find_units(mass, cu_seqlens, threshold, mode)[0]
+    return weights, ends, unit, counts, cu_units
 
 
 def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
@@ -110,7 +98,7 @@ def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
 
 def unit_rows(unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int) -> UnitRows:
     """The table of units from the units of rows."""
-    table = _new_table(unit, total_units)
+    table = UnitRows(*(unit.new_empty(total_units, dtype=torch.int64) for _ in range(2)))
     rows = unit.shape[0]
     if rows:
         tile = look_up(configs.SCAN, capability_of(unit), rows)
@@ -135,7 +123,7 @@ def unit_means(rows: Tensor, weights: Tensor, table: UnitRows, cu_units: Tensor,
 
 
 def integrate_units(rows, weights, unit, ends, cu_units, total_units):
-    """See `ztok_fast.ops.halting.contract.integrate_units`."""
+    """See `ztok_fast.ops.integrate_units`."""
     means = rows.new_empty((total_units, rows.shape[1]))
     unit_means(rows, weights, unit_rows(unit, ends, cu_units, total_units), cu_units, means)
     return means

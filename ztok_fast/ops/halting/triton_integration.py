@@ -4,7 +4,7 @@ They start from a table of units, int64 [K] each: `first_rows[k]` is twice the f
 row before it carries its remainder into the unit; `end_rows[k]` is the row after the last one it owns. Entries past the
 number of units are not written and not read.
 
-    unit_rows_kernel      the table, from the units of rows (or `rows_kernel` of `triton_kernels.py` writes it)
+    unit_rows_kernel      the table, from the units of rows
     unit_means_kernel     a program makes one unit's mean in one tile of columns
     unit_totals_kernel    1 / sum of weights of units, for the backward pass
     row_gradients_kernel  a program makes the gradients of a few rows and of their weights

@@ -118,13 +118,11 @@ def row_state(prefix, cu_seqlens, rows, T, B):
     return sequence, is_last, upto, before
 
 
-@triton.jit(do_not_specialize=["T", "B", "total_units", "bits"])
+@triton.jit(do_not_specialize=["T", "B", "bits"])
 def rows_kernel(
-    mass, prefix, cu_seqlens, cu_units, weights, ends, unit, first_rows, end_rows, T, B, total_units, bits,
-    STOP: tl.constexpr, TABLE: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """ends, unit and weights of BT rows. TABLE: also the table of units that `unit_rows_kernel` describes. `bits`: those
-    of the float64 threshold / 2**20."""
+    mass, prefix, cu_seqlens, cu_units, weights, ends, unit, T, B, bits, STOP: tl.constexpr, BT: tl.constexpr
+):
+    """ends, unit and weights of BT rows. `bits`: those of the float64 threshold / 2**20."""
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     inside = rows < T
     sequence, is_last, upto, before = row_state(prefix, cu_seqlens, rows, T, B)
@@ -140,8 +138,6 @@ def rows_kernel(
         own = tl.where(in_unit, tl.minimum(tl.maximum(value, -largest), largest), 0.0)
         carried = tl.zeros_like(own)
         index = tl.where(in_unit, first_unit, -1)
-        begins = in_unit & (rows == tl.load(cu_seqlens + sequence, mask=inside, other=0))
-        is_carried_into = before < 0
     else:
         fires = (upto >> FRACTION_BITS) > (before >> FRACTION_BITS)
         ending = fires | is_last
@@ -150,22 +146,11 @@ def rows_kernel(
         quantum = bits.to(tl.float64, bitcast=True)
         own = (share.to(tl.float64) * quantum).to(dtype)
         carried = (rest.to(tl.float64) * quantum).to(dtype)
-        passed = (before >> FRACTION_BITS).to(tl.int32)
-        index = first_unit + passed
-        # a unit begins with its sequence or after a row that fired
-        start = tl.load(cu_seqlens + sequence, mask=inside, other=0)
-        two_before = tl.load(prefix + rows - 1, mask=inside & (rows > start), other=0)
-        two_before -= tl.load(prefix + start, mask=inside, other=0)
-        is_carried_into = (rows > start) & (passed > (two_before >> FRACTION_BITS))
-        begins = (rows == start) | is_carried_into
+        index = first_unit + (before >> FRACTION_BITS).to(tl.int32)
     tl.store(ends + rows, ending, mask=inside)
     tl.store(unit + rows, index, mask=inside)
     tl.store(weights + 2 * rows, own, mask=inside)
     tl.store(weights + 2 * rows + 1, carried, mask=inside)
-    if TABLE:
-        there = inside & (index >= 0) & (index < total_units)
-        tl.store(first_rows + index, 2 * rows + is_carried_into.to(tl.int64), mask=there & begins)
-        tl.store(end_rows + index, rows + 1, mask=there & ending)
 
 
 @triton.jit

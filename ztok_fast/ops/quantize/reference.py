@@ -7,31 +7,10 @@ from ztok_fast.ops.halting import reference as halting
 from ztok_fast.ops.nearest.reference import nearest_codes, take_codes
 from ztok_fast.ops.op import vjp
 from ztok_fast.ops.segments import sequence_of
+from ztok_fast.ops.straight_through import straight_through
 
 # added to the mean square of a latent before it is normalised, so that a latent of zeros stays zero
 RMS_EPS = 1e-6
-
-
-class _StraightThrough(torch.autograd.Function):
-    """`values`, with the gradient of `through`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values, through):
-        return values.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad
-
-    @staticmethod
-    def jvp(ctx, _, tangent):
-        return tangent.clone()
 
 
 def residual_quantize(latents, codebooks, levels):
@@ -83,7 +62,7 @@ def quantized_and_losses(latents, codebooks, codes):
     losses = [torch.where(torch.isinf(e), torch.nan, e / count).to(dtype) for e in (commitment, codebook_loss)]
     quantized = quantized.to(latents.dtype)
     through = torch.where((codes >= 0).any(1, keepdim=True), latents, 0)
-    return _StraightThrough.apply(quantized, through), *losses
+    return straight_through(quantized, through), *losses
 
 
 def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
@@ -103,12 +82,6 @@ def _end_rows(hidden, unit, ends, total_units):
     return torch.where(row_of[:, None] >= 0, hidden[row_of.clamp(min=0)], 0)
 
 
-def _end_rows_and_means(hidden, weights, unit, ends, cu_units, total_units):
-    """What the latent of each unit is made from, both [total_units, D]."""
-    end_rows = _end_rows(hidden, unit, ends, total_units)
-    return end_rows, halting.integrate_units(hidden, weights, unit, ends, cu_units, total_units)
-
-
 def _unit_levels(levels, cu_units, num_levels, total_units):
     """Residual levels of each unit from those of its sequence; 0 past the last unit."""
     if levels is None:
@@ -118,67 +91,43 @@ def _unit_levels(levels, cu_units, num_levels, total_units):
     return levels[sequence_of(cu_units, torch.arange(total_units, device=cu_units.device))]
 
 
-def quantize_ragged(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
-    """See `ztok_fast.ops.quantize.contract.quantize_ragged`.
-
-    Returns:
-        quantized, latents, commitment, codebook_loss, weights, codes, usage, scale, ends, unit, counts, cu_units.
-    """
+def _latents(hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, total_units):
+    """Normalised latents [total_units, d] and the factors that normalised them [total_units]; differentiable."""
     dtype = compute_dtype(hidden, end_weight, mean_weight, codebooks)
-    weights, ends, unit, counts, cu_units = halting.halting_units(mass, cu_seqlens, threshold, mode)
-    end_rows, means = _end_rows_and_means(hidden.to(dtype), weights, unit, ends, cu_units, total_units)
+    hidden = hidden.to(dtype)
+    end_rows = _end_rows(hidden, unit, ends, total_units)
+    means = halting.integrate_units(hidden, weights, unit, ends, cu_units, total_units)
     latents = end_rows @ end_weight.to(dtype).T + means @ mean_weight.to(dtype).T
     scale = torch.rsqrt(latents.square().mean(1) + RMS_EPS)
-    latents = latents * scale[:, None]
+    return latents * scale[:, None], scale
+
+
+def quantize_ragged(
+    hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, levels, total_units
+):  # fmt: skip
+    """See `ztok_fast.ops.quantize_ragged`; the units are given.
+
+    Returns:
+        quantized, latents, commitment, codebook_loss, scale, codes, usage.
+    """
+    given = hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks
+    latents, scale = _latents(*given, total_units)
     unit_levels = _unit_levels(levels, cu_units, codebooks.shape[0], total_units)
     quantized, commitment, codebook_loss, codes, usage = residual_quantize(latents, codebooks, unit_levels)
-    losses = commitment, codebook_loss
-    return quantized, latents, *losses, weights, codes, usage, scale, ends, unit, counts, cu_units
+    return quantized, latents, commitment, codebook_loss, scale, codes, usage
 
 
 def quantize_ragged_backward(
-    hidden,
-    mass,
-    cu_seqlens,
-    end_weight,
-    mean_weight,
-    codebooks,
-    latents,
-    weights,
-    codes,
-    scale,
-    ends,
-    unit,
-    cu_units,
-    grad_quantized,
-    grad_latents,
-    grad_commitment,
-    grad_codebook_loss,
-    grad_weights,
-    threshold,
-    mode,
-):
-    """Gradients of hidden [T, D], mass [T], both projections [d, D] and the codebooks [L, V, d]."""
-    dtype = compute_dtype(hidden, end_weight, mean_weight, codebooks)
-    total_units = codes.shape[0]
-    end_rows, means = _end_rows_and_means(hidden.to(dtype), weights, unit, ends, cu_units, total_units)
-    from_codes, grad_codebooks = residual_quantize_backward(
-        latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss
-    )
-    grad = grad_latents.to(dtype) + from_codes
-    grad = scale[:, None] * (grad - latents * (grad * latents).mean(1, keepdim=True))
-    grad_end_rows, grad_means = grad @ end_weight.to(dtype), grad @ mean_weight.to(dtype)
-    from_means, integrated = halting.integrate_units_backward(
-        hidden.to(dtype), weights, unit, ends, cu_units, means, grad_means
-    )
-    # a row of zeros at the end for rows that end no unit
-    grad_end_rows = torch.cat([grad_end_rows, grad_end_rows.new_zeros(1, hidden.shape[1])])
-    grad_hidden = from_means + grad_end_rows[torch.where(ends, unit.long(), total_units).clamp(max=total_units)]
-    grad_mass = halting.halting_units_backward(mass, cu_seqlens, grad_weights + integrated, threshold, mode)
-    return (
-        grad_hidden.to(hidden.dtype),
-        grad_mass,
-        (grad.T @ end_rows).to(end_weight.dtype),
-        (grad.T @ means).to(mean_weight.dtype),
-        grad_codebooks,
-    )
+    hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, latents, scale, codes,
+    grad_quantized, grad_latents, grad_commitment, grad_codebook_loss,
+):  # fmt: skip
+    """Gradients of hidden [T, D], weights [T, 2], both projections [d, D] and the codebooks [L, V, d]; codes fixed."""
+
+    def of_codes(hidden, weights, end_weight, mean_weight, codebooks):
+        given = hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks
+        latents, _ = _latents(*given, codes.shape[0])
+        quantized, *losses = quantized_and_losses(latents, codebooks, codes)
+        return quantized, latents, *losses
+
+    grads = grad_quantized, grad_latents, grad_commitment, grad_codebook_loss
+    return tuple(vjp(of_codes, (hidden, weights, end_weight, mean_weight, codebooks), grads))

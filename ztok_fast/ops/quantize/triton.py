@@ -1,6 +1,6 @@
 """Triton backend of `quantize_ragged`: host side. Nothing waits for the device.
 
-Forward: halting (four launches), `project_units_kernel`, and the residual search of `ops.nearest.triton`. The search is
+Forward: the table of units, `project_units_kernel`, and the residual search of `ops.nearest.triton`. The search is
 a launch of its own, not the tail of the projection: a projection block is small, because it waits for memory, and a
 search block large, because it is bound by the tensor cores, and for few units the search is split over the codebook.
 Rows that end no unit are read only for the mean they have a share in; blocks of units that do not exist do nothing.
@@ -72,24 +72,25 @@ def unnormalise(latents: Tensor, scale: Tensor, grad_latents: Tensor, from_codes
     return grad
 
 
-def quantize_ragged(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, threshold, mode, total_units):
-    """See `ztok_fast.ops.quantize.contract.quantize_ragged`.
+def quantize_ragged(
+    hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, levels, total_units
+):  # fmt: skip
+    """See `ztok_fast.ops.quantize.reference.quantize_ragged`.
 
     Returns:
-        quantized, latents, commitment, codebook_loss, weights, codes, usage, scale, ends, unit, counts, cu_units.
+        quantized, latents, commitment, codebook_loss, scale, codes, usage.
     """
-    (weights, ends, unit, counts, cu_units), table = halting.find_units(mass, cu_seqlens, threshold, mode, total_units)
+    table = halting.unit_rows(unit, ends, cu_units, total_units)
     latents, scale, unit_levels = project(
         hidden, weights, table, cu_units, end_weight, mean_weight, levels, codebooks.shape[0], total_units
     )
     found = nearest.search(latents, codebooks, "l2", unit_levels, quantize=True)
-    losses = found.commitment, found.codebook_loss
-    return found.quantized, latents, *losses, weights, found.codes, found.usage, scale, ends, unit, counts, cu_units
+    return found.quantized, latents, found.commitment, found.codebook_loss, scale, found.codes, found.usage
 
 
 def quantize_ragged_backward(
-    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, latents, weights, codes, scale, ends, unit, cu_units,
-    grad_quantized, grad_latents, grad_commitment, grad_codebook_loss, grad_weights, threshold, mode,
+    hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, latents, scale, codes,
+    grad_quantized, grad_latents, grad_commitment, grad_codebook_loss,
 ):  # fmt: skip
     """See `ztok_fast.ops.quantize.reference.quantize_ragged_backward`.
 
@@ -104,13 +105,12 @@ def quantize_ragged_backward(
     means = hidden.new_empty((total_units, hidden.shape[1]), dtype=torch.float32)
     halting.unit_means(hidden, weights, table, cu_units, means)
     end_rows = _end_rows(hidden, table, cu_units, total_units)
-    grad_hidden, integrated = halting.row_gradients(
+    grad_hidden, grad_weights = halting.row_gradients(
         hidden, weights, unit, ends, cu_units, table, means,
         grad @ mean_weight.float(), grad @ end_weight.float(),
     )  # fmt: skip
-    grad_mass = halting.halting_units_backward(mass, cu_seqlens, grad_weights + integrated, threshold, mode)
     grad_end_weight = (grad.T @ end_rows).to(end_weight.dtype)
-    return grad_hidden, grad_mass, grad_end_weight, (grad.T @ means).to(mean_weight.dtype), grad_codebooks
+    return grad_hidden, grad_weights, grad_end_weight, (grad.T @ means).to(mean_weight.dtype), grad_codebooks
 
 
 def _end_rows(hidden: Tensor, table, cu_units: Tensor, total_units: int) -> Tensor:

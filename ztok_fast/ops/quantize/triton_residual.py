@@ -12,7 +12,7 @@ from ztok_fast.ops.nearest.triton_gradients import row_gradients, sum_by_code
 def residual_quantize(
     latents: Tensor, codebooks: Tensor, levels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `ztok_fast.ops.quantize.contract.residual_quantize`.
+    """See `ztok_fast.ops.residual_quantize`.
 
     Returns:
         quantized, commitment, codebook_loss, codes, usage.

@@ -1,4 +1,4 @@
-// Halting and integration on the CPU, for halting.cpp and quantize.cpp. All tensors are contiguous CPU tensors.
+// Units of rows on the CPU, for integrate.cpp and quantize_ragged.cpp.
 #pragma once
 
 #include <algorithm>
@@ -8,26 +8,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "check.h"
 #include "integrate_kernel.h"
+#include "ragged.h"
 
 namespace ztok {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Outputs of halting_units: see ztok_fast/ops/halting/contract.py.
-struct HaltingOutput {
-  Tensor weights, ends, unit, counts, cu_units;
-};
-
-HaltingOutput find_units(const char* op, const Tensor& mass, const Tensor& cu_seqlens, double threshold, bool stop);
-
-Tensor mass_gradient(const char* op, const Tensor& mass, const Tensor& cu_seqlens, const Tensor& grad_weights,
-                     double threshold, bool stop);
 
 // What the loops over units need to know of them. unit [rows] and cu_units [sequences + 1] as halting_units gives them.
 struct UnitTable {
@@ -82,15 +68,31 @@ using RowGradient = void (*)(const void* row, int64_t width, const ShareGradient
 UnitMean unit_mean_kernel(const char* op, ScalarType rows, ScalarType means);
 RowGradient row_gradient_kernel(const char* op, ScalarType rows, ScalarType means);
 
-// Gradients of rows [T, D] and weights [T, 2] from that of the means [K, D], float or the dtype of the rows.
-// grad_end_rows [K, D], float, or null: what is added to the gradient of the row that ends each unit.
+// The tensors of an op over units: rows [T, D], weights [T, 2], unit [T] and cu_units [B + 1], contiguous. Weights are
+// float32, and float64 with the rows if one of the two is; unit and cu_units are int32, cu_units starts at 0 and does
+// not decrease.
+struct UnitTensors {
+  Tensor rows, weights, unit, cu_units;
+
+  UnitTable table(int64_t capacity) const;
+  int64_t units() const;  // how many there are
+};
+UnitTensors unit_tensors(const char* op, const Tensor& rows, const Tensor& weights, const Tensor& unit,
+                         const Tensor& cu_units);
+// Fails unless a result has a row for every unit.
+void check_total_units(const char* op, const UnitTensors& tensors, int64_t total_units);
+
+// Gradients of rows [T, D] and weights [T, 2] from that of the means [K, D], both contiguous and float32 or of the
+// dtype of the rows. grad_end_rows [K, D], float, or null: what is added to the gradient of the row that ends each
+// unit.
 struct IntegrationGradient {
   Tensor rows, weights;
 };
-IntegrationGradient integration_gradient(const char* op, const Tensor& rows, const Tensor& weights, const Tensor& unit,
-                                         const Tensor& cu_units, const Tensor& means, const Tensor& grad,
-                                         const float* grad_end_rows);
+IntegrationGradient integration_gradient(const char* op, const UnitTensors& tensors, const Tensor& means,
+                                         const Tensor& grad, const float* grad_end_rows);
 
-UnitTable unit_table(const char* op, const Tensor& unit, const Tensor& cu_units, int64_t capacity);
+inline Tensor as_dtype(const Tensor& tensor, ScalarType type) {
+  return as_contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
 
 }  // namespace ztok
