@@ -176,22 +176,6 @@ class TestHaltingUnits:
         weights[7:13].square().sum().backward()
         assert (mass.grad[:7] == 0).all() and (mass.grad[13:] == 0).all() and (mass.grad[7:12] != 0).any()
 
-    @pytest.mark.parametrize("mode", MODES)
-    def test_opcheck(self, backend, device, mode):
-        mass, lengths = grid_mass(device, 1.0)
-        torch.library.opcheck(torch.ops.ztok.halting_units.default, (mass, offsets(lengths, device), 1.0, mode))
-
-    def test_compiles_in_full(self, backend, device):
-        mass, lengths = grid_mass(device, 1.0)
-        cu_seqlens = offsets(lengths, device)
-
-        def loss(m):
-            return ops.halting_units(m, cu_seqlens).weights.square().sum()
-
-        (expected,) = torch.autograd.grad(loss(mass), mass)
-        (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(mass), mass)
-        torch.testing.assert_close(got, expected)
-
     @pytest.mark.parametrize(
         ("override", "message"),
         [
@@ -346,14 +330,6 @@ class TestIntegrateUnits:
         for got, expected in zip(*results, strict=True):
             assert_close(got, expected, dtype, scale=20)
 
-    def test_opcheck(self, backend, device):
-        mass, lengths = grid_mass(device, 1.0)
-        units = ops.halting_units(mass.detach(), offsets(lengths, device))
-        rows = torch.randn(len(mass), 3, dtype=torch.float64, device=device, requires_grad=True)
-        weights = units.weights.clone().requires_grad_()
-        arguments = (rows, weights, units.unit, units.ends, units.cu_units, 12)
-        torch.library.opcheck(torch.ops.ztok.integrate_units.default, arguments)
-
     def test_compiles_in_full(self, backend, device):
         mass, lengths = grid_mass(device, 1.0)
         cu_seqlens = offsets(lengths, device)
@@ -388,6 +364,19 @@ class TestIntegrateUnits:
             arguments["rows"] = arguments["rows"].to(device)
         with pytest.raises(ValueError, match=f"integrate_units: {message}"):
             ops.integrate_units(**arguments)
+
+    @pytest.mark.parametrize("cu_units", [[1, 2], [0, 3, 2]])
+    def test_offsets_of_units_that_are_none(self, backend, device, cu_units, value_checks):
+        units = ops.halting_units(torch.full((4,), 0.5, device=device), offsets([4], device))
+        bad = units._replace(cu_units=torch.tensor(cu_units, device=device))
+        with pytest.raises(ValueError, match="integrate_units: units.cu_units must be (0 in its|non-decreasing)"):
+            ops.integrate_units(torch.zeros(4, 2, device=device), bad, 4)
+
+    def test_a_unit_without_rows_is_zero(self, backend, device):
+        units = ops.halting_units(torch.full((4,), 0.5, device=device), offsets([4], device))
+        units = units._replace(unit=torch.tensor([0, 0, 2, 2], device=device), cu_units=offsets([3], device))
+        means = ops.integrate_units(torch.ones(4, 2, device=device), units, 4)
+        assert means[1].tolist() == [0, 0] and means[3].tolist() == [0, 0] and means[0].tolist() == [1, 1]
 
     @pytest.mark.parametrize("field", ["ends", "unit", "weights", "cu_units"])
     def test_bad_units(self, backend, device, field):

@@ -128,9 +128,13 @@ class TestResidualQuantize:
     def test_each_loss_moves_its_own_side_only(self, backend, device):
         latents, codebooks = inputs(device, torch.float32)
         result = ops.residual_quantize(latents, codebooks)
-        to_latents, to_codebooks = torch.autograd.grad(result.commitment, (latents, codebooks), retain_graph=True)
+        to_latents, to_codebooks = torch.autograd.grad(
+            result.commitment, (latents, codebooks), retain_graph=True, materialize_grads=True
+        )
         assert (to_latents != 0).any() and (to_codebooks == 0).all()
-        to_latents, to_codebooks = torch.autograd.grad(result.codebook_loss, (latents, codebooks))
+        to_latents, to_codebooks = torch.autograd.grad(
+            result.codebook_loss, (latents, codebooks), materialize_grads=True
+        )
         assert (to_latents == 0).all() and (to_codebooks != 0).any()
 
     def test_rows_without_levels(self, backend, device):
@@ -161,26 +165,6 @@ class TestResidualQuantize:
             runs.append((*result, *torch.autograd.grad(loss, (latents, codebooks))))
         for a, b in zip(*runs, strict=True):
             assert torch.equal(a, b)
-
-    @pytest.mark.parametrize("dropped", [False, True])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_opcheck(self, backend, device, dtype, dropped):
-        levels = some_levels(9, device) if dropped else None
-        torch.library.opcheck(torch.ops.ztok.residual_quantize.default, (*inputs(device, dtype), levels))
-
-    def test_compiles_in_full(self, backend, device):
-        latents, codebooks = inputs(device, torch.float32)
-        levels = some_levels(9, device)
-
-        def loss(z, c):
-            result = ops.residual_quantize(z, c, levels)
-            return result.quantized.square().sum() + result.commitment + result.codebook_loss
-
-        expected = torch.autograd.grad(loss(latents, codebooks), (latents, codebooks))
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        got = torch.autograd.grad(compiled(latents, codebooks), (latents, codebooks))
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
 
     @pytest.mark.parametrize(
         ("override", "message"),

@@ -7,7 +7,7 @@ import ztok_fast
 from tests.ops.test_halting import offsets
 from tests.ops.tolerances import assert_close
 from ztok_fast import ops
-from ztok_fast.ops import requirements
+from ztok_fast.ops.op import OPS
 
 FLOATS = ("hidden", "mass", "end_weight", "mean_weight", "codebooks")
 LAYOUTS = {
@@ -107,14 +107,14 @@ def test_residual_backward_matches_float64(backend, device, dtype, rows, width):
     unused = torch.arange(num_levels, device=device) >= (torch.arange(rows, device=device) % 4)[:, None]
     codes[unused] = -1
     losses = torch.tensor(3.0, device=device), torch.tensor(5.0, device=device)
-    registered = torch.ops.ztok.residual_quantize_backward
-    got = registered(latents, codebooks, codes, direction, *losses)
+    run = OPS["residual_quantize_backward"]
+    got = run(latents, codebooks, codes, direction, *losses)
     with ztok_fast.backend("reference"):
-        expected = registered(latents.double(), codebooks.double(), codes, direction.double(), *losses)
+        expected = run(latents.double(), codebooks.double(), codes, direction.double(), *losses)
     for actual, wanted in zip(got, expected, strict=True):
         assert actual.dtype == dtype
         assert_close(actual, wanted, scale=10)
-    again = registered(latents, codebooks, codes, direction, *losses)
+    again = run(latents, codebooks, codes, direction, *losses)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -123,11 +123,10 @@ def test_residual_backward_matches_float64(backend, device, dtype, rows, width):
 @pytest.mark.parametrize("op", ["halting_units", "quantize_ragged"])
 def test_graph_capture_and_memory(op):
     """No host synchronisation: a captured run gives what an eager one gave. No padded copy: memory grows with units."""
-    if not any(
-        row.backend == "triton" and not requirements.unmet(row, torch.device("cuda"))
-        for row in requirements.rows_of(op)
-    ):
-        pytest.skip("no Triton here")
+    triton = next(backend for backend in OPS[op].backends if backend.name == "triton")
+    missing = list(triton.unmet(torch.device("cuda")))
+    if missing:
+        pytest.skip("; ".join(missing))
     arguments = arguments_of("cuda", [300, 0, 5000], width=512, code_width=64, size=256)
     call = {
         "halting_units": lambda: ops.halting_units(arguments["mass"], arguments["cu_seqlens"]),

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -7,6 +9,7 @@ from tests.ops.conftest import dtypes_of
 from tests.ops.test_quantize import HYPOTHESIS, on
 from tests.ops.tolerances import assert_close
 from ztok_fast import ops
+from ztok_fast.ops.op import Op
 
 
 def ragged_inputs(device, dtype=torch.float32, lengths=(5, 0, 1, 7), width=6, code_width=3):
@@ -31,6 +34,20 @@ def ragged_inputs(device, dtype=torch.float32, lengths=(5, 0, 1, 7), width=6, co
 
 
 FLOATS = ("hidden", "mass", "end_weight", "mean_weight", "codebooks")
+
+
+@contextmanager
+def counted_calls():
+    """How often each op is run inside the block."""
+    counts, run = {}, Op.run
+
+    def counted(op, *args):
+        counts[op.name] = counts.get(op.name, 0) + 1
+        return run(op, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Op, "run", counted)
+        yield counts
 
 
 def composed(hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks, levels, total_units, mode="fire"):
@@ -155,24 +172,52 @@ class TestQuantizeRagged:
     @pytest.mark.parametrize("mode", ["fire", "stop"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     def test_opcheck(self, backend, device, mode, dtype):
+        """With gradients of the weights, which the samples of `test_every_op` make from the mass."""
         arguments = ragged_inputs(device, dtype)
-        for name in FLOATS:
-            arguments[name].requires_grad_()
+        units = ops.halting_units(arguments.pop("mass"), arguments.pop("cu_seqlens"), 1.0, mode)
+        hidden, *others = (tensor.requires_grad_() for tensor in arguments.values())
         levels = torch.tensor([1, 2, 0, 2], device=device)
-        torch.library.opcheck(torch.ops.ztok.quantize_ragged.default, (*arguments.values(), levels, 1.0, mode, 13))
+        given = hidden, units.weights.requires_grad_(), units.unit, units.ends, units.cu_units, *others, levels, 13
+        torch.library.opcheck(torch.ops.ztok.quantize_ragged.backend, (*given, backend))
 
-    def test_compiles_in_full(self, backend, device):
+    @pytest.mark.parametrize("mode", ["fire", "stop"])
+    @pytest.mark.parametrize("total_units", [13, None])
+    def test_units_are_taken_as_they_are_given(self, backend, device, mode, total_units):
+        """The results and gradients of the mass, without another look for units."""
         arguments = ragged_inputs(device)
         leaves = [arguments[name].requires_grad_() for name in FLOATS]
+        direct = ops.quantize_ragged(**arguments, mode=mode, total_units=total_units)
+        units = ops.halting_units(arguments["mass"], arguments["cu_seqlens"], 1.0, mode)
+        given = arguments | {"mass": None, "cu_seqlens": None, "units": units}
+        with counted_calls() as counts, torch.no_grad():
+            ops.quantize_ragged(**given, total_units=total_units)
+        assert counts == {"quantize_ragged": 1}
+        taken = ops.quantize_ragged(**given, total_units=total_units)
+        assert taken.units is units
+        for a, b in zip(taken[:-1], direct[:-1], strict=True):
+            assert torch.equal(a, b)
+        losses = [(r.quantized.sin().sum() + r.latents.exp().sum() + 3 * r.commitment) for r in (taken, direct)]
+        for a, b in zip(*(torch.autograd.grad(loss, leaves, allow_unused=True) for loss in losses), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
 
-        def loss(*floats):
-            result = ops.quantize_ragged(**arguments | dict(zip(FLOATS, floats, strict=True)), total_units=13)
-            return result.quantized.square().sum() + result.commitment + result.codebook_loss
+    def test_weights_of_given_units_are_the_callers(self, backend, device):
+        arguments = ragged_inputs(device)
+        units = ops.halting_units(arguments.pop("mass"), arguments.pop("cu_seqlens"))
+        weights = torch.rand_like(units.weights).requires_grad_()
+        units = units._replace(weights=weights)
+        result = ops.quantize_ragged(mass=None, cu_seqlens=None, **arguments, units=units)
+        means = ops.integrate_units(arguments["hidden"], units, len(result.codes))
+        latents = arguments["hidden"][units.ends] @ arguments["end_weight"].T + means @ arguments["mean_weight"].T
+        latents = latents / (latents.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        assert_close(result.latents, latents.detach(), scale=10)
+        got, expected = (torch.autograd.grad(t.sin().sum(), weights)[0] for t in (result.latents, latents))
+        assert_close(got, expected, scale=50)
 
-        expected = torch.autograd.grad(loss(*leaves), leaves)
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
-            torch.testing.assert_close(a, b)
+    def test_halting_is_computed_once(self, backend, device):
+        arguments = ragged_inputs(device)
+        with counted_calls() as counts:
+            ops.quantize_ragged(**arguments)
+        assert counts == {"halting_units": 1, "quantize_ragged": 1}
 
     @pytest.mark.parametrize(
         ("override", "message"),
@@ -199,10 +244,30 @@ class TestQuantizeRagged:
             ({"mode": "go"}, "mode must be one of 'fire', 'stop'"),
             ({"total_units": 1}, "total_units must be at least"),
             ({"total_units": -1}, "total_units must be an integer of at least 0"),
+            ({"units": 3, "mass": None, "cu_seqlens": None}, "units must be HaltingUnits, got int"),
+            ({"units": 3}, r"mass must be None where units are given, got float32 \[13\]"),
+            ({"units": 3, "mass": None}, "cu_seqlens must be None where units are given"),
+            ({"mass": None}, r"mass must be a tensor \[T\], got NoneType"),
         ],
     )
-    def test_bad_input(self, backend, device, override, message, monkeypatch):
-        monkeypatch.setenv("ZTOK_DEBUG_CHECKS", "1")
+    def test_bad_input(self, backend, device, override, message, value_checks):
+        """What halting alone asks for, `halting_units` refuses."""
         arguments = {"total_units": 13} | ragged_inputs("cpu", torch.float32) | override
-        with pytest.raises(ValueError, match=f"quantize_ragged: {message}"):
+        with pytest.raises(ValueError, match=f"(quantize_ragged|halting_units): {message}"):
             ops.quantize_ragged(**on(device, arguments))
+
+    @pytest.mark.parametrize("field", ["ends", "unit", "weights", "cu_units"])
+    def test_bad_units(self, backend, device, field):
+        arguments = ragged_inputs(device)
+        units = ops.halting_units(arguments["mass"], arguments["cu_seqlens"])
+        bad = units._replace(**{field: getattr(units, field).to(torch.complex64)})
+        with pytest.raises(ValueError, match=f"quantize_ragged: units.{field} must be of dtype"):
+            ops.quantize_ragged(**arguments | {"mass": None, "cu_seqlens": None}, units=bad)
+
+    @pytest.mark.parametrize("cu_units", [[1, 2], [0, 13, 12]])
+    def test_offsets_of_units_that_are_none(self, backend, device, cu_units, value_checks):
+        arguments = ragged_inputs(device)
+        units = ops.halting_units(arguments["mass"], arguments["cu_seqlens"])
+        bad = units._replace(cu_units=torch.tensor(cu_units, device=device))
+        with pytest.raises(ValueError, match="quantize_ragged: units.cu_units must be (0 in its|non-decreasing)"):
+            ops.quantize_ragged(**arguments | {"mass": None, "cu_seqlens": None}, units=bad, total_units=13)

@@ -260,7 +260,7 @@ def vjp(function: Callable, args: tuple, grads: tuple, needs=None) -> list[Tenso
         needs: which of the flattened arguments need a gradient; None for all floating-point tensors.
     """
     flat = _flatten(args)
-    again = torch.is_grad_enabled()
+    again = torch.is_grad_enabled() and torch._C._any_requires_grad(*flat, *grads)
     with torch.enable_grad(), _with_autograd():
         inputs = list(flat)
         for i, a in enumerate(flat):

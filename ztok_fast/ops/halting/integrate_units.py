@@ -61,14 +61,17 @@ def check_units(op: str, units: object, rows: Tensor, main: str = "rows") -> Non
         checks.fail(op, "units.cu_units", "a tensor [B + 1] of at least one element", checks.describe(units.cu_units))
 
 
-def check_total_units(op: str, cu_units: Tensor, total_units: int) -> None:
-    """No fewer result rows than units."""
-    if checks.value_checks(cu_units) and int(cu_units[-1]) > total_units:
+def check_unit_values(op: str, cu_units: Tensor, total_units: int) -> None:
+    """Offsets of units that begin at 0 and do not decrease; no fewer result rows than units."""
+    if not checks.value_checks(cu_units):
+        return
+    if int(cu_units[-1]) > total_units:
         checks.fail(op, "total_units", f"at least {int(cu_units[-1])} (the number of units)", total_units)
+    checks.check_cu_seqlens_values(op, "units.cu_units", cu_units, total_units, exact=False)
 
 
 def _check_values(rows, weights, unit, ends, cu_units, total_units) -> None:
-    check_total_units("integrate_units", cu_units, total_units)
+    check_unit_values("integrate_units", cu_units, total_units)
 
 
 def _backward(args, outputs, grads, needs):

@@ -97,8 +97,8 @@ def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
 
 
 def unit_rows(unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int) -> UnitRows:
-    """The table of units from the units of rows."""
-    table = UnitRows(*(unit.new_empty(total_units, dtype=torch.int64) for _ in range(2)))
+    """The table of units from the units of rows; zeros for a unit that has no row."""
+    table = UnitRows(*unit.new_zeros((2, total_units), dtype=torch.int64))
     rows = unit.shape[0]
     if rows:
         tile = look_up(configs.SCAN, capability_of(unit), rows)
@@ -130,8 +130,8 @@ def integrate_units(rows, weights, unit, ends, cu_units, total_units):
 
 
 def row_gradients(rows, weights, unit, ends, cu_units, table, means, grad, grad_end_rows=None):
-    """Gradients of the rows and the weights from that of the means; `grad_end_rows` [K, D] is added to those of the rows
-    that end the units."""
+    """Gradients of the rows and the weights from that of the means; `grad_end_rows` [K, D] is added to those of the
+    rows that end the units."""
     (count, width), total_units, sequences = rows.shape, means.shape[0], cu_units.shape[0] - 1
     grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
     if count == 0:

@@ -2,7 +2,7 @@
 
 They start from a table of units, int64 [K] each: `first_rows[k]` is twice the first row that unit k owns, plus 1 if the
 row before it carries its remainder into the unit; `end_rows[k]` is the row after the last one it owns. Entries past the
-number of units are not written and not read.
+number of units are not read; a unit without rows has zeros.
 
     unit_rows_kernel      the table, from the units of rows
     unit_means_kernel     a program makes one unit's mean in one tile of columns

@@ -50,8 +50,8 @@ def tile_sums_kernel(mass, sums, T, bits, STOP: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "bits"])
 def prefix_kernel(mass, sums, prefix, T, bits, STOP: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr):
-    """prefix int64 [T + 1]: the sum of all rows before each. Every tile adds up the sums of the tiles before it: integers,
-    so that all agree on every prefix."""
+    """prefix int64 [T + 1]: the sum of all rows before each. Every tile adds up the sums of the tiles before it:
+    integers, so that all agree on every prefix."""
     tile = tl.program_id(0)
     rows = tile.to(tl.int64) * BT + tl.arange(0, BT)
     value = tl.load(mass + rows, mask=rows < T, other=0.0)

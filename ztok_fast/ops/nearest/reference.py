@@ -9,15 +9,17 @@ import torch
 
 from ztok_fast.ops.checks import compute_dtype
 from ztok_fast.ops.op import vjp
+from ztok_fast.ops.straight_through import straight_through
 
 # elements of the largest temporary block, which bounds the extra memory whatever M is
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def _unit_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their length; a zero row stays zero and has no gradient."""
-    squares = rows.square().sum(-1, keepdim=True)
-    return rows * torch.where(squares > 0, torch.where(squares > 0, squares, 1).rsqrt(), 0)
+    """Rows divided by their length; a row that is zero or has NaN becomes zero and has no gradient."""
+    has_length = rows.detach().square().sum(-1, keepdim=True) > 0
+    rows = torch.where(has_length, rows, 0)
+    return rows * torch.where(has_length, rows.square().sum(-1, keepdim=True), 1).rsqrt()
 
 
 def _direct_scores(rows: torch.Tensor, codes: torch.Tensor, metric: str) -> torch.Tensor:
@@ -128,7 +130,7 @@ def _distances(x, codebooks, codes, metric):
         # float64 products: squares of any float32 neither overflow nor vanish
         distance, _ = distance_and_terms(residual.double(), chosen.double(), metric)
         finite = torch.isfinite(residual).all(1)
-        distances.append(torch.where(finite, distance, torch.nan).to(dtype))
+        distances.append(straight_through(torch.where(finite, distance, torch.nan), distance).to(dtype))
         residual = residual - chosen
     return torch.stack(distances, 1)
 

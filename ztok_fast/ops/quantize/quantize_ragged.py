@@ -8,9 +8,15 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.halting import reference as halting_reference
-from ztok_fast.ops.halting.halting_units import HaltingUnits, check_units_found, halting_units, lengths_of, offsets
-from ztok_fast.ops.halting.halting_units import some_mass
-from ztok_fast.ops.halting.integrate_units import check_total_units, check_units
+from ztok_fast.ops.halting.halting_units import (
+    HaltingUnits,
+    check_units_found,
+    halting_units,
+    lengths_of,
+    offsets,
+    some_mass,
+)
+from ztok_fast.ops.halting.integrate_units import check_unit_values, check_units
 from ztok_fast.ops.nearest.codebook_assign import check_codebook
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.quantize import reference
@@ -123,7 +129,7 @@ def _check_values(
 ) -> None:  # fmt: skip
     checks.check_finite_values(_NAME, "codebooks", codebooks)
     check_level_values(_NAME, levels, codebooks.shape[0])
-    check_total_units(_NAME, cu_units, total_units)
+    check_unit_values(_NAME, cu_units, total_units)
 
 
 def _fake(hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, levels, total_units):

@@ -59,7 +59,8 @@ def quantized_and_losses(latents, codebooks, codes):
         codebook_loss = codebook_loss + torch.where(used, to_books.double(), 0).square().sum()
     count = (codes >= 0).sum().clamp(min=1) * latents.shape[1]
     # no square of a finite residual overflows float64: infinity is that of a row
-    losses = [torch.where(torch.isinf(e), torch.nan, e / count).to(dtype) for e in (commitment, codebook_loss)]
+    losses = [e / count for e in (commitment, codebook_loss)]
+    losses = [straight_through(torch.where(torch.isinf(e), torch.nan, e), e).to(dtype) for e in losses]
     quantized = quantized.to(latents.dtype)
     through = torch.where((codes >= 0).any(1, keepdim=True), latents, 0)
     return straight_through(quantized, through), *losses

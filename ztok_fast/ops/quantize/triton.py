@@ -117,6 +117,6 @@ def _end_rows(hidden: Tensor, table, cu_units: Tensor, total_units: int) -> Tens
     """float32 [K, D]: the row that ends each unit, zeros past the last."""
     if hidden.shape[0] == 0:
         return hidden.new_zeros((total_units, hidden.shape[1]), dtype=torch.float32)
-    exists = torch.arange(total_units, device=hidden.device) < cu_units[-1]
+    exists = (torch.arange(total_units, device=hidden.device) < cu_units[-1]) & (table.end_rows > 0)
     rows = torch.where(exists, table.end_rows - 1, 0)
     return torch.where(exists[:, None], hidden.index_select(0, rows), 0).float()

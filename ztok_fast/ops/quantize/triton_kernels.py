@@ -38,8 +38,8 @@ def project_units_kernel(
     HIDDEN: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """latents [total_units, D] of BM units in BN columns; WHOLE: BN covers D, and they are normalised. Also the residual
-    levels of the units, 0 past the last one. Grid: blocks of units, of columns."""
+    """latents [total_units, D] of BM units in BN columns; WHOLE: BN covers D, and they are normalised. Also the
+    residual levels of the units, 0 past the last one. Grid: blocks of units, of columns."""
     unit = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     units = tl.minimum(tl.load(cu_units + B), total_units)
@@ -56,7 +56,7 @@ def project_units_kernel(
         k = step * BK + tl.arange(0, BK)
         in_width = (k < HIDDEN)[None, :]
         at = (end - 1)[:, None] * HIDDEN + k[None, :]
-        end_row = tl.load(hidden + at, mask=there[:, None] & in_width, other=0.0).to(tl.float32)
+        end_row = tl.load(hidden + at, mask=(end > 0)[:, None] & in_width, other=0.0).to(tl.float32)
         sums = tl.zeros([BM, BK], tl.float32)
         for i in range(0, longest):
             row = start + i
@@ -102,8 +102,8 @@ def normalise_kernel(latents, scales, M, D: tl.constexpr, BM: tl.constexpr, BD: 
 def unnormalise_kernel(
     latents, scales, grad_latents, from_codes, grad, M, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
 ):
-    """Gradient of what was normalised to BM latents: z = s r with s = (|r|^2 / D + eps)^(-1/2) gives s (g - z <g, z> / D),
-    g the sum of both gradients of z."""
+    """Gradient of what was normalised to BM latents: z = s r with s = (|r|^2 / D + eps)^(-1/2) gives
+    s (g - z <g, z> / D), g the sum of both gradients of z."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     columns = tl.arange(0, BD)
     mask = (rows < M)[:, None] & (columns < D)[None, :]
