@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "check.h"
+#include "new_tensor.h"
 #include "ragged.h"
 
 namespace ztok {
@@ -185,11 +186,11 @@ Outputs halting_units(const Tensor& given_mass, const Tensor& given_offsets, dou
   const Tensor mass = as_contiguous(given_mass), cu_seqlens = as_contiguous(given_offsets);
   const int64_t rows = mass.size(0), sequences = cu_seqlens.size(0) - 1;
   const bool wide = mass.scalar_type() == ScalarType::Double;
-  Tensor out_weights = torch::stable::new_empty(mass, {rows, 2}, wide ? ScalarType::Double : ScalarType::Float);
-  Tensor out_ends = torch::stable::new_empty(mass, {rows}, ScalarType::Bool);
-  Tensor out_unit = torch::stable::new_empty(mass, {rows}, ScalarType::Int);
-  Tensor out_counts = torch::stable::new_empty(mass, {sequences}, ScalarType::Int);
-  Tensor out_offsets = torch::stable::new_empty(mass, {sequences + 1}, ScalarType::Int);
+  Tensor out_weights = new_tensor(mass, {rows, 2}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out_ends = new_tensor(mass, {rows}, ScalarType::Bool);
+  Tensor out_unit = new_tensor(mass, {rows}, ScalarType::Int);
+  Tensor out_counts = new_tensor(mass, {sequences}, ScalarType::Int);
+  Tensor out_offsets = new_tensor(mass, {sequences + 1}, ScalarType::Int);
   auto* ends = static_cast<bool*>(out_ends.mutable_data_ptr());
   auto* unit = static_cast<int32_t*>(out_unit.mutable_data_ptr());
   auto* counts = static_cast<int32_t*>(out_counts.mutable_data_ptr());
@@ -218,7 +219,7 @@ Tensor halting_units_backward(const Tensor& given_mass, const Tensor& given_offs
   const bool stop = is_stop(op, mode);
   const Tensor mass = as_contiguous(given_mass), cu_seqlens = as_contiguous(given_offsets);
   const Tensor grad_weights = as_contiguous(given_grad);
-  Tensor grad = torch::stable::new_empty(mass, {mass.size(0)});
+  Tensor grad = new_tensor(mass, {mass.size(0)});
   with_types(op, mass, [&](auto mass_type, auto weight_type) {
     using Mass = decltype(mass_type);
     using Weight = decltype(weight_type);

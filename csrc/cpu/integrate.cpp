@@ -163,8 +163,7 @@ IntegrationGradient integration_gradient(const char* op, const UnitTensors& tens
                op, "means, grad: expected [K, D] of one dtype");
   }
   const UnitTable table = tensors.table(means.size(0));
-  IntegrationGradient out{torch::stable::new_empty(rows, {rows.size(0), rows.size(1)}),
-                          torch::stable::new_empty(weights, {weights.size(0), 2})};
+  IntegrationGradient out{new_tensor(rows, {rows.size(0), rows.size(1)}), new_tensor(weights, {weights.size(0), 2})};
   if (rows.scalar_type() == ScalarType::Double) {
     row_gradients<WideShareGradient, double>(table, rows, weights, means, grad, nullptr, row_gradient_f64, out.rows,
                                              out.weights);
@@ -185,7 +184,7 @@ Tensor integrate_units(const Tensor& rows, const Tensor& weights, const Tensor& 
   const UnitTensors in = unit_tensors(op, rows, weights, unit, cu_units);
   check_total_units(op, in, total_units);
   const UnitTable table = in.table(in.units());
-  Tensor means = torch::stable::new_empty(in.rows, {total_units, rows.size(1)});
+  Tensor means = new_tensor(in.rows, {total_units, rows.size(1)});
   const int64_t width = rows.size(1), row_bytes = width * static_cast<int64_t>(in.rows.element_size());
   auto* out = static_cast<char*>(means.mutable_data_ptr());
   std::vector<uint8_t> found(table.capacity, 0);

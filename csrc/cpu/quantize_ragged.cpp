@@ -79,7 +79,7 @@ void normalise(const Tensor& from_ends, const Tensor& from_means, int64_t count,
 
 Tensor levels_of_units(const std::optional<Tensor>& levels, const UnitTable& table, int64_t units, int64_t most,
                        const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, {units}, ScalarType::Int);
+  Tensor out = new_tensor(like, {units}, ScalarType::Int);
   auto* values = static_cast<int32_t*>(out.mutable_data_ptr());
   const LevelCounts counts = level_counts(kOp, levels, table.sequences);
   for (int64_t s = 0; s < table.sequences; ++s) {
@@ -127,15 +127,15 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& weights, const Tenso
   const std::vector<UnitRows> unit_rows = rows_of_units(table);
   const auto units = static_cast<int64_t>(unit_rows.size());
 
-  Tensor latents = torch::stable::new_empty(hidden, {total_units, width}, ScalarType::Float);
-  Tensor scale = torch::stable::new_empty(hidden, {total_units}, ScalarType::Float);
+  Tensor latents = new_tensor(hidden, {total_units, width}, ScalarType::Float);
+  Tensor scale = new_tensor(hidden, {total_units}, ScalarType::Float);
   const Tensor from_end = torch::stable::transpose(projections.end, 0, 1);
   const Tensor from_mean = torch::stable::transpose(projections.mean, 0, 1);
   const auto* shares = static_cast<const float*>(in.weights.const_data_ptr());
   for (int64_t first = 0; first < units; first += kUnitsPerBlock) {
     const int64_t count = std::min(kUnitsPerBlock, units - first);
-    Tensor end_rows = torch::stable::new_empty(hidden, {count, hidden_width}, ScalarType::Float);
-    Tensor means = torch::stable::new_empty(hidden, {count, hidden_width}, ScalarType::Float);
+    Tensor end_rows = new_tensor(hidden, {count, hidden_width}, ScalarType::Float);
+    Tensor means = new_tensor(hidden, {count, hidden_width}, ScalarType::Float);
     gather(in.rows, shares, unit_rows.data() + first, count, static_cast<float*>(end_rows.mutable_data_ptr()),
            static_cast<float*>(means.mutable_data_ptr()));
     normalise(torch::stable::matmul(end_rows, from_end), torch::stable::matmul(means, from_mean), count,
@@ -145,9 +145,9 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& weights, const Tenso
   fill_rows(latents, units, 0.0f);
   fill_rows(scale, units, 1.0f / std::sqrt(kRmsEps));
 
-  Tensor codes = torch::stable::new_empty(hidden, {total_units, num_levels}, ScalarType::Int);
-  Tensor quantized = torch::stable::new_empty(hidden, {total_units, width}, ScalarType::Float);
-  Tensor usage = torch::stable::new_empty(hidden, {num_levels, codebooks.size(1)}, ScalarType::Long);
+  Tensor codes = new_tensor(hidden, {total_units, num_levels}, ScalarType::Int);
+  Tensor quantized = new_tensor(hidden, {total_units, width}, ScalarType::Float);
+  Tensor usage = new_tensor(hidden, {num_levels, codebooks.size(1)}, ScalarType::Long);
   std::optional<Tensor> unit_levels;
   if (levels.has_value()) unit_levels = levels_of_units(as_contiguous(*levels), table, units, num_levels, hidden);
   const Matrix rows{latents.const_data_ptr(), Element::float32, units, width, width};
@@ -157,8 +157,8 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& weights, const Tenso
                                     Element::float32, static_cast<int64_t*>(usage.mutable_data_ptr())});
   fill_rows(codes, units, int32_t(-1));
   fill_rows(quantized, units, 0.0f);
-  Tensor commitment = torch::stable::new_empty(hidden, {}, ScalarType::Float);
-  Tensor codebook_loss = torch::stable::new_empty(hidden, {}, ScalarType::Float);
+  Tensor commitment = new_tensor(hidden, {}, ScalarType::Float);
+  Tensor codebook_loss = new_tensor(hidden, {}, ScalarType::Float);
   *static_cast<float*>(commitment.mutable_data_ptr()) = loss;
   *static_cast<float*>(codebook_loss.mutable_data_ptr()) = loss;
   return {quantized, latents, commitment, codebook_loss, scale, codes, usage};
@@ -168,7 +168,7 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& weights, const Tenso
 // the sum of both gradients of z.
 Tensor unnormalise(const Tensor& latents, const Tensor& scale, const Tensor& grad_latents, const Tensor& from_codes) {
   const int64_t count = latents.size(0), width = latents.size(1);
-  Tensor result = torch::stable::new_empty(latents, {count, width}, ScalarType::Float);
+  Tensor result = new_tensor(latents, {count, width}, ScalarType::Float);
   const auto* z = static_cast<const float*>(latents.const_data_ptr());
   const auto* s = static_cast<const float*>(scale.const_data_ptr());
   const auto* a = static_cast<const float*>(grad_latents.const_data_ptr());
@@ -207,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_ragged_backward(
       unnormalise(latents, as_dtype(scale, ScalarType::Float), as_dtype(grad_latents, ScalarType::Float), from_codes);
   const int64_t total_units = latents.size(0);
   const std::vector<UnitRows> unit_rows = rows_of_units(in.table(total_units));
-  Tensor end_rows = torch::stable::new_empty(hidden, {total_units, hidden.size(1)}, ScalarType::Float);
-  Tensor means = torch::stable::new_empty(hidden, {total_units, hidden.size(1)}, ScalarType::Float);
+  Tensor end_rows = new_tensor(hidden, {total_units, hidden.size(1)}, ScalarType::Float);
+  Tensor means = new_tensor(hidden, {total_units, hidden.size(1)}, ScalarType::Float);
   const auto units = static_cast<int64_t>(unit_rows.size());
   gather(in.rows, static_cast<const float*>(in.weights.const_data_ptr()), unit_rows.data(), units,
          static_cast<float*>(end_rows.mutable_data_ptr()), static_cast<float*>(means.mutable_data_ptr()));

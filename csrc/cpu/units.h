@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "integrate_kernel.h"
+#include "new_tensor.h"
 #include "ragged.h"
 
 namespace ztok {

@@ -20,7 +20,6 @@ from ztok_fast.codec.emission import (
 from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.codec.passes import encode_documents
 from ztok_fast.ops import halting_units
-from ztok_fast.ops.halting import contract as halting_contract
 
 LONGEST = 16
 
@@ -68,7 +67,6 @@ def test_one_pass_runs_halting_once(codec, monkeypatch):
     calls = []
     for module in (emission, model_module):
         monkeypatch.setattr(module, "halting_units", lambda *a: calls.append(a) or halting_units(*a))
-    monkeypatch.setattr(halting_contract, "halting_units", lambda *a: calls.append(a) or halting_units(*a))
     codec.compress(["A small text to compress; " * 8], ratio=3)
     assert len(calls) == 1
 
