@@ -13,7 +13,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import FLOATS, cpp, triton
 from ztok_fast.ops.halting import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, equal
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, equal, mixed_lengths, offsets
 
 MODES = ("fire", "stop")
 
@@ -108,22 +108,9 @@ def _backward(args, outputs, grads, needs):
 # --- specification
 
 
-def offsets(lengths, device=None, dtype=torch.int32) -> Tensor:
-    """cu_seqlens [B + 1] of sequences of these lengths."""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device, dtype)
-
-
 def lengths_of(sizes, generator) -> list[int]:
-    """The sizes' own `lengths`, or of `B` mixed sequences of at most `S` rows.
-
-    Mixed lengths are skewed to the short side as documents are, on average about 0.4 of the longest. The first is the
-    longest, so that a padded batch has exactly that width.
-    """
-    if "lengths" in sizes:
-        return list(sizes["lengths"])
-    draws = torch.rand(sizes["B"], generator=generator, device=generator.device).tolist()
-    lengths = [max(1, round(sizes["S"] * draw**1.5)) for draw in draws]
-    return [sizes["S"], *lengths[1:]]
+    """The sizes' own `lengths`, or those of `B` mixed sequences of at most `S` rows."""
+    return list(sizes["lengths"]) if "lengths" in sizes else mixed_lengths(sizes["B"], sizes["S"], generator)
 
 
 def some_mass(rows, dtype, generator, sizes) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import FLOATS, cpp, triton
 from ztok_fast.ops.halting import reference
-from ztok_fast.ops.halting.halting_units import HaltingUnits, lengths_of, offsets, some_mass
+from ztok_fast.ops.halting.halting_units import HaltingUnits, lengths_of, some_mass
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, randn
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, offsets, randn
 
 _LAYOUTS = {
     "ends": ("[T]", (torch.bool,)),

@@ -13,7 +13,6 @@ from ztok_fast.ops.halting.halting_units import (
     check_units_found,
     halting_units,
     lengths_of,
-    offsets,
     some_mass,
 )
 from ztok_fast.ops.halting.integrate_units import check_unit_values, check_units
@@ -27,7 +26,7 @@ from ztok_fast.ops.quantize.residual_quantize import (
     check_usage,
     fake_codes,
 )
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, randn
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, offsets, randn
 
 _NAME = "quantize_ragged"
 
