@@ -127,11 +127,12 @@ def unit_indices(unit, ends, cu_units, total_units):
 
 def _unit_sums(values, weights, own, carried, total_units):
     """Sums [total_units, D] over each unit of weights * values [T, D]. Rows of no unit do not count, NaN or not."""
-    sums = 0
-    for index, share in ((own, weights[:, :1]), (carried, weights[:, 1:])):
+
+    def sums(index, share):
         counted = torch.where((index < total_units)[:, None], values, 0)
-        sums = sums + segment_sum(counted * share, index, total_units)
-    return sums
+        return segment_sum(counted * share, index, total_units)
+
+    return sums(own, weights[:, :1]) + sums(carried, weights[:, 1:])
 
 
 def integrate_units(rows, weights, unit, ends, cu_units, total_units):

@@ -102,6 +102,8 @@ def quantize_ragged(
         checks.check_size(_NAME, argument, weight, 0, codebooks.shape[2], "the width of codebooks")
         checks.check_size(_NAME, argument, weight, 1, hidden.shape[1], "the width of hidden")
     if units is None:
+        if mass is None or cu_seqlens is None:
+            checks.fail(_NAME, "units", "given where mass or cu_seqlens is not", "None")
         checks.check_tensor(_NAME, "mass", mass, "[T]")
         checks.check_same_device(_NAME, "mass", mass, "hidden", hidden)
         checks.check_size(_NAME, "mass", mass, 0, hidden.shape[0], "rows of hidden")
@@ -181,9 +183,10 @@ def check(inputs, result) -> None:
     hidden, mass, end_weight, mean_weight, codebooks = (inputs[name].detach() for name in DIFFERENTIABLE)
     units, dtype = result.units, checks.compute_dtype(hidden, codebooks)
     check_units_found(units, mass, inputs["cu_seqlens"], inputs.get("threshold", 1.0), inputs["mode"])
-    wide = (t.double() for t in (end_weight, mean_weight, codebooks))
-    parts = units.weights.detach().double(), units.unit, units.ends, units.cu_units
-    exact = reference.quantize_ragged(hidden.double(), *parts, *wide, inputs.get("levels"), inputs["total_units"])
+    exact = reference.quantize_ragged(
+        hidden.double(), units.weights.detach().double(), units.unit, units.ends, units.cu_units,
+        end_weight.double(), mean_weight.double(), codebooks.double(), inputs.get("levels"), inputs["total_units"],
+    )  # fmt: skip
     # sums of D terms, then divided by their own size
     close(result.latents, exact[1], dtype, 20, "latents")
     total = check_levels_searched(result.latents, codebooks, result.codes)

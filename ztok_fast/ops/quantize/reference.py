@@ -50,7 +50,8 @@ def quantized_and_losses(latents, codebooks, codes):
     dtype = compute_dtype(latents, codebooks)
     to_latents = latents.to(dtype)
     to_books = to_latents.detach()
-    quantized, commitment, codebook_loss = torch.zeros_like(to_books), 0.0, 0.0
+    quantized = torch.zeros_like(to_books)
+    commitment = codebook_loss = quantized.new_zeros((), dtype=torch.float64)
     for book, code in zip(codebooks.to(dtype), codes.unbind(1)):
         chosen, used = take_codes(book, code), (code >= 0)[:, None]
         to_latents, to_books = to_latents - chosen.detach(), to_books - chosen

@@ -12,6 +12,7 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.nearest.codebook_assign import check_codebook, check_codes
+from ztok_fast.ops.nearest.reference import take_codes
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.quantize import reference
 from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, equal, randn
@@ -135,7 +136,7 @@ def check_levels_searched(latents, codebooks, codes, loose=False) -> Tensor:
     for level, book in enumerate(codebooks.detach().to(dtype)):
         used = codes[:, level] >= 0
         check_codes(residual[used], book, codes[used, level], loose=loose)
-        chosen = reference.take_codes(book, codes[:, level])
+        chosen = take_codes(book, codes[:, level])
         residual = residual - chosen
         total = total + chosen
     return total
