@@ -1,5 +1,6 @@
 """Every public name is on a page of the API reference, and what the pages name exists."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -47,6 +48,15 @@ def test_every_public_name_is_on_a_page(module):
     assert not missing
     for name in set(module.__all__) - {"__version__"}:
         assert inspect.getdoc(getattr(module, name)), name
+
+
+def test_ops_are_exported_from_the_modules_that_define_them():
+    """The pages are made from sources: in a family `name` would be the module of that name, not the op."""
+    tree = ast.parse((ROOT / "ztok_fast/ops/__init__.py").read_text())
+    modules = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert modules
+    for module in modules:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
 
 
 def test_every_page_is_in_the_navigation():

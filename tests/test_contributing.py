@@ -59,7 +59,7 @@ def test_the_python_files_work(tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(source, encoding="utf-8")
     exports = tmp_path / "ztok_fast/ops/__init__.py"
-    exports.write_text(exports.read_text() + "from ztok_fast.ops.norm import rms_rows\n")
+    exports.write_text(exports.read_text() + "from ztok_fast.ops.norm.rms_rows import rms_rows\n")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", CHECK], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
