@@ -2,8 +2,8 @@
 
 An op (`ztok_fast.ops.op.Op`) lists its backends in order of preference, the plain PyTorch reference last; the first one
 whose needs are met runs. `with ztok_fast.backend("reference"):` forces one in the current thread, the environment
-variable `ZTOK_BACKEND`, read when the package is imported, in the whole process. A forced backend that cannot run an op is an error: nothing falls back in
-silence.
+variable `ZTOK_BACKEND`, read when the package is imported, in the whole process. A forced backend that cannot run an op
+is an error: nothing falls back in silence.
 """
 
 from __future__ import annotations
