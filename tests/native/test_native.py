@@ -15,7 +15,6 @@ import torch
 import ztok_fast
 from ztok_fast import doctor, native, sources
 from ztok_fast.ops.op import OPS
-from ztok_fast.ops.op import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,22 +6,19 @@ The registered ops (`torch.ops.ztok`) return differentiable outputs first, the p
 """
 
 from ztok_fast.ops.backends import BackendUnavailable, backend
-from ztok_fast.ops.halting import HaltingUnits, halting_units, integrate_units
-from ztok_fast.ops.lora import lora_linear
-from ztok_fast.ops.nearest import Assignment, codebook_assign
-from ztok_fast.ops.quantize import QuantizedUnits, ResidualCodes, quantize_ragged, residual_quantize
-from ztok_fast.ops.ragged import (
-    RaggedBatch,
-    RaggedLayout,
-    ragged_gather,
-    ragged_layout,
-    ragged_pack,
-    ragged_scatter_add,
-    ragged_unpack,
-)
+from ztok_fast.ops.halting.halting_units import HaltingUnits, halting_units
+from ztok_fast.ops.halting.integrate_units import integrate_units
+from ztok_fast.ops.lora.lora_linear import lora_linear
+from ztok_fast.ops.nearest.codebook_assign import Assignment, codebook_assign
+from ztok_fast.ops.quantize.quantize_ragged import QuantizedUnits, quantize_ragged
+from ztok_fast.ops.quantize.residual_quantize import ResidualCodes, residual_quantize
+from ztok_fast.ops.ragged.ragged_gather import RaggedBatch, ragged_gather
+from ztok_fast.ops.ragged.ragged_layout import RaggedLayout, ragged_layout
+from ztok_fast.ops.ragged.ragged_pack import ragged_pack, ragged_unpack
+from ztok_fast.ops.ragged.ragged_scatter_add import ragged_scatter_add
 from ztok_fast.ops.triton_launch import autotune
-from ztok_fast.ops.zhead import Selection, z_select
 from ztok_fast.ops.zhead.token_scores import TokenScores, token_scores
+from ztok_fast.ops.zhead.z_select import Selection, z_select
 
 __all__ = [
     "Assignment",

@@ -18,6 +18,8 @@ def residual_quantize(
         quantized, commitment, codebook_loss, codes, usage.
     """
     found = nearest.search(latents, codebooks, "l2", levels, quantize=True)
+    assert found.quantized is not None and found.commitment is not None  # `quantize` makes them
+    assert found.codebook_loss is not None and found.usage is not None
     return found.quantized, found.commitment, found.codebook_loss, found.codes, found.usage
 
 

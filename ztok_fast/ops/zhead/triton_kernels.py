@@ -206,7 +206,8 @@ def select_kernel(
     exact = exact_scores(logits, pair, row_id, seed_low, seed_high, step, temperature, SAMPLE)
     error = BOUND * tl.sqrt(square).to(tl.float32) * longest
     if SAMPLE:
-        error = error / temperature.to(tl.float32) + NOISE_ERROR + 2.0**-20 * tl.abs(tl.min(first, 0))
+        scale = temperature.to(tl.float32)  # type: ignore[union-attr] # a tensor where SAMPLE is set
+        error = error / scale + NOISE_ERROR + 2.0**-20 * tl.abs(tl.min(first, 0))
     threshold = tl.min(first, 0) + 2 * error
     # written so that NaN, from scores that overflow float32 at a temperature near 0, counts as open
     far = tl.where(two == 0, tl.min(first, 0), tl.min(second, 0)) > threshold
