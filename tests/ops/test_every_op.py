@@ -1,5 +1,7 @@
 """What every op promises, for each backend, from the op's own specification (`Spec`)."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,11 +64,23 @@ def gradients(spec, inputs, generator, **options):
     return torch.autograd.grad(outputs, leaves(spec, inputs), weights, allow_unused=True, **options)
 
 
+@contextmanager
+def forced(choice, ops):
+    """Skips what the backend's condition on the arguments leaves to another."""
+    try:
+        with ztok_fast.backend(choice, ops=ops):
+            yield
+    except ztok_fast.ops.BackendUnavailable as error:
+        if "runs only where" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize(ARGUMENTS, list(samples(SPECIFIED)))
 def test_results_are_exact(name, choice, device, sizes, dtype):
     spec = OPS[name].spec
     inputs = make(name, sizes, dtype, device)
-    with ztok_fast.backend(choice, ops=[name]):
+    with forced(choice, [name]):
         result = spec.public(**inputs)
     if spec.check is not None:
         return spec.check(inputs, result)
@@ -84,7 +98,7 @@ def test_gradients_are_those_of_the_reference(name, choice, device, sizes, dtype
     found = []
     for forward in (choice, "reference"):
         own = backward and OPS[backward[0]].has(forward)
-        with ztok_fast.backend(forward, ops=[name]), ztok_fast.backend(forward if own else "reference", ops=backward):
+        with forced(forward, [name]), ztok_fast.backend(forward if own else "reference", ops=backward):
             inputs = make(name, sizes, dtype, device, grad=True)
             found.append(gradients(op.spec, inputs, torch.Generator().manual_seed(1)))
     for got, wanted in zip(*found, strict=True):
