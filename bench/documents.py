@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 from bench.curves import accuracy_table, length_table
-from bench.exact_roundtrip import report
 from bench.machine import ROOT, summary
 from bench.tables import evaluation_cells, number, percent, table
 
@@ -94,11 +93,6 @@ def measured(folder: Path) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         if "points" in results:
             parts.append(_curve_section(results))
-        elif "families" in results:
-            parts.append(
-                f"**Exact mode** at a budget of {results['ratio']:g}: compressed, saved, loaded, decompressed, "
-                f"compared.\n\n{report(results['families'])}\n\n{_made_with(results)}"
-            )
     return "\n\n".join(parts) if parts else "No results file is in `docs/results` yet."
 
 

@@ -17,7 +17,7 @@ from bench.machine import ROOT, summary
 from bench.registry import OPS, RUNS
 from bench.session import milliseconds
 from bench.tables import percent, table
-from bench.targets import ELSEWHERE, TARGETS, judge
+from bench.targets import TARGETS, judge
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results"
@@ -91,7 +91,6 @@ def target_table(device: str, cases: list[dict]) -> str:
     """One row per target of a device, with what was measured and whether it is met."""
     verdicts = [judge(target, cases) for target in TARGETS if target.device == device]
     rows = [[own.target.op, own.target.text, own.measured(), own.said()] for own in verdicts]
-    rows += [[op, text, "not measured here", "–"] for op, text in ELSEWHERE[device]]
     return table(["op", "target", "measured", "verdict"], rows)
 
 
@@ -99,8 +98,8 @@ def device_part(device: str, found: dict) -> list[str]:
     """Machine, plots and the tables of all ops on one device."""
     drawn = {title: f"figures/bench-{device}-{name}.png" for name, title in FIGURES.items()}
     figures = [f"![{title}]({path})" for title, path in drawn.items() if (DOCUMENT.parent / path).is_file()]
-    of_op = {name: [case for case in found["cases"] if case["op"] == name] for name in (*OPS, *RUNS)}
-    tables = [op_part({**OPS, **RUNS}[name], cases) for name, cases in of_op.items() if cases]
+    names = sorted({case["op"] for case in found["cases"]})
+    tables = [op_part({**OPS, **RUNS}[name], [c for c in found["cases"] if c["op"] == name]) for name in names]
     lost, shares = sum(losses for _, losses in tables), [results.disturbed(case) for case in found["cases"]]
     text = f"{len(shares)} cases; in {lost} of them a baseline is faster than ours: they are marked **slower**."
     if any(shares):

@@ -141,9 +141,6 @@ TARGETS: tuple[Target, ...] = _of_device(
     ("decompress", "≥ 3× `generate`, batched and padded", _codec("decompress", BATCHED), 3.0),
 )  # fmt: skip
 
-ELSEWHERE = {"cpu": (), "cuda": ((_COMPRESS, "host share < 10 %"),)}
-"""By device, (op, target) that no case measures: the host's share is in the profile of `bench.profile_codec`."""
-
 
 @dataclass(frozen=True)
 class Verdict:

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of at most nine minutes on a CUDA machine without a network:
 #
-#   OUT=results bench/gpu/run.sh           build, the tests of the ops, compute-sanitizer, benchmarks, codec, profile
+#   OUT=results bench/gpu/run.sh           build, the tests of the ops, compute-sanitizer, benchmarks, codec
 #   OUT=results bench/gpu/run.sh --dry     the same steps on the CPU with tiny shapes and nothing built
 #
 # Needs torch with CUDA, Triton, nvcc, g++, CMake >= 3.24, pytest, hypothesis; ninja, compute-sanitizer, matplotlib and the
 # baselines are used where they are there. Every step has a time budget and none stops the others. A table comes
 # last; the exit status is 0 only when no step failed. In $OUT: summary.txt, log.txt, bench-cuda.json with its plots,
-# bench-codec-cuda.json, profile.txt, trace.json.gz.
+# bench-codec-cuda.json.
 #
-# --steps a,b   only these steps (build tests memcheck bench codec profile racecheck)
+# --steps a,b   only these steps (build tests memcheck bench codec racecheck)
 # --seconds N   time of the whole run (default 540)
 # PYTHON=... picks the interpreter. In a tree without .git, BENCH_COMMIT=... is recorded as its commit.
 set -uo pipefail
@@ -115,12 +115,7 @@ codec() {
         --seconds 1 --limit 40 --json "$OUT/bench-codec-cuda.json"
 }
 
-profile() {
-    [ $dry = 0 ] || { "$python" -m bench.profile_codec --documents 1 --out "$OUT" --text requirements/test.txt; return; }
-    "$python" -m bench.profile_codec --device cuda --out "$OUT"
-}
-
-export -f build tests sanitize bench codec profile
+export -f build tests sanitize bench codec
 export python dry OUT
 
 run=(bash -c '"$@"' run)
@@ -129,7 +124,6 @@ step tests     110 "${run[@]}" tests
 step memcheck   60 "${run[@]}" sanitize memcheck
 step bench     170 "${run[@]}" bench
 step codec      70 "${run[@]}" codec
-step profile    40 "${run[@]}" profile
 step racecheck  50 "${run[@]}" sanitize racecheck
 
 {
