@@ -86,7 +86,6 @@ def compiled_ops() -> set[str]:
         name.removeprefix("ztok::")
         for name in names
         if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-        and not name.endswith("_native")
         and any("Tensor" in str(a.type) for a in torch._C._get_schema(name, "").arguments)
     }
 

@@ -1,9 +1,9 @@
 """Runs every op test over the backends that are present.
 
-A test that asks for `backend` and carries `@pytest.mark.op("name")` runs once per (backend, device) row of the
-requirements table; what is not present on this machine is skipped with the table's own reason. Inside the test the
-backend is forced, and `device` is the device to put the inputs on. The backward pass of the op is forced along with it;
-a backend that has none of its own is tested with the reference's.
+A test that asks for `backend` and carries `@pytest.mark.op("name")` runs once per backend of the op and device; what
+cannot run on this machine is skipped with the backend's own reason. Inside the test the backend is forced, and `device`
+is the device to put the inputs on. The backward pass of the op is forced along with it; a backend that has none of its
+own is tested with the reference's.
 """
 
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ztok_fast
-from ztok_fast.ops import backends, requirements
+from ztok_fast.ops import backends
 from ztok_fast.ops.op import OPS
 
 DEVICES = ("cpu", "cuda")
@@ -63,7 +63,7 @@ def pytest_configure(config):
 def backend_cases(op):
     """A parameter (backend, device) for each backend of an op on each device; skipped, with why, if it cannot run."""
     for device in DEVICES:
-        for row in _rows(op):
+        for row in OPS[op].backends:
             if not row.runs_on(device):
                 continue
             reasons = list(row.unmet(torch.device(device), forced=True))
@@ -75,25 +75,8 @@ def backend_cases(op):
 
 def missing(op, backend, device):
     """Why a backend of an op cannot run on a device."""
-    row = next(row for row in _rows(op) if row.name == backend)
+    row = next(row for row in OPS[op].backends if row.name == backend)
     return list(row.unmet(torch.device(device), forced=True))
-
-
-def _rows(op):
-    return OPS[op].backends if op in OPS else [_Old(row) for row in requirements.rows_of(op)]
-
-
-class _Old:
-    """A row of the old table, until all ops are declared the new way."""
-
-    def __init__(self, row):
-        self.row, self.name, self.dtypes = row, row.backend, row.dtypes
-
-    def runs_on(self, device):
-        return requirements.runs_on(self.row, device)
-
-    def unmet(self, device, forced):
-        return requirements.unmet(self.row, device, forced=forced)
 
 
 def pytest_generate_tests(metafunc):
@@ -109,7 +92,7 @@ def pytest_generate_tests(metafunc):
 
 def dtypes_of(op, backend):
     """The dtypes that a backend takes an op's tensors in."""
-    return next(row.dtypes for row in _rows(op) if row.name == backend)
+    return next(row.dtypes for row in OPS[op].backends if row.name == backend)
 
 
 def skip_beyond_rows(op, backend, rows):
@@ -132,8 +115,7 @@ def backend(request):
     with ExitStack() as forced:
         forced.enter_context(ztok_fast.backend(request.param, ops=[op]))
         backward = f"{op}_backward"
-        known = backward in OPS or backward in requirements.ops()
-        if known and request.param not in {row.name for row in _rows(backward)}:
+        if backward in OPS and not OPS[backward].has(request.param):
             forced.enter_context(ztok_fast.backend("reference", ops=[backward]))
         yield request.param
 

@@ -18,9 +18,6 @@ ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 # bytes of shared memory that one block may have; what is made for 8.0 runs on 8.6 and 8.9 too, which have less
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-# declared the old way: no specification says yet what is launched
-OLD = ("halting", "quantize.triton_kernels")
-
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
 
 
@@ -30,8 +27,6 @@ def kernels():
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                if any(f".{old}" in module for old in OLD):
-                    continue
                 if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
                     yield f"{module}:{node.name}"
 

@@ -12,19 +12,39 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
-from ztok_fast.ops.halting import triton_configs as configs
 from ztok_fast.ops.halting import triton_integration as integration
 from ztok_fast.ops.halting import triton_kernels as kernels
-from ztok_fast.ops.triton_tables import capability_of, look_up
+from ztok_fast.ops.triton_launch import Tiles
+
+# These kernels wait for memory. All those over tiles of rows take tiles of the same size: some go on where others stop.
+ROWS = 512
+
+
+def _tiles(kernel, others: tuple[int, ...] = (), **sizes: int) -> Tiles:
+    configs = (Config(sizes, num_warps=warps) for warps in (4, *others))
+    return Tiles(kernel, *configs, key=("D",) if others else ())
+
+
+TILE_SUMS = _tiles(kernels.tile_sums_kernel, BT=ROWS)
+PREFIX = _tiles(kernels.prefix_kernel, BT=ROWS, BS=256)
+HALTING_ROWS = _tiles(kernels.rows_kernel, BT=ROWS)
+UNIT_ROWS = _tiles(integration.unit_rows_kernel, BT=ROWS)
+TAILS = _tiles(kernels.tails_kernel, BT=ROWS)
+MASS_GRADIENT = _tiles(kernels.mass_gradient_kernel, BT=ROWS, BS=256)
+OFFSETS = _tiles(kernels.offsets_kernel, BB=1024)
+TOTALS = _tiles(integration.unit_totals_kernel, BU=128, BR=4)
+# four rows in flight hide some of the memory's latency
+MEANS = _tiles(integration.unit_means_kernel, (1, 2), BR=4, BC=512)
+GRADIENTS = _tiles(integration.row_gradients_kernel, (2, 8), BR=16, BC=128)
 
 
 class Prefix(NamedTuple):
-    """int64 [T + 1] prefix sums, the tile of rows, and the grid over such tiles."""
+    """int64 [T + 1] prefix sums, and the grid over tiles of rows."""
 
     sums: Tensor
-    tile: configs.Scan
     grid: tuple[int]
 
 
@@ -44,16 +64,13 @@ def prefix_sums(mass: Tensor, threshold: float, mode: str) -> Prefix:
     """Prefix sums of the fixed-point mass, or for "stop" of the rows whose mass reaches the threshold."""
     rows, stop = mass.shape[0], mode == "stop"
     bits = _bits(threshold if stop else kernels.ONE.value / threshold)
-    tile = look_up(configs.SCAN, capability_of(mass), rows)
-    grid = (max(1, triton.cdiv(rows, tile.rows)),)
+    grid = (max(1, triton.cdiv(rows, ROWS)),)
     prefix = torch.empty(rows + 1, dtype=torch.int64, device=mass.device)
     sums = torch.empty(grid[0], dtype=torch.int64, device=mass.device)
     if grid[0] > 1:
-        kernels.tile_sums_kernel[grid](mass, sums, rows, bits, STOP=stop, BT=tile.rows, num_warps=tile.warps)
-    kernels.prefix_kernel[grid](
-        mass, sums, prefix, rows, bits, STOP=stop, BT=tile.rows, BS=tile.sums, num_warps=tile.warps
-    )
-    return Prefix(prefix, tile, grid)
+        TILE_SUMS[grid](mass, sums, rows, bits, STOP=stop)
+    PREFIX[grid](mass, sums, prefix, rows, bits, STOP=stop)
+    return Prefix(prefix, grid)
 
 
 def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str):
@@ -66,13 +83,10 @@ def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float, mode: str)
     counts = mass.new_empty(sequences, dtype=torch.int32)
     cu_units = mass.new_empty(sequences + 1, dtype=torch.int32)
     prefix = prefix_sums(mass, threshold, mode)
-    block = look_up(configs.OFFSETS, capability_of(mass), sequences)
-    kernels.offsets_kernel[(1,)](
-        prefix.sums, cu_seqlens, counts, cu_units, sequences, STOP=stop, BB=block.sequences, num_warps=block.warps
-    )
-    kernels.rows_kernel[prefix.grid](
+    OFFSETS[(1,)](prefix.sums, cu_seqlens, counts, cu_units, sequences, STOP=stop)
+    HALTING_ROWS[prefix.grid](
         mass, prefix.sums, cu_seqlens, cu_units, weights, ends, unit, rows, sequences,
-        _bits(threshold / kernels.ONE.value), STOP=stop, BT=prefix.tile.rows, num_warps=prefix.tile.warps,
+        _bits(threshold / kernels.ONE.value), STOP=stop,
     )  # fmt: skip
     return weights, ends, unit, counts, cu_units
 
@@ -84,15 +98,14 @@ def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
     if rows == 0:
         return grad
     prefix = prefix_sums(mass, threshold, mode)
-    tile = configs.later_tile(rows, capability_of(mass), triton_is_interpreted())
-    tiles = triton.cdiv(rows, tile.rows)
+    # the interpreter goes through the segmented scan element by element
+    size = 16 if triton_is_interpreted() else ROWS
+    tiles = triton.cdiv(rows, size)
     tails = torch.empty(tiles, dtype=torch.float64, device=mass.device)
     shared = grad_weights, prefix.sums, cu_seqlens, tails
     if mode == "fire" and tiles > 1:
-        kernels.tails_kernel[(tiles,)](*shared, rows, sequences, BT=tile.rows, num_warps=tile.warps)
-    kernels.mass_gradient_kernel[(tiles,)](
-        *shared, grad, rows, sequences, STOP=mode == "stop", BT=tile.rows, BS=tile.sums, num_warps=tile.warps
-    )
+        TAILS.at_most(BT=size)[(tiles,)](*shared, rows, sequences)
+    MASS_GRADIENT.at_most(BT=size)[(tiles,)](*shared, grad, rows, sequences, STOP=mode == "stop")
     return grad
 
 
@@ -101,10 +114,7 @@ def unit_rows(unit: Tensor, ends: Tensor, cu_units: Tensor, total_units: int) ->
     table = UnitRows(*unit.new_zeros((2, total_units), dtype=torch.int64))
     rows = unit.shape[0]
     if rows:
-        tile = look_up(configs.SCAN, capability_of(unit), rows)
-        integration.unit_rows_kernel[(triton.cdiv(rows, tile.rows),)](
-            unit, ends, cu_units, *table, rows, cu_units.shape[0] - 1, total_units, BT=tile.rows, num_warps=tile.warps
-        )
+        UNIT_ROWS[(triton.cdiv(rows, ROWS),)](unit, ends, cu_units, *table, rows, cu_units.shape[0] - 1, total_units)
     return table
 
 
@@ -114,12 +124,10 @@ def unit_means(rows: Tensor, weights: Tensor, table: UnitRows, cu_units: Tensor,
     if means.numel() == 0:
         return
     wide = torch.float64 in (rows.dtype, weights.dtype)
-    tile = look_up(configs.MEANS, capability_of(rows), width, wide)
-    columns = min(tile.columns, triton.next_power_of_2(width))
-    integration.unit_means_kernel[(total_units, triton.cdiv(width, columns))](
-        rows, weights, *table, cu_units, means, cu_units.shape[0] - 1, total_units,
-        D=width, WIDE=wide, BR=tile.rows, BC=columns, num_warps=tile.warps,
-    )  # fmt: skip
+    tiles = MEANS.at_most(BC=triton.next_power_of_2(width))
+    tiles[total_units, triton.cdiv(width, tiles.BC)](
+        rows, weights, *table, cu_units, means, cu_units.shape[0] - 1, total_units, D=width, WIDE=wide
+    )
 
 
 def integrate_units(rows, weights, unit, ends, cu_units, total_units):
@@ -139,18 +147,15 @@ def row_gradients(rows, weights, unit, ends, cu_units, table, means, grad, grad_
     wide = torch.float64 in (rows.dtype, weights.dtype)
     inverse = rows.new_empty(max(1, total_units), dtype=torch.float64 if wide else torch.float32)
     if total_units:
-        block = look_up(configs.TOTALS, capability_of(rows), total_units)
-        integration.unit_totals_kernel[(triton.cdiv(total_units, block.units),)](
-            weights, *table, cu_units, inverse, sequences, total_units,
-            WIDE=wide, BU=block.units, BR=block.rows, num_warps=block.warps,
-        )  # fmt: skip
-    tile = look_up(configs.GRADIENTS, capability_of(rows), width, wide)
-    columns = min(tile.columns, triton.next_power_of_2(max(width, 1)))
-    integration.row_gradients_kernel[(triton.cdiv(count, tile.rows),)](
+        TOTALS[(triton.cdiv(total_units, TOTALS.BU),)](
+            weights, *table, cu_units, inverse, sequences, total_units, WIDE=wide
+        )
+    # float64 with more than 16 columns spills, on sm_100 at 32
+    tiles = GRADIENTS.at_most(BC=min(16 if wide else 128, triton.next_power_of_2(max(width, 1))))
+    tiles[(triton.cdiv(count, tiles.BR),)](
         rows, weights, unit, ends, table.first_rows, cu_units, inverse, means, grad, grad_end_rows, grad_rows,
         grad_weights, count, sequences, total_units,
-        D=width, WIDE=wide, END_ROWS=grad_end_rows is not None, BR=tile.rows, BC=columns,
-        num_warps=tile.warps,
+        D=width, WIDE=wide, END_ROWS=grad_end_rows is not None,
     )  # fmt: skip
     return grad_rows, grad_weights
 

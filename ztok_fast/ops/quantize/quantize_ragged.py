@@ -239,6 +239,7 @@ SPEC = Spec(
         {"lengths": (0, 0), "D": 4, "d": 3, "L": 2, "V": 5},
         {"lengths": (33, 1, 5), "D": 37, "d": 20, "L": 3, "V": 13, "mass": 1.0},
         {"lengths": (5, 0, 30), "D": 65, "d": 33, "L": 1, "V": 40, "mass": 0.0},
+        {"lengths": (3, 4), "D": 9, "d": 130, "L": 1, "V": 6},  # latents wider than a tile of the projection
     ),
     check=check,
     differentiable=DIFFERENTIABLE,
