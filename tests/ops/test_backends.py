@@ -523,14 +523,14 @@ CPP = [name for name, op in OPS.items() if op.spec is not None and op.has("cpp")
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("name", CPP)
 def test_few_python_frames_lie_between_a_public_op_and_its_kernel(name, forced):
-    op = OPS[name]
+    op, public = OPS[name], getattr(ops, name)
     inputs = op.spec.make(op.spec.samples[0], torch.float32, torch.Generator().manual_seed(0))
     depths = []
 
     def profile(frame, event, called):
         if event == "c_call" and called is op._compiled:
             depth = 1
-            while frame.f_code is not op.spec.public.__code__:
+            while frame.f_code is not public.__code__:
                 frame, depth = frame.f_back, depth + 1
             depths.append(depth)
 
