@@ -14,8 +14,8 @@ is plain differentiable PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class Op:
             return self.by_name(*args, name or "")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return self._differentiable(name, args, flat)
-        return self.run(self.choose(args, name), args)
+        return self.run(self.choose(args, name, flat), args)
 
     # --- backends
 
@@ -113,14 +113,17 @@ class Op:
         """Whether there is a backend of this name."""
         return any(backend.name == name for backend in self.backends)
 
-    def choose(self, args: tuple, name: str | None = None) -> Backend:
+    def choose(self, args: tuple, name: str | None = None, flat: Sequence | None = None) -> Backend:
         """The backend that runs the op on `args`: the one named, or the first that can.
+
+        `flat`: the arguments without lists, where the caller has them.
 
         Raises:
             BackendUnavailable: none can, or the named one cannot.
         """
         main = args[0][0] if self.has_lists and not isinstance(args[0], Tensor) else args[0]
-        flat = _flatten(args) if self.has_lists else args
+        if flat is None:
+            flat = _flatten(args) if self.has_lists else args
         key = (name, id(self.backends), main.get_device(), *[a.dtype for a in flat if isinstance(a, Tensor)])
         able = self._chosen.get(key)
         if able is None:
@@ -175,7 +178,7 @@ class Op:
     # --- gradients
 
     def _differentiable(self, name: str | None, args: tuple, flat):
-        backend = self.choose(args, name)
+        backend = self.choose(args, name, flat)
         if backend.name == "reference" and self.backward is not None:
             if self.check_values is not None:
                 self.check_values(*args)
@@ -215,6 +218,18 @@ class Op:
         return kernel
 
 
+class _Outline(NamedTuple):
+    """A tensor whose values nobody needs."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> Tensor:
+        """Such a tensor, one element in memory."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
 class _Recorded(torch.autograd.Function):
     """A call of an op whose backward pass runs the op's own, on the backends that were forced for the forward pass."""
 
@@ -222,15 +237,15 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx, op: Op, run: Callable, forced: dict, shape: tuple, *flat):
         outputs = run(_unflatten(flat, shape))
         ctx.op, ctx.forced, ctx.shape = op, forced, shape
-        ctx.others = [None if isinstance(a, Tensor) else a for a in flat]
-        ctx.tensors = [isinstance(a, Tensor) for a in flat]
+        ctx.tensors = [isinstance(a, Tensor) and not (op.linear and a.requires_grad) for a in flat]
+        ctx.others = [
+            None if kept else _Outline(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a
+            for a, kept in zip(flat, ctx.tensors)
+        ]
         results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        tensors = [a for a in flat if isinstance(a, Tensor)]
-        if op.linear:
-            tensors = [a.new_zeros(()).expand(a.shape) if a.requires_grad else a for a in tensors]
         if op.linear or not op.keeps_outputs:
             results = ()
-        ctx.save_for_backward(*tensors, *results)
+        ctx.save_for_backward(*(a for a, kept in zip(flat, ctx.tensors) if kept), *results)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     @staticmethod
@@ -239,7 +254,10 @@ class _Recorded(torch.autograd.Function):
         if op.backward is None:
             raise RuntimeError(f"{op.name}: not differentiable")
         saved = iter(ctx.saved_tensors)
-        flat = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others)]
+        flat = [
+            next(saved) if kept else other.zeros() if isinstance(other, _Outline) else other
+            for kept, other in zip(ctx.tensors, ctx.others)
+        ]
         outputs = tuple(saved)
         args = _unflatten(flat, ctx.shape)[: len(op.default._schema.arguments)]
         needs_flat = ctx.needs_input_grad[4:]

@@ -62,8 +62,30 @@ def ragged_gather(
             (`ztok_fast.ops.checks`) also `cu_seqlens` that do not add up (with `exact` False: that exceed T_i) and
             indices out of range. Where values are not checked, no such input reads or writes outside of the tensors.
     """
-    _check(tables, indices, cu_seqlens)
+    if not _are_well_formed(tables, indices, cu_seqlens):
+        _check(tables, indices, cu_seqlens)
     return RaggedBatch(*RAGGED_GATHER(list(tables), list(indices), list(cu_seqlens), exact))
+
+
+def _are_well_formed(tables: Any, indices: Any, cu_seqlens: Any) -> bool:
+    """Whether `_check` surely finds nothing wrong; in a third of its time, which a decode step has not to spare."""
+    if not type(tables) is type(indices) is type(cu_seqlens) is list:
+        return False
+    if not len(tables) == len(indices) == len(cu_seqlens):
+        return False
+    try:
+        main, num_offsets = tables[0], cu_seqlens[0].shape[0]
+        device, dtype, width = main.device, main.dtype, main.shape[1]
+        for table, index, cu in zip(tables, indices, cu_seqlens):
+            if table.ndim != 2 or table.shape[1] != width or table.dtype is not dtype or table.device != device:
+                return False
+            if cu.ndim != 1 or cu.shape[0] != num_offsets or cu.dtype not in checks.INDICES or cu.device != device:
+                return False
+            if index is not None and (index.ndim != 1 or index.dtype not in checks.INDICES or index.device != device):
+                return False
+    except (AttributeError, IndexError, TypeError):
+        return False
+    return num_offsets > 0 and dtype in ANY_DTYPE
 
 
 def _check(tables: Any, indices: Any, cu_seqlens: Any) -> None:

@@ -62,7 +62,7 @@ def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int], exact: bo
         checks.check_count(op, f"totals[{i}]", total)
     cu_seqlens, totals = list(cu_seqlens), list(totals)
     merged, position_ids, destination = RAGGED_LAYOUT(cu_seqlens, totals, exact)
-    return RaggedLayout(merged, position_ids, destination.split(totals))
+    return RaggedLayout(merged, position_ids, destination.split_with_sizes(totals))
 
 
 def check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor | None) -> None:
@@ -70,9 +70,9 @@ def check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor 
     if not isinstance(cu_seqlens, (list, tuple)) or not cu_seqlens:
         checks.fail(op, "cu_seqlens", "a list of at least one tensor [B + 1]", checks.describe(cu_seqlens))
     for i, cu in enumerate(cu_seqlens):
-        argument = f"cu_seqlens[{i}]"
-        checks.check_cu_seqlens(op, argument, cu, main_argument, main if main is not None else cu_seqlens[0])
-        checks.check_size(op, argument, cu, 0, cu_seqlens[0].shape[0], "as cu_seqlens[0]")
+        checks.check_cu_seqlens(op, f"cu_seqlens[{i}]", cu, main_argument, cu_seqlens[0] if main is None else main)
+        if cu.shape != cu_seqlens[0].shape:
+            checks.check_size(op, f"cu_seqlens[{i}]", cu, 0, cu_seqlens[0].shape[0], "as cu_seqlens[0]")
 
 
 def _check_values(cu_seqlens: list[Tensor], totals: list[int], exact: bool) -> None:
