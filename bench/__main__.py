@@ -19,10 +19,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.machine import pin_threads, restart_with_pinned_environment
+from bench.machine import ROOT, pin_threads, restart_with_pinned_environment
 
 SETS = ("tiny", "quick", "default", "full")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parse(argv)
     # After this line torch may be imported: not before, libgomp reads its variables when it is loaded.
-    restart_with_pinned_environment("bench", argv, options.threads)
+    restart_with_pinned_environment(argv, options.threads)
     return run(options, argv)
 
 
@@ -65,38 +64,38 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
 
     from bench import results
     from bench.registry import interleave, select
-    from bench.session import Session, SessionError, check_all
+    from bench.session import check_all, measure_all
 
-    threads = pin_threads(options.threads)
+    pin_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32, for baselines and marks too
     try:
         device = torch.device(options.device)
         cases = select(options.ops, options.set, device.type, options.cases)
+        if options.check and options.set != "tiny":
+            cases = select(options.ops, "tiny", device.type, options.cases) + cases
+        if not cases:
+            raise ValueError("no case is selected")
+        if not (options.list or device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())):
+            raise ValueError(f"device: expected cpu or an available CUDA device, got {device}")
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.limit is not None:
-        cases = interleave(cases)
     if options.list:
         print("\n".join(subject.key(case) for subject, case in cases))
         return 0
-    if not cases:
-        print("error: no case is selected", file=sys.stderr)
-        return 2
+    if options.check:
+        return check_all(cases, device, options.backends)
     path = Path(options.json) if options.json else ROOT / "build" / "bench" / f"{device.type}.json"
     try:
-        if options.check:
-            tiny = [] if options.set == "tiny" else select(options.ops, "tiny", device.type, options.cases)
-            return check_all(tiny + cases, device, options.backends)
-        session = Session(path, device, threads, argv, options)
-        status = session.measure_all(cases)
-        if options.plots:
-            from bench.plots import draw
-
-            for drawn in draw(results.load(path), Path(options.plots), device.type):
-                print(f"plot: {drawn}")
-    except (SessionError, results.ResultsError) as error:
+        status = measure_all(cases if options.limit is None else interleave(cases), path, device, argv, options)
+    except results.ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.plots:
+        from bench.plots import draw
+
+        for drawn in draw(results.load(path), Path(options.plots), device.type):
+            print(f"plot: {drawn}")
     return status
 
 

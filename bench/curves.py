@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import environment, write_json
+from bench import results as files
+from bench.machine import environment
 from bench.plots import new_figure
 from bench.tables import evaluation_cells, number, percent, table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     results = {"environment": environment("bench.curves", argv), **results}
-    write_json(options.json, results)
+    files.save(results, options.json)
     print(accuracy_table(results), length_table(results), sep="\n\n")
     if options.figure:
         draw(results, Path(options.figure))

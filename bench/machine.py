@@ -1,14 +1,13 @@
-"""The machine that is measured on: threads, what it reaches (the marks), what else runs on it, and what is recorded."""
+"""The machine that is measured on: its threads, what it reaches (the marks), and what is recorded of it."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shlex
 import subprocess
 import sys
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,16 +23,22 @@ PACKAGES = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans", "matplotlib"
 
 
 def environment(module: str, arguments: list[str]) -> dict:
-    """Facts for a results file: those of the doctor, the command and the commit.
+    """Facts for a results file: those of the doctor, command, commit, date, load, versions and variables.
 
     Args:
         module: the script's module name, e.g. `"bench.curves"`; arguments: its command line.
     """
     from ztok_fast import doctor
 
-    found = doctor.environment()
+    found = {"command": shlex.join(["python", "-m", module, *arguments]), "commit": commit(), **doctor.environment()}
+    found["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found["cpu"]["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"command": shlex.join(["python", "-m", module, *arguments]), "commit": commit(), **found}
+    recorded = tuple(RECORDED.split())
+    found["variables"] |= {name: value for name, value in sorted(os.environ.items()) if name.startswith(recorded)}
+    installed = {own.name: own.version for own in metadata.distributions() if own.name in PACKAGES}
+    found["packages"] |= {name: installed.get(name) for name in PACKAGES}
+    return found
 
 
 def commit() -> str | None:
@@ -60,18 +65,11 @@ def summary(facts: dict) -> str:
     return "; ".join([f"commit {facts['commit']}", f"Python {facts['python']}", *packages, processor, *devices])
 
 
-def write_json(path: str | Path, results: dict) -> None:
-    """Write results, with the folders that are missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def restart_with_pinned_environment(module: str, arguments: list[str], threads: int | None) -> None:
-    """Start this process anew with the pinned variables, if they are not set; torch must not be imported before.
+def restart_with_pinned_environment(arguments: list[str], threads: int | None) -> None:
+    """Start `python -m bench` anew with the pinned variables, if they are not set; torch must not be imported before.
 
     Args:
-        module: name for `python -m`; arguments: its command line; threads: OpenMP threads, None for the user's.
+        arguments: its command line; threads: OpenMP threads, None for the user's.
     """
     wanted = {name: value for name, value in PINNED.items() if name not in os.environ}
     if threads is not None and os.environ.get(THREADS_VARIABLE) != str(threads):
@@ -81,22 +79,19 @@ def restart_with_pinned_environment(module: str, arguments: list[str], threads: 
     if "torch" in sys.modules:
         raise RuntimeError(f"{', '.join(wanted)} must be set before torch is imported")
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, **wanted})
+    os.execve(sys.executable, [sys.executable, "-m", "bench", *arguments], {**os.environ, **wanted})
 
 
-def pin_threads(threads: int | None) -> int:
-    """Give torch and faiss the same number of threads; returns it."""
+def pin_threads(threads: int | None) -> None:
+    """Give torch and faiss the same number of threads; None: torch's own."""
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
+    if util.find_spec("faiss"):
         import faiss
-    except ImportError:
-        pass
-    else:
+
         faiss.omp_set_num_threads(torch.get_num_threads())
-    return torch.get_num_threads()
 
 
 def last_cache_bytes(device) -> int:
@@ -105,45 +100,9 @@ def last_cache_bytes(device) -> int:
         import torch
 
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 0)
-        if factor and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * factor)
-    return max(sizes)
-
-
-class Disturbance:
-    """What other processes, and the host of a virtual machine, took of the processors while a block ran.
-
-    After the `with` block `shares` holds `others` and `steal`, shares of all processors; None where /proc/stat does not
-    say.
-    """
-
-    def __enter__(self) -> Disturbance:
-        self.shares: dict[str, float] | None = None
-        self._own, self._stat = os.times(), _processor_ticks()
-        return self
-
-    def __exit__(self, *_) -> None:
-        before, after, own = self._stat, _processor_ticks(), os.times()
-        if before is None or after is None:
-            return
-        ticks = [b - a for a, b in zip(before, after)]
-        mine = (own.user + own.system - self._own.user - self._own.system) * os.sysconf("SC_CLK_TCK")
-        user, nice, system, idle, wait, irq, softirq, steal = ticks
-        others, total = max(0.0, user + nice + system + irq + softirq - mine), max(1, sum(ticks))
-        self.shares = {"others": round(others / total, 4), "steal": round(steal / total, 4)}
-
-
-def _processor_ticks() -> list[int] | None:
-    """User, nice, system, idle, iowait, irq, softirq and steal ticks of all processors since boot."""
-    try:
-        line = Path("/proc/stat").read_text().splitlines()[0].split()
-    except OSError:
-        return None
-    return [int(ticks) for ticks in line[1:9]] if len(line) >= 9 else None
+    paths = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [path.read_text().strip() for path in paths]  # such as 32K
+    return max([32 << 20, *(int(text[:-1]) << 10 for text in texts if text.endswith("K"))])
 
 
 def marks(device, seconds: float = 1.0, size: int | None = None, count: int | None = None) -> dict:
@@ -175,24 +134,8 @@ def marks(device, seconds: float = 1.0, size: int | None = None, count: int | No
     copy = Timed("copy", [lambda: target.copy_(source)], torch.no_grad)
     found = take_turns([*products, copy], seconds, cuda)
     return {
-        "mm_gflops": {own.name: 2e-9 * size**3 / found[own.name].median for own in products},
+        "mm_gflops": {own.name: 2e-9 * size**3 / found[own.name]["median"] for own in products},
         "mm_size": size,
-        "copy_gbs": 2e-9 * count / found["copy"].median,
+        "copy_gbs": 2e-9 * count / found["copy"]["median"],
         "copy_bytes": count,
     }
-
-
-def facts(arguments: list[str], threads: int, device) -> dict:
-    """What is recorded with every run: command, commit, date, versions, machine, threads, variables."""
-    found = environment("bench", arguments)
-    found["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found["threads"], found["last_cache_bytes"] = threads, last_cache_bytes(device)
-    found["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    recorded = tuple(RECORDED.split())
-    found["variables"] |= {name: value for name, value in sorted(os.environ.items()) if name.startswith(recorded)}
-    for name in PACKAGES:
-        try:
-            found["packages"][name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found["packages"][name] = None
-    return found

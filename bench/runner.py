@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 import ztok_fast
-from bench.machine import Disturbance, last_cache_bytes
+from bench import results
+from bench.machine import last_cache_bytes
 from bench.subject import Baseline, OpSubject, Subject, short
 from bench.timing import Call, Timed, graph_of, take_turns
 from ztok_fast.ops.backends import BackendUnavailable
@@ -188,14 +190,6 @@ def gradient_mode(case: Case):
     return contextlib.nullcontext() if case.direction == BACKWARD else torch.no_grad()
 
 
-def verified(subject: Subject, case: Case, sets: Sequence, device, backends=None, baselines=None):
-    """All implementations of a case; only those that are right still have calls. In `gradient_mode`."""
-    everyone = backends_of(subject, case, sets, device, backends) + baselines_of(subject, case, sets, device, baselines)
-    for own in everyone:
-        verify(own, subject, case, sets)
-    return everyone
-
-
 def measure(
     subject: Subject,
     case: Case,
@@ -204,7 +198,6 @@ def measure(
     marks: dict,
     backends: Sequence[str] | None = None,
     baselines: Sequence[str] | None = None,
-    say=lambda text: None,
 ) -> dict:
     """The results entry of one case, without the name of its run.
 
@@ -212,23 +205,18 @@ def measure(
         seconds: budget for timing all implementations together; verification comes on top.
         marks: of `machine.marks`, measured just before.
         backends, baselines: names to keep; None keeps all. An empty sequence keeps none.
-        say: called with progress in words.
     """
-    cuda, key = device.type == "cuda", subject.key(case)
-    sets = input_sets(subject, case, device)
+    cuda, sets = device.type == "cuda", input_sets(subject, case, device)
     with gradient_mode(case):
-        everyone = verified(subject, case, sets, device, backends, baselines)
-        if subject.whole and not cuda:
-            for own in everyone:
-                if own.calls:
-                    choose_threads(own)
+        everyone = backends_of(subject, case, sets, device, backends)
+        everyone += baselines_of(subject, case, sets, device, baselines)
+        for own in everyone:
+            verify(own, subject, case, sets)
+            if own.calls and subject.whole and not cuda:
+                choose_threads(own)
         timed = [Timed(own.name, own.calls, own.context) for own in everyone if own.calls]
-        used = {k: v for own in everyone if own.name == OURS for k, v in own.with_backends.items()}
-        several = f"{len(sets)} input set{'s' if len(sets) > 1 else ''}"
-        say(f"{key}: {len(timed)} to time, {several}{''.join(f'; {op}: {own}' for op, own in used.items())}")
-        with Disturbance() as disturbance:
-            least = MIN_ROUNDS_WHOLE if subject.whole else MIN_ROUNDS
-            times = take_turns(timed, seconds, cuda, least) if timed else {}
+        least = MIN_ROUNDS_WHOLE if subject.whole else MIN_ROUNDS
+        times = take_turns(timed, seconds, cuda, least) if timed else {}
         graphs, refused = _graph_times(timed, seconds) if cuda and timed and not subject.whole else ({}, {})
     work = subject.work(case, sets[0])
     floor = floor_seconds(work, case, device, marks)
@@ -236,17 +224,15 @@ def measure(
     for own in everyone:
         entry = own.as_dict()
         if own.name in times:
-            entry["seconds"] = times[own.name].as_dict()
+            entry["seconds"] = times[own.name]
             if cuda:
-                entry["graph_seconds"] = graphs[own.name].as_dict() if own.name in graphs else None
-                entry["no_graph"] = refused.get(own.name)
-            compared = (entry.get("graph_seconds") or entry["seconds"])["median"]
+                entry |= {"graph_seconds": graphs.get(own.name), "no_graph": refused.get(own.name)}
+            took = results.seconds(entry)
             moved = own.baseline.bytes(case, sets[0]) if own.baseline and own.baseline.bytes else work.bytes
-            rates = (work.flops / compared * 1e-9, moved / compared * 1e-9, floor / compared)
-            entry |= zip(("gflops", "gbs", "roofline"), rates)
+            entry |= {"gflops": work.flops / took * 1e-9, "gbs": moved / took * 1e-9, "roofline": floor / took}
         implementations.append(entry)
     return {
-        "key": key,
+        "key": subject.key(case),
         "op": subject.name,
         "shape": case.sizes,
         "dtype": short(case.dtype),
@@ -256,7 +242,6 @@ def measure(
         "cold": _is_cold(subject, case, device),
         "input_sets": len(sets),
         "marks": marks,
-        "disturbance": disturbance.shares,
         "work": {"flops": work.flops, "bytes": work.bytes, "floor_seconds": floor},
         "implementations": implementations,
     }
@@ -279,15 +264,12 @@ def choose_threads(own: Implementation) -> None:
     A step of decoding is many products of a few rows. A library that wakes a second thread for each of them loses more
     than it gains where threads do not spin, and must not be compared in that state.
     """
-    everything, took = torch.get_num_threads(), {}
-    for count in {1, everything}:
+    took: dict[int, float] = {}
+    for count in (1, torch.get_num_threads()) * 2:
         with torch_threads(count):
-            samples = []
-            for _ in range(2):
-                start = time.perf_counter()
-                own.calls[0]()
-                samples.append(time.perf_counter() - start)
-            took[count] = min(samples)
+            start = time.perf_counter()
+            own.calls[0]()
+            took[count] = min(took.get(count, math.inf), time.perf_counter() - start)
     own.threads = min(took, key=took.get)
     own.context = functools.partial(torch_threads, own.threads)
 
@@ -302,7 +284,7 @@ def floor_seconds(work: Work, case: Case, device: torch.device, marks: dict) -> 
     return max(work.flops / (rates.get(dtype, rates["float32"]) * 1e9), work.bytes / (marks["copy_gbs"] * 1e9))
 
 
-def _graph_times(timed: Sequence[Timed], seconds: float):
+def _graph_times(timed: Sequence[Timed], seconds: float) -> tuple[dict[str, dict], dict[str, str]]:
     """Times per call of graph replays, and why there are none for some."""
     replays, refused = [], {}
     for own in timed:
@@ -311,17 +293,8 @@ def _graph_times(timed: Sequence[Timed], seconds: float):
         except Exception as error:  # a capture fails in as many ways as there are calls; the eager time stands
             refused[own.name] = _said(error)
             torch.cuda.synchronize()
-    counts = {own.name: len(own.calls) for own in timed}
     found = take_turns(replays, seconds / 2, cuda=True) if replays else {}
-    names = ("min", "p25", "median", "p75")
-    per_call = {k: replace(t, **{name: getattr(t, name) / counts[k] for name in names}) for k, t in found.items()}
-    return per_call, refused
-
-
-def wrong_backends(entry: dict) -> list[str]:
-    """Backends of a results entry whose answer was wrong or that raised: what makes the command fail."""
-    return [
-        f"{entry['key']}: {own['name']}: {own['status']}: {own['reason']}"
-        for own in entry["implementations"]
-        if own["kind"] == "backend" and own["status"] in ("wrong", "failed")
-    ]
+    for own in timed:
+        for name in ("min", "median") if own.name in found else ():
+            found[own.name][name] /= len(own.calls)
+    return found, refused

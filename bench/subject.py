@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ztok_fast
 from ztok_fast.ops.op import OPS
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Mismatch, Work, close
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Mismatch, close
 
 MOST_OFF = 0.05
 """Relative error of a gradient, in norm, where rounding decided between two codes that are equally near."""
@@ -99,7 +99,13 @@ class Inputs(dict):
 
 @dataclass(frozen=True)
 class Subject:
-    """An op or a run of the whole codec.
+    """An op or a run of the whole codec. A subclass has the functions
+
+    - `make(case, generator)`: inputs on the generator's device;
+    - `run(case, inputs)`: what is timed;
+    - `check(case, inputs, found)`: raises `Mismatch` unless `run` returned the right answer;
+    - `check_baseline(case, inputs, answer)`: the same for what a baseline's `read` returns; may be looser;
+    - `work(case, inputs)`: the least that any implementation has to do.
 
     Attributes:
         name: of the op, or of the run.
@@ -129,26 +135,6 @@ class Subject:
     def needs(self, case: Case) -> str | None:
         """What the machine lacks for a case, or None."""
         return None
-
-    def make(self, case: Case, generator: torch.Generator) -> Any:
-        """Inputs on the generator's device."""
-        raise NotImplementedError
-
-    def run(self, case: Case, inputs: Any) -> Any:
-        """What is timed."""
-        raise NotImplementedError
-
-    def check(self, case: Case, inputs: Any, found: Any) -> None:
-        """Raise `Mismatch` unless `run` returned the right answer."""
-        raise NotImplementedError
-
-    def check_baseline(self, case: Case, inputs: Any, answer: Any) -> None:
-        """The same for what a baseline's `read` returns; may be looser, because a baseline promises less."""
-        raise NotImplementedError
-
-    def work(self, case: Case, inputs: Any) -> Work:
-        """The least that any implementation has to do."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

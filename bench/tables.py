@@ -28,6 +28,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def milliseconds(seconds: float) -> str:
+    """Three significant digits."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 1e-3 else f"{value:.2e}"
+
+
 def evaluation_cells(values: dict) -> list[str]:
     """Accuracy with the true prefix and free-running, ratio and rate of an evaluation at one budget."""
     accuracies = [percent(values[name]) for name in ("teacher_forced", "free_running")]

@@ -6,8 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
-from statistics import quantiles
+from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 
@@ -17,27 +17,6 @@ SAMPLE_SECONDS = 2e-4
 """A sample repeats a short call until it takes this long: far above the resolution of the clock."""
 GRAPH_SECONDS = 1e-3
 WARM_UP_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Seconds per call over the samples of all rounds."""
-
-    min: float
-    p25: float
-    median: float
-    p75: float
-    rounds: int
-    calls_per_sample: int
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def stats(samples: Sequence[float], calls_per_sample: int) -> Stats:
-    """Minimum and quartiles of at least one sample."""
-    lower, middle, upper = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
-    return Stats(min(samples), lower, middle, upper, len(samples), calls_per_sample)
 
 
 @dataclass
@@ -99,12 +78,15 @@ def no_garbage_collection():
 
 def take_turns(
     entries: Sequence[Timed], seconds: float, cuda: bool = False, min_rounds: int = 5, max_rounds: int = 400
-) -> dict[str, Stats]:
+) -> dict[str, dict]:
     """Time all within about `seconds`, each once per round, every other round in reverse order.
 
     Args:
         seconds: for all together; `min_rounds` may take longer.
         cuda: time with CUDA events and not with the wall clock.
+
+    Returns:
+        by name `min` and `median`, seconds per call, and `rounds` and `calls_per_sample`.
     """
     with no_garbage_collection():
         for entry in entries:
@@ -115,7 +97,15 @@ def take_turns(
                 break
             for entry in entries if number % 2 == 0 else reversed(entries):
                 entry.samples.append(entry.sample(cuda))
-    return {entry.name: stats(entry.samples, entry.repeats) for entry in entries}
+    return {
+        own.name: {
+            "min": min(own.samples),
+            "median": median(own.samples),
+            "rounds": len(own.samples),
+            "calls_per_sample": own.repeats,
+        }
+        for own in entries
+    }
 
 
 def graph_of(entry: Timed) -> Timed:

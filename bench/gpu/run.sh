@@ -127,11 +127,6 @@ step codec      70 "${run[@]}" codec
 step racecheck  50 "${run[@]}" sanitize racecheck
 
 {
-    if [ -f "$OUT/bench-cuda.json" ]; then
-        "$python" -m bench.performance --targets --cpu /dev/null \
-            --cuda "$OUT/bench-cuda.json" "$OUT/bench-codec-cuda.json" 2>&1
-        echo
-    fi
     printf '%-10s %-52s %6s %6s\n' step result took budget
     printf '%s\n' "${rows[@]}"
     echo "$failures failed, $(($(date +%s) - started)) s in all, results in $OUT"

@@ -66,6 +66,7 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     """Make the run of `options`; returns the report that is printed last."""
     import torch
 
+    from bench import results
     from bench.machine import environment
     from ztok_fast.train.loop import CHECKPOINT, METRICS, Trainer
     from ztok_fast.train.settings import TrainSettings
@@ -102,7 +103,7 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     report = trainer.evaluate()
     facts = {"environment": environment("bench.gpu.train", argv), "first_step": first, "step": trainer.step}
     facts |= {"evaluation": report}
-    (out / EVALUATION).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    results.save(facts, out / EVALUATION)
     rows = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     return summary(report, [row for row in rows if row["step"] > first], first, trainer.step, out)
 

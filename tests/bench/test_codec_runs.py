@@ -158,7 +158,7 @@ def test_a_codec_whose_base_is_absent_is_skipped_with_a_line(tmp_path, monkeypat
     monkeypatch.setattr(files, "missing", lambda name: "no base here")
     assert bench(tmp_path, "--ops", "compress") == 0
     printed = capsys.readouterr().out
-    assert f"{runs.COMPRESS.key(COMPRESS)}: skipped: no base here" in printed and "0 cases in" in printed
+    assert f"{runs.COMPRESS.key(COMPRESS)}\nskipped: no base here" in printed and "0 cases in" in printed
     assert not (tmp_path / "out.json").exists()
 
 
