@@ -5,8 +5,9 @@
     python -m bench.documents readme --check      exit status 1 when the tables are not those of the results
     python -m bench.documents card runs/mini ztok_fast/models/ztok-mini docs/results/ztok-mini.json
 
-A card's words are in `bench/cards/<name>.md`. The run's metrics are copied beside the card, so that it can be written
-again from the repository alone, with the codec's folder in place of the run's.
+A card's own words are in `bench/cards/<name>.md`, between lines of dashes: what it is, how it was trained, its limits.
+The run's metrics are copied beside the card, so that it can be written again from the repository alone, with the
+codec's folder in place of the run's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bench.machine import ROOT, summary
 from bench.tables import evaluation_cells, number, percent, table
 
 README, RESULTS, CARDS = ROOT / "README.md", ROOT / "docs" / "results", ROOT / "bench" / "cards"
+TEMPLATE = CARDS / "template.md"
 METRICS = "metrics.jsonl"
 HISTORY = 8
 """Most rows of a card's training table."""
@@ -145,8 +147,13 @@ def write_card(run: Path, model: Path, evaluation: Path, words: Path | None = No
         shutil.copyfile(metrics, model / METRICS)
     own = [path for path in sorted(model.rglob("*")) if path.is_file() and path.name not in ("README.md", METRICS)]
     sizes = [[path.relative_to(model).as_posix(), f"{path.stat().st_size:,}"] for path in own]
+    about, notes, limits = (part.strip() for part in words.read_text(encoding="utf-8").split("---\n"))
     settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
     fields = {
+        "name": model.name,
+        "about": about,
+        "notes": f"{notes}\n\n" if notes else "",
+        "limits": limits,
         "files": table(["file", "bytes"], [*sizes, ["all", f"{sum(path.stat().st_size for path in own):,}"]]),
         "settings": table(["setting", "value"], [[name, str(value)] for name, value in settings.items()]),
         "training": training_table(rows),
@@ -157,7 +164,7 @@ def write_card(run: Path, model: Path, evaluation: Path, words: Path | None = No
         "data": data_sentence(results["data"]),
     }
     card = model / "README.md"
-    card.write_text(string.Template(words.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
+    card.write_text(string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
     return card
 
 

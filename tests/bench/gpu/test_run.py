@@ -87,11 +87,6 @@ def test_what_it_refuses(tmp_path, out, arguments, message):
     assert run.returncode != 0 and message in run.stderr
 
 
-def test_its_help_is_its_head(tmp_path):
-    run = run_script(tmp_path, "--help")
-    assert run.returncode == 0 and run.stdout.startswith("Everything that needs a GPU") and "set -u" not in run.stdout
-
-
 def test_one_step_of_the_dry_run(tmp_path):
     run = run_script(tmp_path, "--dry", "--steps", "memcheck")
     assert run.returncode == 0, (tmp_path / "log.txt").read_text()

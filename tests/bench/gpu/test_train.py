@@ -77,10 +77,10 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert "packages not found: no_such_package_here; give their wheels as --wheels" in capsys.readouterr().err
 
 
-def test_a_gguf_base_without_its_reader_is_an_error(tmp_path, monkeypatch):
+def test_a_gguf_base_without_its_reader_is_an_error(monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(train.RunError, match="needs the package gguf; give its wheel's folder as --wheels"):
-        train.load_packed(tmp_path / "base.gguf", "name", tmp_path)
+        train.load_named("base.gguf", "name")
 
 
 @needs_bash
