@@ -20,7 +20,7 @@ from bench.plots import new_figure
 from bench.tables import evaluation_cells, number, percent, table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
 from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
-from ztok_fast.codec.passes import encode_documents, window_tokens
+from ztok_fast.codec.passes import encode_documents
 from ztok_fast.train.evaluate import UNIT_KINDS, dev_documents, evaluate, unit_kinds
 from ztok_fast.train.text_data import DataError
 
@@ -74,7 +74,7 @@ def measure(codec: ZTokCodec, options: argparse.Namespace) -> dict:
     for level in levels:
         if not 1 <= level <= config.num_codebooks:
             raise ValueError(f"levels: expected 1 to {config.num_codebooks}, got {level}")
-    limit = window_tokens(codec.model)
+    limit = config.section_tokens
     documents = dev_documents(
         options.files, codec.tokenizer, options.documents, min(options.tokens, limit), options.exclude_sources
     )
@@ -111,14 +111,14 @@ def surprisal_by_length(codec: ZTokCodec, documents: list[list[int]], budget: fl
     bits_of: dict[int, float] = {}
     units_of: dict[int, int] = {}
     for document in documents:
-        encoded = encode_documents(model, [document], budget, fixed_units=False)
+        z = encode_documents(model, [document], budget, fixed_units=False).z
         segments, _ = split_segments([len(document)], model.config.segment_length)
         device = model.codebooks.device
         tokens = torch.tensor(document, dtype=torch.int64, device=device)
         bits = model.surprisal(tokens, offsets(torch.tensor(segments, device=device)))
-        of_unit = sequence_of_row(offsets(encoded.lengths), len(document))
-        sums = torch.zeros(encoded.total_units, device=device).index_add_(0, of_unit, bits)
-        for length, total in zip(encoded.lengths.tolist(), sums.tolist()):
+        of_unit = sequence_of_row(offsets(z.unit_lengths), len(document))
+        sums = torch.zeros(z.ztokens, device=device).index_add_(0, of_unit, bits)
+        for length, total in zip(z.unit_lengths.tolist(), sums.tolist()):
             units_of[length] = units_of.get(length, 0) + 1
             bits_of[length] = bits_of.get(length, 0.0) + total
     return [

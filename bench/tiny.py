@@ -16,7 +16,7 @@ CODEC = {
     "budgets": [2, 4], "lora_rank": 2, "lora_alpha": 2,
 }  # fmt: skip
 TRAINING = {
-    "base": "tiny", "out": "unused", "codec": CODEC, "batch_tokens": 256, "chunk_tokens": 64, "continuous_steps": 1,
+    "base": "tiny", "out": "unused", "codec": CODEC, "batch_tokens": 256, "section_tokens": 64, "continuous_steps": 1,
     "blend_steps": 1, "surprisal_steps": 1, "sampling_start": 0.5, "sampling_every": 1, "warmup_steps": 1,
     "eval_documents": 2, "eval_tokens": 32, "kmeans_latents": 64, "threads": 1,
 }  # fmt: skip

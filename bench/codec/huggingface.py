@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from bench.codec import files
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import SEGMENT_SPREAD, mass_floor
-from ztok_fast.codec.model import EVIDENCE_LOGIT, MASS_STEP
+from ztok_fast.codec.model import COPY_LOGIT, MASS_STEP
 from ztok_fast.codec.weights import load_weights
 from ztok_fast.ops.quantize.reference import RMS_EPS
 
@@ -228,7 +228,7 @@ def write_segments(parts: Parts, segments: list[tuple[Tensor, Tensor]]) -> list[
     if config.copy_path:
         rms = model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
         conditioning = weights["copy_gains"][1] * unbound + weights["offset_embedding.weight"][offset]
-        logit_bias = (EVIDENCE_LOGIT / (rms**2 * unbound.shape[1])) * weights["copy_gains"][0] * unbound
+        logit_bias = (COPY_LOGIT / (rms**2 * unbound.shape[1])) * weights["copy_gains"][0] * unbound
         logit_bias = _padded(logit_bias, text_bounds)
     conditioning = _padded(conditioning, text_bounds)
     start = weights["start_embedding"] + conditioning[:, :1]

@@ -13,8 +13,7 @@ from torch import Tensor
 import ztok_fast
 from bench.codec import files
 from ztok_fast.codec.codec import ZTokCodec
-from ztok_fast.codec.layout import offsets
-from ztok_fast.codec.passes import encode_documents, stack_windows
+from ztok_fast.codec.passes import encode_documents
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.ops.spec import Mismatch
 
@@ -34,14 +33,13 @@ def _codec(name: str, device: str) -> ZTokCodec:
 
 @torch.inference_mode()
 def expected_units(name: str, device: str, documents: list[list[int]], ratio: float) -> list[tuple[Tensor, Tensor]]:
-    """Unit lengths `[K]` and float64 latents `[K, d_z]` of every document (token lists of at most one window)."""
+    """Unit lengths `[K]` and float64 latents `[K, d_z]` of every document (token lists of at most one section)."""
     model = _codec(name, device).model
     with ztok_fast.backend("reference"):
         encoded = encode_documents(model, documents, ratio)
-    segments = torch.tensor([-(-len(d) // model.config.segment_length) for d in documents])
-    counts = encoded.cu_units.cpu()[offsets(segments).long()].diff().tolist()
+    counts = encoded.z.cu_ztokens.diff().tolist()
     latents = encoded.quantized.latents.double()
-    return list(zip(encoded.lengths.cpu().split(counts), latents.cpu().split(counts)))
+    return list(zip(encoded.z.unit_lengths.cpu().split(counts), latents.cpu().split(counts)))
 
 
 def check_codes(name: str, expected: list[tuple[Tensor, Tensor]], found: list[tuple[Tensor, Tensor]]) -> None:
@@ -84,15 +82,13 @@ def check_tokens(name: str, device: str, z: ZBatch, found: list[list[int]]) -> N
     counts = [document.tokens for document in z.documents]
     if [len(own) for own in found] != counts:
         raise Mismatch(f"tokens: expected {counts} of the documents, got {[len(own) for own in found]}")
-    windows = [window for document in z for window in codec.windows_of(document)]
     tokens = torch.tensor([token for own in found for token in own], dtype=torch.int64, device=device)
     if bool((tokens < 0).any()) or bool((tokens >= model.adapted.embedding.weight.shape[0]).any()):
         raise Mismatch("tokens: outside the vocabulary")
     with ztok_fast.backend("reference"):
-        vectors, lengths, cu_units, first, segment_lengths = stack_windows(model, windows)
-        embeddings = model.z_embeddings(vectors, lengths)
-        cu_segments = offsets(torch.tensor(segment_lengths, device=device))
-        inputs = model.decoder_inputs(embeddings, lengths, cu_units, first, tokens, cu_segments)
+        sections = z.sections(codec.config.section_segments)[0].to(device)
+        embeddings = model.z_embeddings(model.dequantize(sections.codes), sections.unit_lengths)
+        inputs = model.decoder_inputs(embeddings, sections, tokens, sections.cu_text)
         hidden = model.decompressor_hidden(inputs)
         short = []
         for rows, own in zip(hidden.split(1024), tokens.split(1024)):

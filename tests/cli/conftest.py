@@ -25,7 +25,7 @@ def save_codec(folder: Path, base: Path, seed: int) -> Path:
         base_model="tiny",
         base_fingerprint=loaded.fingerprint,
         segment_length=16,
-        window_segments=32,
+        section_segments=32,
         num_codebooks=2,
         codebook_size=32,
         latent_dim=8,

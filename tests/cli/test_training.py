@@ -39,7 +39,7 @@ def train_config(tmp_path, rows, base_folder):
             },
             "steps": 3,
             "batch_tokens": 64,
-            "chunk_tokens": 32,
+            "section_tokens": 32,
             "continuous_steps": 1,
             "blend_steps": 1,
             "kmeans_latents": 64,

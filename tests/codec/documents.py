@@ -6,8 +6,9 @@ import torch
 from hypothesis import strategies as st
 
 from ztok_fast.codec.corrections import Corrections
+from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.exact_patch import Patch
-from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.codec.zbatch import ZBatch
 
 FINGERPRINT = hashlib.sha256(b"the codec of the tests").hexdigest()
 

@@ -11,7 +11,7 @@ from tests.codec.tiny_codec import packed_documents, tiny_causal_lm, tiny_codec
 from ztok_fast.codec.base_model import fingerprint
 from ztok_fast.codec.config import ConfigError
 from ztok_fast.codec.errors import CodecError, ZBatchError
-from ztok_fast.codec.passes import compress_windows, grouped, window_tokens
+from ztok_fast.codec.passes import batches, compress_documents
 from ztok_fast.codec.zbatch import ZBatch
 
 TEXTS = ["A small text to compress; " * 8, "", "x", "Small texts learn merges, \r\n\tas small texts go: 東京 🙂."]
@@ -70,43 +70,39 @@ def test_documents_compress_alike_alone_and_together(family_codec):
     """Floating-point sums may depend on the shape of a batch, so a code can differ where two are within rounding of
     each other. These seeds have no such pair (checked by the margin), so the codes must be equal."""
     documents = packed_documents(family_codec, [70, 3, 33, 16])
-    together = compress_windows(family_codec.model, documents[1:], 3.0) + compress_windows(
-        family_codec.model, documents[:1], 3.0
-    )
-    together = [together[-1], *together[:-1]]
-    for document, window in zip(documents, together):
-        alone = compress_windows(family_codec.model, [document], 3.0)[0]
-        assert torch.equal(alone.codes, window.codes) and torch.equal(alone.lengths, window.lengths)
-        assert alone.units == window.units
+    together = compress_documents(family_codec.model, documents, 3.0)
+    for document, key in zip(documents, together.keys()):
+        assert compress_documents(family_codec.model, [document], 3.0).keys() == [key]
 
 
 def test_batch_tokens_bound_the_pass_and_not_the_result(codec):
     assert codec.compress(TEXTS, ratio=2, batch_tokens=20) == codec.compress(TEXTS, ratio=2)
 
 
-def test_long_documents_are_cut_into_windows_that_share_nothing(codec):
-    limit = window_tokens(codec.model)
+def test_long_documents_are_cut_into_sections_that_share_nothing(codec):
+    limit = codec.config.section_tokens
     assert limit == 64
     text = "The text is small. " * 40
     z = codec.compress([text], ratio=4)
     tokens = z.tokens
-    windows = codec.windows_of(z)
-    assert [sum(w.segment_lengths) for w in windows] == [limit] * (tokens // limit) + [tokens % limit]
-    for window in windows:
-        assert window.segment_lengths[:-1] == [16] * (len(window.units) - 1)
+    sections, counts = z.sections(codec.config.section_segments)
+    assert counts == [len(sections)] and sections.joined(counts).keys() == z.keys()
+    lengths = [sections.part(i).cu_text.diff().tolist() for i in range(len(sections))]
+    assert [sum(own) for own in lengths] == [limit] * (tokens // limit) + [tokens % limit]
+    assert all(own[:-1] == [16] * (len(own) - 1) for own in lengths)
     ids = codec.tokenizer(text)["input_ids"]
     first = codec.compress([codec.tokenizer.decode(ids[:limit])], ratio=4)
-    assert torch.equal(first.codes, windows[0].codes)
+    assert torch.equal(first.codes, sections.part(0).codes)
 
 
-def test_equal_windows_are_compressed_and_decoded_once(codec, monkeypatch):
+def test_equal_sections_are_compressed_and_decoded_once(codec, monkeypatch):
     seen = []
     encode = codec.model.encode
     monkeypatch.setattr(codec.model, "encode", lambda tokens, *rest: seen.append(len(tokens)) or encode(tokens, *rest))
     one = packed_documents(codec, [64])[0]
-    windows = compress_windows(codec.model, [one] * 50 + [one[:10]], 4.0)
+    keys = compress_documents(codec.model, [one] * 50 + [one[:10]], 4.0).keys()
     assert sum(seen) == 74
-    assert all(w is windows[0] for w in windows[:50])
+    assert len(keys) == 51 and len(set(keys[:50])) == 1 != len(set(keys))
 
 
 def test_progress_counts_every_token(codec):
@@ -130,11 +126,11 @@ def test_nothing_gives_nothing(codec):
 
 @given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 12))
 @settings(deadline=None)
-def test_groups_are_consecutive_and_bounded(sizes, limit):
-    groups = grouped(sizes, limit)
-    assert [i for g in groups for i in g] == list(range(len(sizes)))
-    for group in groups:
-        assert len(group) == 1 or sum(sizes[i] for i in group) <= limit
+def test_batches_are_consecutive_and_bounded(sizes, limit):
+    found = batches(sizes, limit)
+    assert [i for b in found for i in b] == list(range(len(sizes)))
+    for batch in found:
+        assert len(batch) == 1 or sum(sizes[i] for i in batch) <= limit
 
 
 def test_z_of_another_codec_is_refused(codec):

@@ -66,19 +66,19 @@ def test_generation_stops_at_end_of_z():
 
 
 def test_generation_stops_where_the_end_mass_reaches_the_threshold(codec, z):
-    windows, _ = continue_ztokens(codec.model, z, 10, 0.9, seed=5, end_threshold=1.0)
-    assert [len(w.codes) for w in windows] == [10] * 4, "a softmax never gives end-of-Z all the mass"
+    unending, _ = continue_ztokens(codec.model, z, 10, 0.9, seed=5, end_threshold=1.0)
+    assert unending.cu_ztokens.diff().tolist() == [10] * 4, "a softmax never gives end-of-Z all the mass"
     # The end mass of every step, found by letting each step be the last.
     masses = end_masses(codec, z, 10)
     for threshold in (0.02, 0.06, 0.2):
         stopped, infos = continue_ztokens(codec.model, z, 10, 0.9, seed=5, end_threshold=threshold)
-        for row, window in enumerate(stopped):
+        for row, own in enumerate(stopped.part(row) for row in range(4)):
             reached = (masses[row] >= threshold).nonzero()
             expected = int(reached[0]) if len(reached) else 10
-            assert len(window.codes) == expected
+            assert own.ztokens == expected
             # What is drawn before the end does not depend on the threshold.
-            assert torch.equal(window.codes, windows[row].codes[:expected])
-            assert infos[row].tokens == int(window.lengths.sum())
+            assert torch.equal(own.codes, unending.part(row).codes[:expected])
+            assert infos[row].tokens == int(own.unit_lengths.sum())
 
 
 def end_masses(codec, z, steps):

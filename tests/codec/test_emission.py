@@ -135,11 +135,13 @@ class TestEncode:
     @pytest.mark.parametrize("ratio", [1.0, 2.0, 3.5, 6.0])
     def test_learned_units_keep_budget_and_bounds(self, codec, ratio):
         encoded = self.encoded(codec, [64, 64, 64, 60], ratio)
-        assert 252 / encoded.total_units == pytest.approx(ratio, rel=0.1)
-        assert int(encoded.lengths.min()) >= 1 and int(encoded.lengths.max()) <= 8
-        assert int(encoded.lengths.sum()) == 252
+        assert 252 / encoded.z.ztokens == pytest.approx(ratio, rel=0.1)
+        assert int(encoded.z.unit_lengths.min()) >= 1 and int(encoded.z.unit_lengths.max()) <= 8
+        assert int(encoded.z.unit_lengths.sum()) == 252
         if 1 < ratio:
-            assert len(set(encoded.lengths.tolist())) > 2, "the random halting head should make units of many lengths"
+            assert len(set(encoded.z.unit_lengths.tolist())) > 2, (
+                "the random halting head should make units of many lengths"
+            )
 
     @pytest.mark.parametrize("lengths", [[1], [16, 17], [3, 50, 64]])
     def test_quantised_units_are_those_of_the_mass(self, codec, lengths):
@@ -147,14 +149,16 @@ class TestEncode:
         encoded = self.encoded(codec, lengths, 3.0)
         of_mass = halting_units(encoded.mass, offsets(torch.tensor(split_segments(lengths, 16)[0])))
         assert torch.equal(encoded.quantized.units.ends, of_mass.ends)
-        assert torch.equal(encoded.cu_units, of_mass.cu_units) and len(encoded.quantized.codes) == encoded.total_units
+        assert (
+            torch.equal(encoded.z.cu_segments, of_mass.cu_units) and len(encoded.quantized.codes) == encoded.z.ztokens
+        )
 
     def test_fixed_units_by_argument_and_by_setting(self, codec):
         by_argument = self.encoded(codec, [64], 4.0, fixed_units=True)
-        assert by_argument.lengths.tolist() == [4] * 16
+        assert by_argument.z.unit_lengths.tolist() == [4] * 16
         fixed = tiny_codec(emission="fixed")
-        assert self.encoded(fixed, [64], 4.0).lengths.tolist() == [4] * 16
-        assert len(set(self.encoded(fixed, [64], 4.0, fixed_units=False).lengths.tolist())) > 2
+        assert self.encoded(fixed, [64], 4.0).z.unit_lengths.tolist() == [4] * 16
+        assert len(set(self.encoded(fixed, [64], 4.0, fixed_units=False).z.unit_lengths.tolist())) > 2
 
 
 def test_reconstruction_reaches_the_halting_head_through_the_integration_weights():

@@ -6,17 +6,17 @@ import torch
 from tests.codec.tiny_codec import packed_documents, tiny_codec
 from ztok_fast.codec.engine import DecodeCache, DecodeSession, decode_text, write_answer
 from ztok_fast.codec.layout import offsets, position_in_sequence
-from ztok_fast.codec.passes import compress_windows, decode_segments, decompress_windows, stack_windows, teacher_forced
+from ztok_fast.codec.passes import compress_documents, decode_segments, decompress_documents, teacher_forced
 
 
 def check_free_running(codec, lengths, ratio=3.0):
     model = codec.model
-    windows = compress_windows(model, packed_documents(codec, lengths), ratio)
-    written = decompress_windows(model, windows)
+    z = compress_documents(model, packed_documents(codec, lengths), ratio)
+    written = decompress_documents(model, z)
     assert [len(w) for w in written] == lengths
     # Given what it wrote as the prefix, the model would write the same again; ties within rounding may differ.
-    predicted, margin, _ = teacher_forced(model, windows, written)
     flat = torch.tensor([t for w in written for t in w])
+    predicted, margin, _ = teacher_forced(model, z, flat)
     assert ((predicted == flat) | (margin < 1e-3)).all()
     assert (margin >= 1e-3).float().mean() > 0.9
 
@@ -33,7 +33,7 @@ def test_decoding_equals_the_teacher_forced_pass(family_codec):
         {"unit_conditioning": False, "z_position": "end"},
         {"compressor_layers": 1, "z_position": "center"},
     ],
-    ids=["context-1", "context-2-copy", "untold", "one-compressor-layer"],
+    ids=["context-1", "context-2-copy", "unconditioned", "one-compressor-layer"],
 )
 def test_decoding_equals_the_teacher_forced_pass_for_every_setting(settings):
     check_free_running(tiny_codec(**settings), [61, 18])
@@ -61,25 +61,24 @@ def test_hidden_states_of_steps_equal_those_of_one_pass(family_codec):
 
 def test_forced_tokens_are_written_and_gone_on_from(codec):
     model, documents = codec.model, packed_documents(codec, [40])
-    windows = compress_windows(model, documents, 4.0)
-    free = decompress_windows(model, windows)[0]
+    z = compress_documents(model, documents, 4.0)
+    free = decompress_documents(model, z)[0]
     forced = {0: 7, 20: 9, 39: 11}
-    written = decompress_windows(model, windows, [forced])[0]
+    written = decompress_documents(model, z, [forced])[0].tolist()
     assert {p: written[p] for p in forced} == forced
-    assert written[1:16] != free[1:16], "the first token of a segment should change what follows"
+    assert written[1:16] != free[1:16].tolist(), "the first token of a segment should change what follows"
     # What was written around the forced tokens is what the model says given them.
-    predicted, margin, _ = teacher_forced(model, windows, [written])
+    predicted, margin, _ = teacher_forced(model, z, torch.tensor(written))
     same = (predicted == torch.tensor(written)) | (margin < 1e-3)
     assert same[[p for p in range(40) if p not in forced]].all()
-    everything = decompress_windows(model, windows, [dict(enumerate(documents[0]))])[0]
-    assert everything == documents[0]
+    everything = decompress_documents(model, z, [dict(enumerate(documents[0]))])[0]
+    assert everything.tolist() == documents[0]
 
 
 def test_batches_of_segments_do_not_change_the_text(codec):
     model = codec.model
-    windows = compress_windows(model, packed_documents(codec, [61, 5, 30]), 3.0)
-    stacked = stack_windows(model, windows)
-    assert decode_segments(model, *stacked, batch_segments=2) == decode_segments(model, *stacked)
+    z = compress_documents(model, packed_documents(codec, [61, 5, 30]), 3.0)
+    assert decode_segments(model, z, batch_segments=2) == decode_segments(model, z)
 
 
 def test_answers_stop_at_an_end_token_or_the_limit(codec):
@@ -110,18 +109,17 @@ def test_sequences_leave_the_batch_in_order_of_their_lengths(family_codec):
     """Tokens are those of every segment decoded alone, and rows that are written to their end are computed no more."""
     codec = family_codec
     model = codec.model
-    (window,) = compress_windows(model, packed_documents(codec, [37]), 3.0)
-    lengths = window.segment_lengths
+    z = compress_documents(model, packed_documents(codec, [37]), 3.0)
+    lengths = z.cu_text.diff().tolist()
     assert len(set(lengths)) > 1
     rows = []
     hook = model.adapted.model.get_output_embeddings().register_forward_hook(
         lambda m, args, out: rows.append(len(args[0]))
     )
-    stacked = stack_windows(model, [window])
-    together = decode_segments(model, *stacked)
+    together = decode_segments(model, z)
     hook.remove()
     assert sum(rows) == sum(lengths)
-    assert together == decode_segments(model, *stacked, batch_segments=1)
+    assert together == decode_segments(model, z, batch_segments=1)
 
 
 def test_lengths_that_rise_are_refused(family_codec):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.codec.conftest import shared_codec
 from ztok_fast.codec.errors import ExactMismatchError, ZBatchError
 from ztok_fast.codec.exact import MARGIN, find_corrections, join, split
-from ztok_fast.codec.passes import compress_windows, decompress_windows, teacher_forced
+from ztok_fast.codec.passes import compress_documents, decompress_documents, teacher_forced
 
 NASTY = st.text(
     st.sampled_from("ab \r\n\t\0é東🙂\u200d\ufeff\u0301\ud800\udfff")
@@ -104,13 +104,13 @@ def test_correction_of_a_token_that_is_not_there(codec):
 def test_right_tokens_are_not_stored_and_near_ties_are(codec):
     """A document that the model itself wrote needs corrections only where its best two tokens are close."""
     model = codec.model
-    start = compress_windows(model, [list(range(3, 35))], 4.0)
-    own = decompress_windows(model, start)
+    start = compress_documents(model, [list(range(3, 35))], 4.0)
+    own = decompress_documents(model, start)
     corrections = find_corrections(model, start, own)[0]
-    _, margin, _ = teacher_forced(model, start, own)
+    _, margin, _ = teacher_forced(model, start, torch.tensor(own[0]))
     assert set(corrections) == set((margin < MARGIN).nonzero()[:, 0].tolist())
     assert len(corrections) < 4
-    assert decompress_windows(model, start, [corrections]) == own
+    assert decompress_documents(model, start, [corrections]) == own
 
 
 def test_corrections_repair_decoding_that_drifts(codec, monkeypatch):
@@ -119,14 +119,14 @@ def test_corrections_repair_decoding_that_drifts(codec, monkeypatch):
 
     model = codec.model
     documents = [list(range(3, 35))]
-    windows = compress_windows(model, documents, 4.0)
+    z = compress_documents(model, documents, 4.0)
     monkeypatch.setattr(
         exact,
         "teacher_forced",
-        lambda model, windows, documents: (torch.tensor(documents[0]), torch.full((32,), 1e9), None),
+        lambda model, z, tokens: (tokens, torch.full((32,), 1e9), None),
     )
-    corrections = find_corrections(model, windows, documents)
-    assert corrections[0] and decompress_windows(model, windows, corrections) == documents
+    corrections = find_corrections(model, z, documents)
+    assert corrections[0] and [own.tolist() for own in decompress_documents(model, z, corrections)] == documents
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
@@ -134,7 +134,7 @@ def test_corrections_repair_decoding_that_drifts(codec, monkeypatch):
 def test_join_and_split_are_inverse(lengths, data):
     from ztok_fast.codec.corrections import Corrections
 
-    windows = [{p: data.draw(st.integers(0, 99)) for p in data.draw(st.sets(st.integers(0, n - 1)))} for n in lengths]
-    positions, tokens = join(windows, lengths)
-    assert split(Corrections(positions, tokens), lengths) == windows
+    sections = [{p: data.draw(st.integers(0, 99)) for p in data.draw(st.sets(st.integers(0, n - 1)))} for n in lengths]
+    positions, tokens = join(sections, lengths)
+    assert split(Corrections(positions, tokens), lengths) == sections
     assert split(None, lengths) == [{} for _ in lengths]

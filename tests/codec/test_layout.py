@@ -13,6 +13,7 @@ from ztok_fast.codec.layout import (
     sequence_of_row,
     split_segments,
 )
+from ztok_fast.codec.ztokens import ZTokens
 
 lengths_list = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
@@ -52,20 +53,23 @@ def test_blocks_cover_all_columns_evenly(size, blocks):
     assert len(widths) == blocks and max(widths) - min(widths) <= 1
 
 
+def ztokens(lengths, cu_segments, cu_documents):
+    lengths, cu_segments, cu_documents = (torch.tensor(v).int() for v in (lengths, cu_segments, cu_documents))
+    return ZTokens(torch.zeros(len(lengths), 2, dtype=torch.int32), lengths, cu_segments, cu_documents)
+
+
 def test_positions_of_units():
-    lengths, cu_units = torch.tensor([3, 1, 4, 5, 2], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32)
+    z = ztokens([3, 1, 4, 5, 2], [0, 3, 5], [0, 2])
     expected = {"start": [0, 3, 4, 0, 5], "center": [1, 3, 6, 2, 6], "end": [2, 3, 7, 4, 6]}
     for place, positions in expected.items():
         model = tiny_codec(z_position=place).model
-        assert model.unit_positions(lengths, cu_units).tolist() == positions
+        assert model.unit_positions(z).tolist() == positions
 
 
 def test_prefix_holds_the_context_segments_of_the_same_document():
     model = tiny_codec(context_segments=1).model
-    lengths = torch.tensor([8, 8, 16, 4, 7], dtype=torch.int32)
-    cu_units = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
     # Segments 0 to 2 are one document (16, 16 and 4 tokens), segment 3 another.
-    rows, positions, cu = model.prefix(torch.zeros(5, 32), lengths, cu_units, torch.tensor([0, 0, 0, 3]))
+    rows, positions, cu = model.prefix(ztokens([8, 8, 16, 4, 7], [0, 2, 3, 4, 5], [0, 3, 4]))
     assert rows.tolist() == [0, 1, 0, 1, 2, 2, 3, 4]
     assert cu.tolist() == [0, 2, 5, 7, 8]
     # Own segments start at position 16 (one context segment), the context's at 0.

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 
 from tests.codec.documents import FINGERPRINT, batches, example, int32, make_batch
 from ztok_fast.codec.corrections import Corrections
+from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.errors import ExactMismatchError, ZBatchError
 from ztok_fast.codec.exact_patch import Patch
-from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.codec.zbatch import ZBatch
 
 
 def test_the_example_is_valid_and_counts_documents_tokens_and_rows():

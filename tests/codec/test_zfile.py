@@ -19,7 +19,7 @@ from ztok_fast.codec.zbatch import ZBatch
 def test_a_batch_survives_tensors_and_metadata(batch):
     tensors, metadata = zfile.to_tensors(batch)
     assert all(tensor.dtype == np.uint8 for tensor in tensors.values())
-    assert zfile.from_tensors(tensors, metadata) == batch
+    assert zfile.from_tensors(tensors, metadata, ZBatch) == batch
 
 
 def test_a_batch_survives_a_file(tmp_path):

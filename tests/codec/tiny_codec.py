@@ -55,7 +55,7 @@ def tiny_config(base: BaseModel, **settings) -> ZTokConfig:
         "base_model": base.name,
         "base_fingerprint": base.fingerprint,
         "segment_length": 16,
-        "window_segments": 4,
+        "section_segments": 4,
         "num_codebooks": 2,
         "codebook_size": 16,
         "latent_dim": 8,

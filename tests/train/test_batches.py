@@ -7,19 +7,19 @@ import pytest
 
 from tests.codec.tiny_base import tiny_tokenizer
 from tests.train.tiny_run import write_corpus
-from ztok_fast.train.batches import Chunk, ChunkStream, make_batch
+from ztok_fast.train.batches import Section, SectionStream, make_batch
 from ztok_fast.train.text_data import DataError, iter_rows, iter_texts
 
 TOKENIZER = tiny_tokenizer()
 
 
 def stream_of(*files, **settings):
-    values = {"segment_length": 16, "chunk_tokens": 40, "batch_tokens": 90, "seed": 1, "buffer_chunks": 8}
-    return ChunkStream([str(f) for f in files], TOKENIZER, **(values | settings))
+    values = {"segment_length": 16, "section_tokens": 40, "batch_tokens": 90, "seed": 1, "buffer_sections": 8}
+    return SectionStream([str(f) for f in files], TOKENIZER, **(values | settings))
 
 
-def chunks_of(stream, batches):
-    return [(c.tokens, c.question, c.answer) for _ in range(batches) for c in stream.next_batch().chunks]
+def sections_of(stream, batches):
+    return [(c.tokens, c.question, c.answer) for _ in range(batches) for c in stream.next_batch().sections]
 
 
 def write_rows(path, rows):
@@ -33,18 +33,18 @@ def corpus(tmp_path):
 
 
 def test_same_seed_same_batches_and_another_seed_others(corpus):
-    one, two, other = (chunks_of(stream_of(corpus, seed=s), 6) for s in (1, 1, 2))
+    one, two, other = (sections_of(stream_of(corpus, seed=s), 6) for s in (1, 1, 2))
     assert one == two != other
 
 
 @pytest.mark.parametrize("taken", [0, 1, 9, 30])
 def test_a_stream_goes_on_from_its_state(corpus, taken):
     whole = stream_of(corpus)
-    chunks_of(whole, taken)
+    sections_of(whole, taken)
     state = whole.state()
     resumed = stream_of(corpus, seed=99)
     resumed.load_state(json.loads(json.dumps(state)))  # a state survives being written to a file
-    assert chunks_of(whole, 12) == chunks_of(resumed, 12)
+    assert sections_of(whole, 12) == sections_of(resumed, 12)
     assert whole.rows_read == resumed.rows_read
 
 
@@ -52,41 +52,45 @@ def test_whole_passes_are_not_read_again_on_resuming(corpus, monkeypatch):
     from ztok_fast.train import batches
 
     stream = stream_of(corpus)
-    chunks_of(stream, 60)
+    sections_of(stream, 60)
     assert stream.rows_read > 48
     read = []
     monkeypatch.setattr(batches, "iter_rows", lambda path: (read.append(1) or row for row in iter_rows(path)))
     resumed = stream_of(corpus)
     resumed.load_state(stream.state())
-    expected = chunks_of(stream, 1)
+    expected = sections_of(stream, 1)
     read.clear()
-    assert chunks_of(resumed, 1) == expected
+    assert sections_of(resumed, 1) == expected
     assert len(read) < 36, "a pass to count the rows and a part of another"
 
 
 def test_batches_hold_the_text_in_order(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "abcdefghij" * 10}])
     ids = TOKENIZER("abcdefghij" * 10)["input_ids"]
-    chunks = stream_of(path).chunks_of(next(iter_rows(path)))
-    assert [t for c in chunks for t in c.tokens] == ids and [len(c.tokens) for c in chunks] == [40, 40, len(ids) - 80]
-    batch = make_batch(chunks, 16)
+    sections = stream_of(path).sections_of(next(iter_rows(path)))
+    assert [t for c in sections for t in c.tokens] == ids and [len(c.tokens) for c in sections] == [
+        40,
+        40,
+        len(ids) - 80,
+    ]
+    batch = make_batch(sections, 16)
     assert batch.tokens.tolist() == ids
     assert batch.cu_segments.diff().tolist() == [16, 16, 8, 16, 16, 8, 16, 4]
-    assert batch.cu_groups.tolist() == [0, 3, 6, 8] and batch.first_segment.tolist() == [0, 0, 0, 3, 3, 3, 6, 6]
+    assert batch.cu_sections.tolist() == [0, 3, 6, 8]
 
 
 def test_batches_are_as_large_as_asked(corpus):
     stream = stream_of(corpus)
     for _ in range(20):
         batch = stream.next_batch()
-        sizes = [len(c.tokens) for c in batch.chunks]
+        sizes = [len(c.tokens) for c in batch.sections]
         assert sum(sizes) == len(batch.tokens) >= 90 > sum(sizes[:-1])
         assert all(16 <= n <= 40 for n in sizes)
 
 
-def test_questions_go_with_text_that_fits_one_chunk(tmp_path):
+def test_questions_go_with_text_that_fits_one_section(tmp_path):
     rows = [
-        {"text": "a short text, one chunk", "question": "q?", "answer": "a!"},
+        {"text": "a short text, one section", "question": "q?", "answer": "a!"},
         {"text": "long " * 30, "question": "q?", "answer": "a!"},
         {
             "text": "another short text here",
@@ -96,17 +100,17 @@ def test_questions_go_with_text_that_fits_one_chunk(tmp_path):
     ]
     stream = stream_of(write_rows(tmp_path / "a.jsonl", rows))
     encode = lambda text: TOKENIZER(text)["input_ids"]  # noqa: E731
-    one, cut, several, none = (stream.chunks_of(row) for row in rows)
+    one, cut, several, none = (stream.sections_of(row) for row in rows)
     assert [(c.question, c.answer) for c in one] == [(encode("q?"), encode("a!"))]
     assert len(cut) > 1 and not any(c.question or c.answer for c in cut)
     assert (several[0].question, several[0].answer) in [(encode("1?"), encode("one")), (encode("2?"), encode("two"))]
-    assert none == [Chunk(encode("a text without an answer"))]
+    assert none == [Section(encode("a text without an answer"))]
 
 
 def test_excluded_sources_never_come(tmp_path):
     rows = [{"text": "q" * 20, "source": "bad/one"}, {"text": "w" * 20, "source": "good"}, {"text": "e" * 20}]
     stream = stream_of(write_rows(tmp_path / "a.jsonl", rows), exclude_sources=["bad"])
-    seen = {TOKENIZER.decode(tokens)[0] for tokens, _, _ in chunks_of(stream, 20)}
+    seen = {TOKENIZER.decode(tokens)[0] for tokens, _, _ in sections_of(stream, 20)}
     assert seen == {"w", "e"}
 
 
@@ -115,7 +119,7 @@ def test_processes_read_disjoint_rows(tmp_path, world):
     rows = [{"text": f"row {index:03} " + "z" * 20} for index in range(12)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     seen = [
-        {TOKENIZER.decode(tokens)[:7] for tokens, _, _ in chunks_of(stream_of(path, rank=rank, world=world), 40)}
+        {TOKENIZER.decode(tokens)[:7] for tokens, _, _ in sections_of(stream_of(path, rank=rank, world=world), 40)}
         for rank in range(world)
     ]
     assert set().union(*seen) == {row["text"][:7] for row in rows}
@@ -125,7 +129,7 @@ def test_processes_read_disjoint_rows(tmp_path, world):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"chunk_tokens": 8}, "chunk_tokens: expected at least 16, got 8"),
+        ({"section_tokens": 8}, "section_tokens: expected at least 16, got 8"),
         ({"batch_tokens": 0}, "batch_tokens: expected at least 1"),
         ({"rank": 2, "world": 2}, "rank: expected 0 to 1 of 2 processes, got 2"),
     ],

@@ -7,7 +7,7 @@ import torch
 
 from tests.codec.tiny_codec import packed_documents, tiny_causal_lm, tiny_codec
 from tests.train.tiny_run import write_corpus
-from ztok_fast.codec.passes import compress_windows, decompress_windows, teacher_forced
+from ztok_fast.codec.passes import compress_documents, decompress_documents, teacher_forced
 from ztok_fast.train.evaluate import _correlation, dev_documents, evaluate
 
 
@@ -25,16 +25,15 @@ def test_report_equals_compressing_and_decompressing(codec, documents):
     report = evaluate(codec, documents, [2, 4.0])
     assert set(report) == {"base", "2", "4"}
     for budget in (2.0, 4.0):
-        windows = compress_windows(codec.model, documents, budget)
-        written = decompress_windows(codec.model, windows)
-        predicted, _, losses = teacher_forced(codec.model, windows, documents)
+        z = compress_documents(codec.model, documents, budget)
+        written = decompress_documents(codec.model, z)
         flat = torch.tensor([t for d in documents for t in d])
+        predicted, _, losses = teacher_forced(codec.model, z, flat)
         free = torch.tensor([t for w in written for t in w])
-        units = sum(len(w.codes) for w in windows)
         own = report[f"{budget:g}"]
         assert own["free_running"] == (free == flat).float().mean().item()
         assert own["teacher_forced"] == pytest.approx((predicted == flat).float().mean().item())
-        assert own["ratio"] == 131 / units and own["rate"] == units * (2 * 4 + 3) / 131
+        assert own["ratio"] == 131 / z.ztokens and own["rate"] == z.ztokens * (2 * 4 + 3) / 131
         assert own["loss_bits"] == pytest.approx(losses.mean().item() / math.log(2), rel=1e-4)
         assert -1 <= own["length_surprisal_correlation"] <= 1
 
@@ -69,7 +68,7 @@ def test_batches_levels_latents_and_fixed_units(codec, documents):
     assert fixed["ratio"] == 4.0 and fixed["length_surprisal_correlation"] == 0.0
 
 
-def test_documents_longer_than_a_window_are_cut(codec):
+def test_documents_longer_than_a_section_are_cut(codec):
     long = packed_documents(codec, [100])
     assert evaluate(codec, long, [4]) == evaluate(codec, [long[0][:64]], [4])
 

@@ -186,7 +186,7 @@ def test_accumulated_batches_equal_one_larger_batch(tmp_path):
             codec=tiny_settings(tmp_path).codec | {"budgets": [4.0]},
         )
         trainer = Trainer(settings, tiny_base())
-        # Rows of at least 80 tokens give chunks of exactly 40 and rests, which are left out.
+        # Rows of at least 80 tokens give sections of exactly 40 and rests, which are left out.
         trainer.stream.min_tokens = 40
         row = trainer.train_step()
         first_moments = [

@@ -9,7 +9,7 @@ import torch
 
 import ztok_fast
 from tests.codec.tiny_codec import packed_documents, tiny_codec
-from ztok_fast.train.batches import Chunk, make_batch
+from ztok_fast.train.batches import Section, make_batch
 from ztok_fast.train.objective import LossWeights, Objective, Phase, blend_vectors, length_loss, usage_loss
 
 TERMS = [f.name for f in dataclasses.fields(LossWeights)]
@@ -34,7 +34,7 @@ DECOMPRESSOR = (
     "unbinding",
     "copy_gains",
 )
-ZSPACE_HEAD = ("inferencer", "zspace", "serial")
+ZSPACE_HEAD = ("inferencer", "zspace", "autoregressive")
 
 # term -> what it moves, what gets no gradient from it
 LIVE = {
@@ -48,8 +48,8 @@ LIVE = {
         ("inferencer", "zspace.queries", "zspace.end_row", "zspace.length", "zspace.marks"),
         (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks"),
     ),
-    "serial": (
-        ("compressor", "budget_embedding", "serial"),
+    "autoregressive": (
+        ("compressor", "budget_embedding", "autoregressive"),
         (*DECOMPRESSOR, "inferencer", "zspace", "halting", "codebooks", "binding"),
     ),
     "answer": (("inferencer", "zspace.marks"), (*COMPRESSOR, "halting", *DECOMPRESSOR, "codebooks", "zspace.queries")),
@@ -63,10 +63,10 @@ def codec():
 
 def batch_of(codec, lengths=(40, 23), asked=True):
     documents = packed_documents(codec, list(lengths))
-    chunks = [Chunk(d) for d in documents]
+    sections = [Section(d) for d in documents]
     if asked:
-        chunks[0].question, chunks[0].answer = [5, 6, 7], [8, 9]
-    return make_batch(chunks, codec.config.segment_length)
+        sections[0].question, sections[0].answer = [5, 6, 7], [8, 9]
+    return make_batch(sections, codec.config.segment_length)
 
 
 def run(codec, weights, phase=Phase(), ratios=(3.0, 2.0), **batch):
@@ -155,9 +155,9 @@ def inputs_seen(codec, monkeypatch):
     seen = []
     build = codec.model.decoder_inputs
 
-    def record(embeddings, lengths, cu_units, first_segment, tokens, cu_segments):
+    def record(embeddings, z, tokens, cu_segments):
         seen.append(tokens)
-        return build(embeddings, lengths, cu_units, first_segment, tokens, cu_segments)
+        return build(embeddings, z, tokens, cu_segments)
 
     monkeypatch.setattr(codec.model, "decoder_inputs", record)
     return seen
@@ -191,7 +191,7 @@ def test_level_dropout_leaves_out_levels_of_whole_segments(codec):
     assert (encoded.quantized.codes[:, 0] >= 0).all()
     # A segment draws one or two levels with equal probability.
     assert 0.25 < dropped.float().mean() < 0.75
-    for first, last in zip(encoded.cu_units.tolist(), encoded.cu_units[1:].tolist()):
+    for first, last in zip(encoded.z.cu_segments.tolist(), encoded.z.cu_segments[1:].tolist()):
         assert len(set(dropped[first:last].tolist())) == 1
     assert not (run(codec, {}, Phase(level_dropout=0.0))[1].quantized.codes == -1).any()
 

@@ -47,7 +47,7 @@ def tiny_settings(folder: Path, **changed) -> TrainSettings:
         "codec": CODEC,
         "steps": 8,
         "batch_tokens": 64,
-        "chunk_tokens": 40,
+        "section_tokens": 40,
         "warmup_steps": 2,
         "surprisal_steps": 1,
         "continuous_steps": 2,

@@ -86,12 +86,11 @@ def evaluate_variants(codec: ZTokCodec, documents: list[list[int]], budgets: lis
         without Z-tokens: bits per token, accuracy) and ``rows``: budget, units, levels and what
         :func:`ztok_fast.train.evaluate.evaluate` measures there.
     """
-    from ztok_fast.codec.passes import window_tokens
     from ztok_fast.train.evaluate import UNIT_KINDS, evaluate, unit_kinds
 
     all_levels, kinds = codec.config.num_codebooks, unit_kinds(codec.config)
     variants = [*((units, all_levels) for units in kinds), *((kinds[0], n) for n in range(all_levels - 1, 0, -1))]
-    documents = [document[: window_tokens(codec.model)] for document in documents]
+    documents = [document[: codec.config.section_tokens] for document in documents]
     tokens = sum(map(len, documents))
     measured, base = {}, {}
     with common.progress_bar(tokens * len(variants) * len(budgets), "evaluate") as progress:

@@ -10,7 +10,8 @@ from ztok_fast.cli import common, report
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
-    from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+    from ztok_fast.codec.documents import DocumentInfo
+    from ztok_fast.codec.zbatch import ZBatch
 
 
 def add_commands(commands) -> None:

@@ -11,7 +11,7 @@ import torch
 from ztok_fast.cli.common import tokenize
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.layout import offsets, split_segments
-from ztok_fast.codec.passes import teacher_forced, window_tokens
+from ztok_fast.codec.passes import teacher_forced
 from ztok_fast.codec.zbatch import ZBatch
 
 
@@ -87,17 +87,18 @@ def measure(codec: ZTokCodec, text: str, ratio: float) -> Measurement:
     compressed = time.perf_counter()
     written = codec.decompress_tokens(z)[0]
     decompressed = time.perf_counter()
-    limit = window_tokens(codec.model)
-    pieces = [tokens[i : i + limit] for i in range(0, len(tokens), limit)]
-    predicted = []
-    for window, piece in zip(codec.windows_of(z), pieces):
-        predicted += teacher_forced(codec.model, [window], [piece])[0].tolist()
+    device, limit = codec.model.codebooks.device, codec.config.section_tokens
+    sections, predicted = [tokens[i : i + limit] for i in range(0, len(tokens), limit)], []
+    encoded, _ = z.sections(codec.config.section_segments)
+    for index, section in enumerate(sections):
+        own = encoded.part(index).to(device)
+        predicted += teacher_forced(codec.model, own, torch.tensor(section, device=device))[0].tolist()
     return Measurement(
         tokens,
         z,
         written,
         predicted,
-        torch.cat([surprisal(codec, piece) for piece in pieces]),
+        torch.cat([surprisal(codec, section) for section in sections]),
         compressed - started,
         decompressed - compressed,
     )

@@ -102,8 +102,8 @@ class AdaptedBase(nn.Module):
             else:
                 model.add_adapter(name, lora)
         self.peft = model
-        # Found once, because a step of decoding is short. A tuple registers no module twice. Adapters are set on modules
-        # within the layers, so the decoder and its stack stay these objects.
+        # Found once, because a step of decoding is short. A tuple registers no module twice. Adapters are set on
+        # modules within the layers, so the decoder and its stack stay these objects.
         self._stack = (decoder, stack_name, stack)
         self._truncated_stack = (stack[:depth],)
         self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer)]

@@ -42,7 +42,7 @@ def packed_attention(query, key, value, cu_seqlens, max_length: int, scaling: fl
 
 
 def _runs(query, key, value, cu_seqlens, scaling):
-    """Neighbours of equal length share a call, as a batch that is a view of the packed rows; nothing is padded or copied.
+    """Neighbours of equal length share a call, as a batch that views the packed rows; nothing is padded or copied.
 
     The lengths are read on the host, which is free on the CPU alone.
     """
@@ -108,7 +108,8 @@ def ztok_attention(module, query, key, value, attention_mask, scaling=None, drop
     if attention_mask is None:
         if 1 < query.shape[2] < key.shape[2]:
             raise ValueError(
-                f"attention: expected an explicit mask for {query.shape[2]} new rows over {key.shape[2]} cached ones, got none"
+                f"attention: expected an explicit mask for {query.shape[2]} new rows over {key.shape[2]} cached ones, "
+                "got none"
             )
         groups = query.shape[1] // key.shape[1]
         k, v = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

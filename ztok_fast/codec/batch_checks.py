@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.errors import ZBatchError
-from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.zbatch import ZBatch
 
 
@@ -33,7 +32,7 @@ def check_fits(z: ZBatch, config: ZTokConfig, vocabulary: int) -> None:
 
 def _check_segments(z: ZBatch, segment_length: int) -> None:
     """Segments decide what the decompressor sees of a document, so they must lie where compression cut."""
-    tokens = offsets(z.unit_lengths)[z.cu_segments.long()].diff().tolist()
+    tokens = z.cu_text.diff().tolist()
     bounds = z.cu_documents.tolist()
     for index, document in enumerate(z.documents):
         own = tokens[bounds[index] : bounds[index + 1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,17 +15,23 @@ from ztok_fast.codec.batch_checks import check_fits
 from ztok_fast.codec.byte_loss import warn_of_lost_bytes
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
+from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.errors import CodecError
-from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel
-from ztok_fast.codec.passes import Progress, Window, compress_windows, decompress_windows, window_tokens
+from ztok_fast.codec.passes import Progress, compress_documents, decompress_documents
+from ztok_fast.codec.text import detokenize, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
-from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.codec.ztokens import ZTokens
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 """Codecs that ship with the package, by folder name."""
 
 DEFAULT_CODEC = "ztok-mini"
+
+BATCH_TOKENS = 8192
+BATCH_SEGMENTS = 128
+"""Text tokens of one compression pass, and segments decoded side by side: what bounds the memory."""
 
 
 class ZTokCodec:
@@ -118,7 +125,7 @@ class ZTokCodec:
         *,
         levels: int | None = None,
         fixed_units: bool | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int = BATCH_TOKENS,
         progress: Progress | None = None,
     ) -> ZBatch:
         """Compress documents.
@@ -128,9 +135,9 @@ class ZTokCodec:
             ratio: text tokens per Z-token to aim at, 1 to ``config.max_unit_length``.
             exact: decompress while compressing and store corrections, so that what comes back is the input.
             levels: residual levels to use, 1 to ``config.num_codebooks``; ``None`` for all.
-            fixed_units: ``True`` for one Z-token for every ``ratio`` tokens, ``False`` for units by learned halting mass;
-                ``None`` as the codec is configured.
-            batch_tokens: text tokens of one pass; bounds the memory.
+            fixed_units: ``True`` for one Z-token for every ``ratio`` tokens, ``False`` for units by learned halting
+                mass; ``None`` as the codec is configured.
+            batch_tokens: text tokens of one pass; bounds the memory, beside some 16 bytes per text token.
             progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
                 compressed and once verified.
 
@@ -146,15 +153,15 @@ class ZTokCodec:
         if levels is not None:
             if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks:
                 raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
-        documents = self._tokenize(contents)
+        documents = self.tokenize(contents)
         if not exact:
             warn_of_lost_bytes(originals, map(self._text_bytes, documents))
-        limit = window_tokens(self.model)
-        pieces = [[d[i : i + limit] for i in range(0, len(d), limit)] for d in documents]
-        flat = [p for own in pieces for p in own]
-        windows = compress_windows(
+        limit = self.config.section_tokens
+        sections = [d[i : i + limit] for d in documents for i in range(0, len(d), limit)]
+        counts = [-(-len(d) // limit) for d in documents]
+        z = compress_documents(
             self.model,
-            flat,
+            sections,
             ratio,
             fixed_units=fixed_units,
             levels=levels,
@@ -173,16 +180,17 @@ class ZTokCodec:
         ]
         if exact:
             corrections = exact_mode.find_corrections(
-                self.model, windows, flat, batch_tokens=batch_tokens, progress=progress
+                self.model, z, sections, batch_tokens=batch_tokens, progress=progress
             )
             at = 0
-            for info, own, tokens, original in zip(infos, pieces, documents, originals):
-                positions, values = exact_mode.join(corrections[at : at + len(own)], [len(p) for p in own])
-                at += len(own)
+            for info, count, tokens, original in zip(infos, counts, documents, originals):
+                own = slice(at, at + count)
+                positions, values = exact_mode.join(corrections[own], [len(s) for s in sections[own]])
+                at += count
                 info.corrections = exact_mode.document_corrections(
                     positions, values, self._text_bytes(tokens), original
                 )
-        return self._zbatch(windows, [len(own) for own in pieces], infos)
+        return self._zbatch(z.joined(counts), infos)
 
     def _contents(self, texts) -> tuple[list[bytes], list[str]]:
         if isinstance(texts, (str, bytes)):
@@ -196,28 +204,16 @@ class ZTokCodec:
             contents.append(original.decode("utf-8", "replace"))
         return originals, contents
 
-    def _tokenize(self, contents: list[str]) -> list[list[int]]:
-        if not contents:
-            return []
-        return self.tokenizer(contents, add_special_tokens=False, verbose=False)["input_ids"]
+    def tokenize(self, texts: Sequence[str]) -> list[array]:
+        """The text tokens of every document, as :meth:`compress` sees them: arrays of C ints."""
+        return tokenize(self.tokenizer, texts)
 
-    def _text_bytes(self, tokens: list[int]) -> bytes:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.encode("utf-8", "surrogatepass")
+    def _text_bytes(self, tokens: Sequence[int]) -> bytes:
+        return detokenize(self.tokenizer, tokens)
 
-    def _zbatch(self, windows: list[Window], windows_per_document: list[int], infos: list[DocumentInfo]) -> ZBatch:
-        width = self.config.num_codebooks
-        segments = torch.tensor([u for w in windows for u in w.units], dtype=torch.int64)
-        segments_of_window = [len(w.units) for w in windows]
-        per_document, at = [], 0
-        for count in windows_per_document:
-            per_document.append(sum(segments_of_window[at : at + count]))
-            at += count
+    def _zbatch(self, z: ZTokens, infos: list[DocumentInfo]) -> ZBatch:
         return ZBatch(
-            codes=torch.cat([torch.zeros(0, width, dtype=torch.int32), *(w.codes for w in windows)]),
-            unit_lengths=torch.cat([torch.zeros(0, dtype=torch.int32), *(w.lengths for w in windows)]),
-            cu_segments=offsets(segments),
-            cu_documents=offsets(torch.tensor(per_document, dtype=torch.int64)),
+            **vars(z),
             documents=infos,
             codec_fingerprint=self.fingerprint,
             codebook_size=self.config.codebook_size,
@@ -226,7 +222,9 @@ class ZTokCodec:
 
     # Z-tokens to text
 
-    def decompress(self, z: ZBatch, *, batch_segments: int = 128, progress: Progress | None = None) -> list[str]:
+    def decompress(
+        self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
+    ) -> list[str]:
         """The texts of a batch. Exact where it was compressed with ``exact=True``, else the model's best guess.
 
         Raises:
@@ -236,11 +234,10 @@ class ZTokCodec:
         return [_as_text(data) for data in self.decompress_bytes(z, batch_segments=batch_segments, progress=progress)]
 
     def decompress_bytes(
-        self, z: ZBatch, *, batch_segments: int = 128, progress: Progress | None = None
+        self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
     ) -> list[bytes]:
         """:meth:`decompress`, each document as bytes (UTF-8 unless the original was not)."""
-        tokens = self.decompress_tokens(z, batch_segments=batch_segments, progress=progress)
-        results = []
+        tokens, results = self._decompress(z, batch_segments, progress), []
         for info, own in zip(z.documents, tokens):
             corrections = info.corrections
             if corrections is None:
@@ -252,34 +249,28 @@ class ZTokCodec:
         return results
 
     def decompress_tokens(
-        self, z: ZBatch, *, batch_segments: int = 128, progress: Progress | None = None
+        self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
     ) -> list[list[int]]:
         """The text tokens of every document; a document whose original is stored raw gives none."""
+        return [own.tolist() for own in self._decompress(z, batch_segments, progress)]
+
+    def _decompress(self, z: ZBatch, batch_segments: int, progress: Progress | None) -> list[array]:
         self._check(z)
         check_count("batch_segments", batch_segments)
-        windows, forced, counts = [], [], []
-        for index, info in enumerate(z.documents):
-            raw = info.corrections is not None and info.corrections.raw is not None
-            own = [] if raw else self.windows_of(z[index])
-            counts.append(len(own))
-            windows += own
-            forced += exact_mode.split(info.corrections, [sum(w.segment_lengths) for w in own])
-        pieces = decompress_windows(self.model, windows, forced, batch_segments=batch_segments, progress=progress)
-        results, at = [], 0
-        for count in counts:
-            results.append([t for piece in pieces[at : at + count] for t in piece])
+        is_raw = [info.corrections is not None and info.corrections.raw is not None for info in z.documents]
+        decoded = [index for index, raw in enumerate(is_raw) if not raw]
+        sections, counts = z.select(decoded).sections(self.config.section_segments)
+        lengths, forced, at = sections.cu_text[sections.cu_documents.long()].diff().tolist(), [], 0
+        for index, count in zip(decoded, counts):
+            forced += exact_mode.split(z.documents[index].corrections, lengths[at : at + count])
+            at += count
+        tokens = decompress_documents(self.model, sections, forced, batch_segments=batch_segments, progress=progress)
+        results, at = [array("i") for _ in z.documents], 0
+        for index, count in zip(decoded, counts):
+            for section in tokens[at : at + count]:
+                results[index].extend(section)
             at += count
         return results
-
-    def windows_of(self, z: ZBatch) -> list[Window]:
-        """The windows of a batch of one document."""
-        units, bounds, windows = z.cu_segments.diff().tolist(), z.cu_segments.tolist(), []
-        step = self.config.window_segments
-        for first in range(0, len(units), step):
-            last = min(first + step, len(units))
-            rows = slice(bounds[first], bounds[last])
-            windows.append(Window(z.codes[rows], z.unit_lengths[rows], units[first:last]))
-        return windows
 
     def _check(self, z: ZBatch) -> None:
         if not isinstance(z, ZBatch):
@@ -311,8 +302,7 @@ class ZTokCodec:
             ValueError: a count under 1, a number out of its range, a batch of another codec.
         """
         self._check(z)
-        windows, infos = continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed, end_threshold)
-        return self._zbatch(windows, [1 if w.units else 0 for w in windows], infos)
+        return self._zbatch(*continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed, end_threshold))
 
     def answer(self, z: ZBatch, question: str | Sequence[str], max_new_tokens: int = 32) -> str | list[str]:
         """Answer a question from the Z-tokens alone.
@@ -330,7 +320,7 @@ class ZTokCodec:
         if len(questions) != len(z) or not all(isinstance(q, str) for q in questions):
             raise CodecError(f"question: expected one string, or one for each of {len(z)} documents, got {question!r}")
         check_count("max_new_tokens", max_new_tokens)
-        written = answer_question(self.model, z, self._tokenize(questions), max_new_tokens)
+        written = answer_question(self.model, z, self.tokenize(questions), max_new_tokens)
         answers = [self._text_bytes(t).decode("utf-8", "replace").strip() for t in written]
         return answers[0] if single else answers
 

@@ -11,6 +11,9 @@ FORMAT_VERSION = 1
 Z_POSITIONS = ("start", "center", "end")
 EMISSIONS = ("fire", "fixed", "stop")
 
+_FORMER_NAMES = {"window_segments": "section_segments"}
+"""Names in the settings of codecs that are in use, and what they are called now."""
+
 
 class ConfigError(ValueError):
     """A codec setting is missing, unknown, of the wrong type or out of range."""
@@ -24,8 +27,9 @@ class ZTokConfig:
         base_model: name or folder of the frozen base model.
         base_fingerprint: SHA-256 of the base model's weights and tokenizer that the codec was trained on.
         segment_length: text tokens compressed side by side in one segment (S).
-        context_segments: earlier segments of the document whose Z-tokens the decompressor also sees.
-        window_segments: consecutive segments that share one budget; the context never reaches past them.
+        context_segments: earlier segments of the section whose Z-tokens the decompressor also sees.
+        section_segments: segments of one section. A long text is cut into sections; each has a budget of its own, and
+            the context never reaches past it.
         num_codebooks: residual codes of one Z-token (L).
         codebook_size: entries of one codebook (V).
         latent_dim: width of a code vector (d_z).
@@ -33,13 +37,13 @@ class ZTokConfig:
         budgets: the ratios r that the codec was trained at.
         emission: ``"fire"`` (learned halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r
             tokens, one pass) or ``"stop"`` (the compressor writes the Z-tokens of a segment one after another until
-            the mass of end-of-Z reaches a threshold; see :mod:`ztok_fast.codec.serial`).
+            the mass of end-of-Z reaches a threshold; see :mod:`ztok_fast.codec.autoregressive`).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
         unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
             that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor
             need not learn where to look, without it any engine that serves LoRA can decompress.
         copy_path: also add the unbound Z-token to the decompressor's last hidden states, so that the logits are the
-            language model's plus direct evidence of the Z-token; needs ``unit_conditioning``.
+            language model's plus a bias from the Z-token itself; needs ``unit_conditioning``.
         compressor_layers: how many of the base's layers the compressor runs; ``None`` for all.
         lora_rank: rank of the three adapters.
         lora_alpha: LoRA scaling numerator (scaling = alpha / rank).
@@ -53,7 +57,7 @@ class ZTokConfig:
     base_fingerprint: str = ""
     segment_length: int = 64
     context_segments: int = 0
-    window_segments: int = 32
+    section_segments: int = 32
     num_codebooks: int = 4
     codebook_size: int = 1024
     latent_dim: int = 32
@@ -72,7 +76,7 @@ class ZTokConfig:
         for name, low in (
             ("segment_length", 1),
             ("context_segments", 0),
-            ("window_segments", 1),
+            ("section_segments", 1),
             ("num_codebooks", 1),
             ("codebook_size", 2),
             ("latent_dim", 1),
@@ -124,6 +128,11 @@ class ZTokConfig:
         return float(ratio)
 
     @property
+    def section_tokens(self) -> int:
+        """Most text tokens of one section."""
+        return self.section_segments * self.segment_length
+
+    @property
     def bits_per_ztoken(self) -> float:
         """Bits of one Z-token: its L codes and its unit length."""
         return self.num_codebooks * math.log2(self.codebook_size) + math.log2(self.max_unit_length)
@@ -133,6 +142,7 @@ class ZTokConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> ZTokConfig:
+        values = {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -6,13 +6,14 @@ import math
 
 import torch
 
+from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.engine import DecodeSession, write_answer
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel
-from ztok_fast.codec.passes import Window
-from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
 from ztok_fast.ops import ragged_gather
 
 
@@ -25,7 +26,7 @@ def continue_ztokens(
     top_p: float = 1.0,
     seed: int = 0,
     end_threshold: float | None = None,
-) -> tuple[list[Window], list[DocumentInfo]]:
+) -> tuple[ZTokens, list[DocumentInfo]]:
     """New Z-tokens for every document, until end-of-Z or ``max_new_ztokens``.
 
     A continuation is cut into segments of at most ``segment_length`` text tokens, as compression cuts.
@@ -44,7 +45,7 @@ def continue_ztokens(
     embeds, position_ids, cu_prefix = _context(model, z)
     count = len(z)
     if not count:
-        return [], []
+        return no_documents(model.config.num_codebooks), []
     check_positions(model, cu_prefix, max_new_ztokens - 1)
     session = DecodeSession(model.adapted, "inferencer", embeds, position_ids, cu_prefix, max_new_ztokens)
     position = cu_prefix.diff().long()
@@ -75,7 +76,7 @@ def continue_ztokens(
             session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
             position = position + 1
     kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0).tolist()
-    return _as_windows(
+    return _as_documents(
         model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept
     )
 
@@ -102,8 +103,9 @@ def check_positions(model: ZTokModel, cu_prefix: torch.Tensor, new_rows: int) ->
         )
 
 
-def _as_windows(model, z, codes, lengths, kept) -> tuple[list[Window], list[DocumentInfo]]:
-    windows, infos = [], []
+def _as_documents(model, z, codes, lengths, kept) -> tuple[ZTokens, list[DocumentInfo]]:
+    """The first ``kept`` Z-tokens of every row, cut into segments, and what is known of each document."""
+    documents, infos = [], []
     for row, source in enumerate(z.documents):
         own_lengths = lengths[row][: kept[row]]
         units, filled = [], model.config.segment_length + 1
@@ -113,9 +115,12 @@ def _as_windows(model, z, codes, lengths, kept) -> tuple[list[Window], list[Docu
                 filled = 0
             units[-1] += 1
             filled += length
-        windows.append(Window(codes[row, : kept[row]], torch.tensor(own_lengths, dtype=torch.int32), units))
+        segments = torch.tensor([0, len(units)], dtype=torch.int32)
+        cu_segments = offsets(torch.tensor(units, dtype=torch.int64))
+        own = torch.tensor(own_lengths, dtype=torch.int32)
+        documents.append(ZTokens(codes[row, : kept[row]], own, cu_segments, segments))
         infos.append(DocumentInfo(tokens=sum(own_lengths), budget=source.budget, levels=model.config.num_codebooks))
-    return windows, infos
+    return concatenate(documents), infos
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """A compressed corpus as Parquet: one row a document, so that any data tool reads it.
 
 Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``sha256``, ``byte_length`` as in
-:class:`~ztok_fast.codec.zbatch.DocumentInfo`; ``codes``, the document's codes as one list, ``levels`` of them for each
+:class:`~ztok_fast.codec.documents.DocumentInfo`; ``codes``, the document's codes as one list, ``levels`` for each
 Z-token; ``unit_lengths``, one for each Z-token; ``segment_rows``, Z-tokens of each segment; ``corrections``, exact
 mode's (null without). What holds for all rows stands in the schema's metadata. Needs the package pyarrow.
 """
@@ -17,9 +17,10 @@ import torch
 
 from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.corrections import Corrections
+from ztok_fast.codec.documents import MAX_CODEBOOKS, DocumentInfo
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.exact_patch import Patch
-from ztok_fast.codec.zbatch import MAX_CODEBOOKS, DocumentInfo, ZBatch
+from ztok_fast.codec.zbatch import ZBatch
 
 FORMAT = "ztok-corpus"
 FORMAT_VERSION = 1

@@ -119,17 +119,17 @@ def decode_text(
     first_position: int,
     forced: torch.Tensor | None = None,
     conditioning: torch.Tensor | None = None,
-    evidence: torch.Tensor | None = None,
+    logit_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write ``lengths[b]`` text tokens for every sequence, greedily.
 
     Args:
         embeds, position_ids, cu_seqlens: packed decompressor prefixes, the start row last.
-        lengths: int64 ``[B]`` tokens to write, none more than those before it; first_position: position id of the start row.
+        lengths: int64 ``[B]`` tokens to write, in falling order; first_position: position id of the start row.
         forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none.
         conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
             in ``embeds`` have theirs already).
-        evidence: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
+        logit_bias: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
 
     Returns:
         int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
@@ -142,7 +142,7 @@ def decode_text(
     written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
     hidden = session.last
     for column in range(longest):
-        token = adapted.logits(hidden if evidence is None else hidden + evidence[:going, column]).argmax(-1)
+        token = adapted.logits(hidden if logit_bias is None else hidden + logit_bias[:going, column]).argmax(-1)
         if forced is not None:
             token = torch.where(forced[:going, column] >= 0, forced[:going, column], token)
         written[:going, column] = token

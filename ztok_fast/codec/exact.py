@@ -7,78 +7,84 @@ than :data:`MARGIN` is stored too: rounding that differs with the batch or the m
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import torch
 
 from ztok_fast.codec.corrections import Corrections
 from ztok_fast.codec.model import ZTokModel
-from ztok_fast.codec.passes import Progress, Window, decompress_windows, grouped, teacher_forced
+from ztok_fast.codec.passes import Progress, Tokens, batches, decompress_documents, pack_tokens, teacher_forced
+from ztok_fast.codec.ztokens import ZTokens
 
 MARGIN = 0.01
 """Lead, in logits, that a right token needs to go without a correction."""
 
 ROUNDS = 3
-"""Decodes after which a window that still differs has all its tokens stored."""
+"""Decodes after which a section that still differs has all its tokens stored."""
 
 
 def find_corrections(
     model: ZTokModel,
-    windows: list[Window],
-    documents: list[list[int]],
+    z: ZTokens,
+    documents: Sequence[Tokens],
     *,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> list[dict[int, int]]:
-    """For every window the tokens to store, position → token; decoding with them is verified here.
+    """For every document the tokens to store, position → token; decoding with them is verified here.
 
     Args:
-        documents: the true tokens of each window.
+        z: Z-tokens of documents of at most one section each, on the CPU; documents: their true tokens.
         batch_tokens: text tokens of one teacher-forced pass.
-        progress: called with the number of tokens just verified; equal windows are verified once.
+        progress: called with the number of tokens just verified; equal documents are verified once.
     """
-    unique = {tuple(d): i for i, d in reversed(list(enumerate(documents)))}
-    corrections: dict[tuple, dict[int, int]] = {}
-    members = list(unique.items())
-    for group in grouped([len(tokens) for tokens, _ in members], batch_tokens):
-        batch = [members[i] for i in group]
-        predicted, margin, _ = teacher_forced(model, [windows[i] for _, i in batch], [list(t) for t, _ in batch])
-        truth = torch.tensor([t for tokens, _ in batch for t in tokens], device=predicted.device)
+    keys = [array("q", document).tobytes() for document in documents]
+    first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
+    members = sorted(first_use.values())
+    corrections: dict[int, dict[int, int]] = {}
+    device = model.codebooks.device
+    for batch in batches([len(documents[i]) for i in members], batch_tokens):
+        own = [members[b] for b in batch]
+        truth = pack_tokens([documents[i] for i in own], device)
+        predicted, margin, _ = teacher_forced(model, z.select(own).to(device), truth)
         wanted = ((predicted != truth) | (margin < MARGIN)).tolist()
         at = 0
-        for tokens, _ in batch:
-            corrections[tokens] = {p: t for p, t in enumerate(tokens) if wanted[at + p]}
-            at += len(tokens)
-    _verify(model, windows, members, corrections, progress)
-    repeated = sum(map(len, documents)) - sum(len(tokens) for tokens, _ in members)
+        for i in own:
+            corrections[i] = {p: t for p, t in enumerate(documents[i]) if wanted[at + p]}
+            at += len(documents[i])
+    _verify(model, z, documents, members, corrections, progress)
+    repeated = sum(map(len, documents)) - sum(len(documents[i]) for i in members)
     if progress and repeated:
         progress(repeated)
-    return [corrections[tuple(d)] for d in documents]
+    return [corrections[first_use[key]] for key in keys]
 
 
-def _verify(model, windows, members, corrections, progress) -> None:
-    """Decode every window with its corrections; add what still differs until nothing does."""
+def _verify(model, z, documents, members, corrections, progress) -> None:
+    """Decode the member documents with their corrections; add what still differs until nothing does."""
     pending = members
     for attempt in range(ROUNDS):
-        written = decompress_windows(
+        written = decompress_documents(
             model,
-            [windows[i] for _, i in pending],
-            [corrections[t] for t, _ in pending],
+            z.select(pending),
+            [corrections[i] for i in pending],
             progress=progress if attempt == 0 else None,
         )
         failed = []
-        for (tokens, index), own in zip(pending, written):
-            different = [p for p, (a, b) in enumerate(zip(own, tokens)) if a != b]
+        for i, own in zip(pending, written):
+            different = [p for p, (a, b) in enumerate(zip(own, documents[i])) if a != b]
             if different:
-                corrections[tokens].update((p, tokens[p]) for p in different)
-                failed.append((tokens, index))
+                corrections[i].update((p, documents[i][p]) for p in different)
+                failed.append(i)
         if not failed:
             return
         pending = failed
-    for tokens, _ in pending:
-        corrections[tokens] = dict(enumerate(tokens))
+    for i in pending:
+        corrections[i] = dict(enumerate(documents[i]))
 
 
 def join(corrections: list[dict[int, int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and tokens (int32) in a document whose windows have ``lengths`` tokens."""
+    """Positions and tokens (int32) in a text whose sections have ``lengths`` tokens."""
     positions, tokens, before = [], [], 0
     for own, length in zip(corrections, lengths):
         for position in sorted(own):
@@ -89,17 +95,17 @@ def join(corrections: list[dict[int, int]], lengths: list[int]) -> tuple[torch.T
 
 
 def split(corrections: Corrections | None, lengths: list[int]) -> list[dict[int, int]]:
-    """The inverse of :func:`join`: a mapping for every window."""
-    windows: list[dict[int, int]] = [{} for _ in lengths]
+    """The inverse of :func:`join`: a mapping for every section."""
+    sections: list[dict[int, int]] = [{} for _ in lengths]
     if corrections is None or not lengths:
-        return windows
+        return sections
     ends = torch.tensor(lengths).cumsum(0)
     positions = corrections.positions.long()
     owner = torch.searchsorted(ends, positions, right=True)
     start = torch.nn.functional.pad(ends[:-1], (1, 0))[owner]
-    for window, position, token in zip(owner.tolist(), (positions - start).tolist(), corrections.tokens.tolist()):
-        windows[window][position] = token
-    return windows
+    for section, position, token in zip(owner.tolist(), (positions - start).tolist(), corrections.tokens.tolist()):
+        sections[section][position] = token
+    return sections
 
 
 def document_corrections(positions, tokens, decoded: bytes, original: bytes) -> Corrections:

@@ -1,4 +1,4 @@
-"""Index arithmetic of packed batches: ranges and offsets. No model here; joined sequences are `ztok_fast.ops.ragged_layout`."""
+"""Index arithmetic of packed batches: ranges and offsets. Joined sequences are `ztok_fast.ops.ragged_layout`."""
 
 from __future__ import annotations
 

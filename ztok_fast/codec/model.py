@@ -12,43 +12,41 @@ from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import MASS_STEP, HaltingHead, fixed_mass, scale_to_budget, unit_lengths
 from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.zspace import ZSpaceHead
+from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
 
 MASS_GRADIENT = 0.05
 """Share of the integration weights' gradient that reaches the halting mass."""
 
 
-EVIDENCE_LOGIT = 45.0
+COPY_LOGIT = 45.0
 """Logit that a token's own embedding, copied whole, would add to its token at the start of training."""
+
+LOGITS_AT_ONCE = 1 << 24
+"""Most logits computed at once where no gradient is needed: 64 MB in float32."""
 
 
 @dataclass
-class Encoded:
-    """Segments after compression.
+class Encoding:
+    """Segments after compression: their Z-tokens, and what training needs besides.
 
     Attributes:
+        z: the Z-tokens.
+        quantized: vectors ``[K, d_z]``, latents, losses, usage and units; its codes are those of ``z``.
         raw_mass: halting mass before scaling, ``[T]``; mass: after, ``[T]``.
-        quantized: codes ``[K, L]``, vectors ``[K, d_z]``, latents, losses, usage, units.
-        lengths: text tokens of every unit, int32 ``[K]``.
-        cu_units: int32 ``[S + 1]`` units of every segment.
     """
 
+    z: ZTokens
+    quantized: QuantizedUnits
     raw_mass: torch.Tensor
     mass: torch.Tensor
-    quantized: QuantizedUnits
-    lengths: torch.Tensor
-    cu_units: torch.Tensor
-
-    @property
-    def total_units(self) -> int:
-        return len(self.lengths)
 
 
 @dataclass
 class DecoderInputs:
     """Packed decompressor sequences: Z prefix, start row, text; ``text_rows`` are the rows that predict.
 
-    ``evidence`` is what the copy path adds to their hidden states, ``[T, D]``, where the codec has one.
+    ``logit_bias`` is what the copy path adds to their hidden states, ``[T, D]``, where the codec has one.
     """
 
     embeds: torch.Tensor
@@ -56,7 +54,7 @@ class DecoderInputs:
     cu_seqlens: torch.Tensor
     max_length: int
     text_rows: torch.Tensor
-    evidence: torch.Tensor | None
+    logit_bias: torch.Tensor | None
 
 
 def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,10 +123,10 @@ class ZTokModel(nn.Module):
         # Gains of the unbound Z-token at the decompressor's output and input. With the direct path the input
         # starts low, which leaves the base model's own prediction nearly as it was.
         self.copy_gains = nn.Parameter(torch.tensor([1.0, 0.25])) if config.copy_path else None
-        self.evidence_scale = EVIDENCE_LOGIT / (rms**2 * width)
+        self.copy_scale = COPY_LOGIT / (rms**2 * width)
         self.zspace = ZSpaceHead(width, config, rms)
         # The head of a compressor that writes its Z-tokens one by one.
-        self.serial = ZSpaceHead(width, config, rms) if config.emission == "stop" else None
+        self.autoregressive = ZSpaceHead(width, config, rms) if config.emission == "stop" else None
 
     # Compression
 
@@ -136,18 +134,18 @@ class ZTokModel(nn.Module):
         self,
         tokens: torch.Tensor,
         cu_segments: torch.Tensor,
-        cu_groups: torch.Tensor,
+        cu_documents: torch.Tensor,
         ratio: torch.Tensor,
         levels: torch.Tensor | None = None,
         fixed_units: bool | None = None,
         mass: torch.Tensor | None = None,
-    ) -> Encoded:
+    ) -> Encoding:
         """Compress packed segments.
 
         Args:
             tokens: int64 ``[T]`` text tokens of all segments.
             cu_segments: int32 ``[S + 1]`` token offsets of the segments.
-            cu_groups: int32 ``[G + 1]`` offsets, in segments, of the documents that share one budget.
+            cu_documents: int32 ``[G + 1]`` offsets, in segments, of the documents, each with a budget of its own.
             ratio: fp32 ``[G]``, text tokens per Z-token asked of each document.
             levels: int32 ``[S]`` residual levels to use, ``None`` for all.
             fixed_units: units of exactly ``ratio`` tokens instead of learned ones; ``None`` as configured.
@@ -155,9 +153,9 @@ class ZTokModel(nn.Module):
         """
         config = self.config
         total = len(tokens)
-        embeds, told, row_ratio = self.compressor_inputs(tokens, cu_segments, cu_groups, ratio)
+        embeds, conditioned, row_ratio = self.compressor_inputs(tokens, cu_segments, cu_documents, ratio)
         hidden = self.adapted(
-            told,
+            conditioned,
             position_in_sequence(cu_segments, total),
             cu_segments,
             config.segment_length,
@@ -169,7 +167,7 @@ class ZTokModel(nn.Module):
             scaled = fixed_mass(row_ratio)
         else:
             scaled = scale_to_budget(
-                raw_mass if mass is None else mass, ratio, cu_segments, cu_groups, config.max_unit_length
+                raw_mass if mass is None else mass, ratio, cu_segments, cu_documents, config.max_unit_length
             )
         units = halting_units(scaled.detach(), cu_segments)
         lengths = unit_lengths(units, int(units.cu_units[-1]))
@@ -191,14 +189,18 @@ class ZTokModel(nn.Module):
             levels,
             total_units=len(lengths),
         )
-        return Encoded(raw_mass, scaled, quantized, lengths, units.cu_units)
+        return Encoding(ZTokens(quantized.codes, lengths, units.cu_units, cu_documents), quantized, raw_mass, scaled)
 
     def compressor_inputs(
-        self, tokens, cu_segments, cu_groups, ratio
+        self, tokens, cu_segments, cu_documents, ratio
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of text rows packed as in :meth:`encode`: embeddings ``[T, D]``, the same told the ratio, the ratio ``[T]``."""
-        group_of_segment = sequence_of_row(cu_groups, len(cu_segments) - 1)
-        row_ratio = ratio[group_of_segment[sequence_of_row(cu_segments, len(tokens))]]
+        """Inputs of text rows packed as in :meth:`encode`.
+
+        Returns:
+            Embeddings ``[T, D]``, the same conditioned on the ratio, and the ratio asked of each row ``[T]``.
+        """
+        document_of_segment = sequence_of_row(cu_documents, len(cu_segments) - 1)
+        row_ratio = ratio[document_of_segment[sequence_of_row(cu_segments, len(tokens))]]
         embeds = self.adapted.embedding(tokens)
         features = torch.stack([torch.ones_like(row_ratio), row_ratio.log2() - 1], dim=1).to(embeds.dtype)
         return embeds, embeds + features @ self.budget_embedding.to(embeds.dtype), row_ratio
@@ -223,55 +225,57 @@ class ZTokModel(nn.Module):
         """Input embeddings ``[K, D]`` of Z-tokens with code vectors ``[K, d_z]`` and unit lengths ``[K]``."""
         return self.z_projection(vectors) + self.length_embedding(lengths.long())
 
-    def unit_positions(self, lengths: torch.Tensor, cu_units: torch.Tensor) -> torch.Tensor:
+    def unit_positions(self, z: ZTokens) -> torch.Tensor:
         """Position, in its segment, that stands for each unit (as ``z_position`` says), int64 ``[K]``."""
-        total = len(lengths)
-        before = offsets(lengths).long()
-        start = before[:-1] - before[cu_units.long()][sequence_of_row(cu_units, total)]
+        lengths = z.unit_lengths
+        start = offsets(lengths).long()[:-1] - z.cu_text.long()[sequence_of_row(z.cu_segments, z.ztokens)]
         shift = {"start": torch.zeros_like(start), "center": lengths.long() // 2, "end": lengths.long() - 1}
         return start + shift[self.config.z_position]
 
-    def prefix(self, embeddings, lengths, cu_units, first_segment):
+    def prefix(self, z: ZTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The Z-tokens that each segment's decompressor sees: those of its context segments, then its own.
 
-        Args:
-            embeddings: ``[K, D]``; lengths int32 ``[K]``; cu_units int32 ``[S + 1]``.
-            first_segment: int64 ``[S]``, the first segment of the document that each segment belongs to.
-
         Returns:
-            rows int64 ``[R]`` into ``embeddings``, their position ids ``[R]``, int32 offsets ``[S + 1]``.
+            rows int64 ``[R]`` into the Z-tokens, their position ids ``[R]``, int32 offsets ``[S + 1]``.
         """
-        config = self.config
+        config, cu_units = self.config, z.cu_segments.long()
         segments = torch.arange(len(cu_units) - 1, device=cu_units.device)
-        begin = torch.maximum(first_segment, segments - config.context_segments)
-        rows, cu_prefix = expand_ranges(cu_units.long()[begin], cu_units.long()[1:])
-        own = self.unit_positions(lengths, cu_units)
-        segment_of_unit = sequence_of_row(cu_units, len(lengths))
+        begin = torch.maximum(z.first_segment, segments - config.context_segments)
+        rows, cu_prefix = expand_ranges(cu_units[begin], cu_units[1:])
+        own = self.unit_positions(z)
+        segment_of_unit = sequence_of_row(cu_units, z.ztokens)
         back = sequence_of_row(cu_prefix, len(rows)) - segment_of_unit[rows]
         return rows, own[rows] + (config.context_segments - back) * config.segment_length, cu_prefix
 
-    def decoder_inputs(self, embeddings, lengths, cu_units, first_segment, tokens, cu_segments) -> DecoderInputs:
-        """Teacher-forced decompressor inputs of packed segments (see :class:`DecoderInputs`)."""
+    def decoder_inputs(self, embeddings, z: ZTokens, tokens, cu_segments) -> DecoderInputs:
+        """Teacher-forced decompressor inputs of packed segments (see :class:`DecoderInputs`).
+
+        Args:
+            embeddings: ``[K, D]`` of the Z-tokens ``z``; tokens int64 ``[T]``, the text before each prediction;
+                cu_segments: int32 ``[S + 1]``, token offsets of the segments (``z.cu_text``).
+        """
         total = len(tokens)
-        rows, z_positions, cu_prefix = self.prefix(embeddings, lengths, cu_units, first_segment)
+        rows, z_positions, cu_prefix = self.prefix(z)
         position = position_in_sequence(cu_segments, total)
         previous = self.adapted.embedding(torch.roll(tokens, 1))
         text = torch.where((position == 0)[:, None], self.start_embedding.to(previous.dtype), previous)
-        told, evidence = self.conditioning(embeddings, lengths, total)
-        if told is not None:
-            text = text + told.to(text.dtype)
+        conditioning, logit_bias = self.conditioning(embeddings, z.unit_lengths, total)
+        if conditioning is not None:
+            text = text + conditioning.to(text.dtype)
         joined = ragged_gather([embeddings.to(text.dtype), text], [rows, None], [cu_prefix, cu_segments])
         layout = ragged_layout([cu_prefix, cu_segments], [len(rows), total])
         position_ids = layout.place([z_positions, position + self.config.context_segments * self.config.segment_length])
         longest = int(layout.cu_seqlens.diff().max()) if len(layout.cu_seqlens) > 1 else 0
-        return DecoderInputs(joined.values, position_ids, layout.cu_seqlens, longest, layout.destinations[1], evidence)
+        return DecoderInputs(
+            joined.values, position_ids, layout.cu_seqlens, longest, layout.destinations[1], logit_bias
+        )
 
     def conditioning(self, embeddings, lengths, total: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What ``total`` packed text rows are told of the units they write.
+        """What the units add to the ``total`` packed text rows that write them.
 
         Returns:
-            ``[total, D]`` to add to the input rows (``None`` without ``unit_conditioning``), and ``[total, D]``
-            to add to the last hidden states (``None`` without ``copy_path``).
+            The conditioning ``[total, D]`` of the input rows (``None`` without ``unit_conditioning``), and the logit
+            bias ``[total, D]``, added to the last hidden states (``None`` without ``copy_path``).
         """
         if self.offset_embedding is None:
             return None, None
@@ -279,9 +283,8 @@ class ZTokModel(nn.Module):
         unbound = embeddings[unit] * self.unbinding[gate]
         if self.copy_gains is None:
             return unbound + self.offset_embedding(offset), None
-        return self.copy_gains[1] * unbound + self.offset_embedding(offset), self.evidence_scale * self.copy_gains[
-            0
-        ] * unbound
+        logit_bias = self.copy_scale * self.copy_gains[0] * unbound
+        return self.copy_gains[1] * unbound + self.offset_embedding(offset), logit_bias
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""
@@ -289,7 +292,12 @@ class ZTokModel(nn.Module):
             inputs.embeds, inputs.position_ids, inputs.cu_seqlens, inputs.max_length, adapter="decompressor"
         )
         hidden = hidden[inputs.text_rows]
-        return hidden if inputs.evidence is None else hidden + inputs.evidence.to(hidden.dtype)
+        return hidden if inputs.logit_bias is None else hidden + inputs.logit_bias.to(hidden.dtype)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose logits are computed at once where no gradient is needed: few where the vocabulary is large."""
+        return max(1, min(4096, LOGITS_AT_ONCE // len(self.adapted.model.get_output_embeddings().weight)))
 
     # The bare base model
 
@@ -305,8 +313,9 @@ class ZTokModel(nn.Module):
             self.adapted.embedding(tokens), position, cu_segments, int(cu_segments.diff().max()), adapter=None
         )
         bits = torch.zeros(total, device=tokens.device)
-        for start in range(0, total - 1, 4096):
-            stop = min(start + 4096, total - 1)
+        step = self.rows_at_once
+        for start in range(0, total - 1, step):
+            stop = min(start + step, total - 1)
             loss = torch.nn.functional.cross_entropy(
                 self.adapted.logits(hidden[start:stop]).float(), tokens[start + 1 : stop + 1], reduction="none"
             )

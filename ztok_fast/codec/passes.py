@@ -1,82 +1,62 @@
-"""Token-level compression and decompression: windows, batches, passes. No text, no files."""
+"""Token-level compression and decompression: sections, batches, passes. No text, no files.
+
+The documents here are sections: consecutive segments of a text that share one budget (`ZTokConfig.section_tokens`).
+"""
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from ztok_fast.codec.autoregressive import write_ztokens
 from ztok_fast.codec.engine import decode_text
 from ztok_fast.codec.layout import offsets, split_segments
-from ztok_fast.codec.model import Encoded, ZTokModel
-from ztok_fast.codec.serial import Written, write_ztokens
+from ztok_fast.codec.model import Encoding, ZTokModel
+from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
 from ztok_fast.ops import ragged_gather, ragged_layout
 
 Progress = Callable[[int], None]
 """Called with the number of text tokens just finished."""
 
-
-@dataclass
-class Window:
-    """The Z-tokens of one window: consecutive segments of one document under one budget (on the CPU).
-
-    Attributes:
-        codes: int32 ``[K, L]``; lengths: int32 ``[K]`` text tokens of each unit.
-        units: Z-tokens of every segment.
-    """
-
-    codes: torch.Tensor
-    lengths: torch.Tensor
-    units: list[int]
-
-    @property
-    def segment_lengths(self) -> list[int]:
-        """Text tokens of every segment."""
-        before = offsets(self.lengths).long()
-        return before[offsets(torch.tensor(self.units)).long()].diff().tolist()
-
-    def key(self) -> tuple:
-        return (self.codes.numpy().tobytes(), self.lengths.numpy().tobytes(), tuple(self.units))
+Tokens = Sequence[int]
+"""Text tokens of one document; an ``array`` takes a ninth of the memory of a list."""
 
 
-def window_tokens(model: ZTokModel) -> int:
-    return model.config.window_segments * model.config.segment_length
-
-
-def grouped(sizes: Sequence[int], limit: int) -> list[range]:
+def batches(sizes: Sequence[int], limit: int) -> list[range]:
     """Consecutive index ranges whose sizes add up to at most ``limit`` (a single larger item stands alone)."""
-    groups, start, total = [], 0, 0
+    found, start, total = [], 0, 0
     for index, size in enumerate(sizes):
         if index > start and total + size > limit:
-            groups.append(range(start, index))
+            found.append(range(start, index))
             start, total = index, 0
         total += size
     if start < len(sizes):
-        groups.append(range(start, len(sizes)))
-    return groups
+        found.append(range(start, len(sizes)))
+    return found
 
 
 def encode_documents(
     model: ZTokModel,
-    documents: list[list[int]],
+    documents: Sequence[Tokens],
     ratio: float,
     fixed_units: bool | None = None,
     levels: int | None = None,
-) -> Encoded:
-    """One compression pass over documents that share a ratio, each at most one window long."""
+) -> Encoding:
+    """One compression pass over documents that share a ratio, each at most one section long."""
     return model.encode(*_packed(model, documents, ratio, levels), fixed_units)
 
 
 def emit_documents(
     model: ZTokModel,
-    documents: list[list[int]],
+    documents: Sequence[Tokens],
     ratio: float,
     fixed_units: bool | None = None,
     levels: int | None = None,
-) -> Written:
+) -> ZTokens:
     """The Z-tokens of such documents by the emission that the codec is configured for.
 
     Args:
@@ -85,16 +65,20 @@ def emit_documents(
     """
     if fixed_units is None and model.config.emission == "stop":
         return write_ztokens(model, *_packed(model, documents, ratio, levels))
-    encoded = encode_documents(model, documents, ratio, fixed_units, levels)
-    return Written(encoded.quantized.codes, encoded.lengths, encoded.cu_units)
+    return encode_documents(model, documents, ratio, fixed_units, levels).z
 
 
-def _packed(model: ZTokModel, documents: list[list[int]], ratio: float, levels: int | None):
-    """tokens, cu_segments, cu_groups, ratio and levels, as :meth:`ZTokModel.encode` takes them."""
+def pack_tokens(documents: Sequence[Tokens], device) -> torch.Tensor:
+    """The tokens of documents one after another, int64 ``[T]``."""
+    return torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device)
+
+
+def _packed(model: ZTokModel, documents: Sequence[Tokens], ratio: float, levels: int | None):
+    """tokens, cu_segments, cu_documents, ratio and levels, as :meth:`ZTokModel.encode` takes them."""
     segments, counts = split_segments([len(d) for d in documents], model.config.segment_length)
     device = model.codebooks.device
     return (
-        torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device),
+        pack_tokens(documents, device),
         offsets(torch.tensor(segments, dtype=torch.int64, device=device)),
         offsets(torch.tensor(counts, dtype=torch.int64, device=device)),
         torch.full((len(documents),), ratio, device=device),
@@ -103,69 +87,62 @@ def _packed(model: ZTokModel, documents: list[list[int]], ratio: float, levels: 
 
 
 @torch.inference_mode()
-def compress_windows(
+def compress_documents(
     model: ZTokModel,
-    windows: list[list[int]],
+    documents: Sequence[Tokens],
     ratio: float,
     *,
     fixed_units: bool | None = None,
     levels: int | None = None,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
-) -> list[Window]:
-    """Compress windows of text tokens; equal windows are compressed once."""
-    unique = list({tuple(w): None for w in windows})
-    done: dict[tuple, Window] = {}
-    counts: dict[tuple, int] = {}
-    for window in windows:
-        counts[tuple(window)] = counts.get(tuple(window), 0) + 1
-    for group in grouped([len(w) for w in unique], batch_tokens):
-        members = [unique[i] for i in group]
-        written = emit_documents(model, [list(m) for m in members], ratio, fixed_units, levels)
-        codes, lengths = written.codes.cpu(), written.lengths.cpu()
-        cu_units = written.cu_units.tolist()
-        segment = 0
-        for member in members:
-            stop = segment + -(-len(member) // model.config.segment_length)
-            first, last = cu_units[segment], cu_units[stop]
-            units = [b - a for a, b in zip(cu_units[segment:stop], cu_units[segment + 1 : stop + 1])]
-            done[member] = Window(codes[first:last], lengths[first:last], units)
-            segment = stop
-            if progress:
-                progress(len(member) * counts[member])
-    return [done[tuple(w)] for w in windows]
+) -> ZTokens:
+    """Compress documents of at most one section, in batches; equal documents are compressed once.
 
-
-def stack_windows(model: ZTokModel, windows: list[Window]):
-    """Join windows: vectors ``[K, d_z]``, lengths ``[K]``, cu_units ``[S + 1]``, first_segment ``[S]``, segment lengths."""
-    device = model.codebooks.device
-    codes = torch.cat([w.codes for w in windows]).to(device)
-    lengths = torch.cat([w.lengths for w in windows]).to(device)
-    cu_units = offsets(torch.tensor([u for w in windows for u in w.units], dtype=torch.int64, device=device))
-    counts = torch.tensor([len(w.units) for w in windows], device=device)
-    first = torch.repeat_interleave(offsets(counts)[:-1].long(), counts)
-    return model.dequantize(codes), lengths, cu_units, first, [n for w in windows for n in w.segment_lengths]
+    Returns:
+        The Z-tokens of all documents, on the CPU.
+    """
+    keys = [array("q", document).tobytes() for document in documents]
+    uses = Counter(keys)
+    first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
+    unique = sorted(first_use.values())
+    parts = [no_documents(model.config.num_codebooks)]
+    for batch in batches([len(documents[i]) for i in unique], batch_tokens):
+        members = [documents[unique[i]] for i in batch]
+        parts.append(emit_documents(model, members, ratio, fixed_units, levels).to("cpu"))
+        if progress:
+            progress(sum(len(documents[unique[i]]) * uses[keys[unique[i]]] for i in batch))
+    found = concatenate(parts)
+    if len(unique) == len(documents):
+        return found
+    place = {keys[i]: number for number, i in enumerate(unique)}
+    return found.select([place[key] for key in keys])
 
 
 @torch.inference_mode()
 def decode_segments(
-    model: ZTokModel, vectors, lengths, cu_units, first_segment, segment_lengths, forced=None, batch_segments: int = 128
+    model: ZTokModel,
+    z: ZTokens,
+    forced: Sequence[dict[int, int] | None] | None = None,
+    batch_segments: int = 128,
+    vectors: torch.Tensor | None = None,
 ) -> list[list[int]]:
     """Write the text tokens of every segment, many segments side by side.
 
     Args:
-        vectors: ``[K, d_z]``; lengths int32 ``[K]``; cu_units int32 ``[S + 1]``; first_segment int64 ``[S]``.
-        segment_lengths: text tokens to write for each segment.
+        z: Z-tokens on the model's device.
         forced: for each segment a mapping position → token that is written whatever the model says, or ``None``.
+        vectors: ``[K, d_z]`` to decode in place of the code vectors.
     """
-    embeddings = model.z_embeddings(vectors, lengths)
-    rows, positions, cu_prefix = model.prefix(embeddings, lengths, cu_units, first_segment)
+    embeddings = model.z_embeddings(model.dequantize(z.codes) if vectors is None else vectors, z.unit_lengths)
+    rows, positions, cu_prefix = model.prefix(z)
     start_position = model.config.context_segments * model.config.segment_length
-    bounds, device = cu_prefix.tolist(), vectors.device
+    bounds, device = cu_prefix.tolist(), embeddings.device
+    cu_text = z.cu_text.tolist()
+    segment_lengths = [b - a for a, b in zip(cu_text[:-1], cu_text[1:])]
     # Segments of like length share a batch, so that short ones do not wait for long ones.
     order = sorted(range(len(segment_lengths)), key=lambda s: -segment_lengths[s])
-    cu_text = offsets(torch.tensor(segment_lengths, dtype=torch.int64)).tolist()
-    conditioning, evidence = model.conditioning(embeddings, lengths, cu_text[-1])
+    conditioning, logit_bias = model.conditioning(embeddings, z.unit_lengths, cu_text[-1])
     written: list[list[int]] = [[] for _ in segment_lengths]
     for begin in range(0, len(order), batch_segments):
         members = [s for s in order[begin : begin + batch_segments] if segment_lengths[s]]
@@ -174,9 +151,9 @@ def decode_segments(
         own = torch.cat([torch.arange(bounds[s], bounds[s + 1], device=device) for s in members])
         cu_own = offsets(torch.tensor([bounds[s + 1] - bounds[s] for s in members], device=device))
         cu_start = torch.arange(len(members) + 1, dtype=torch.int32, device=device)
-        told, added = (_padded_rows(rows_of_text, cu_text, members) for rows_of_text in (conditioning, evidence))
+        conditions, biases = (_padded_rows(of_text, cu_text, members) for of_text in (conditioning, logit_bias))
         start = model.start_embedding.to(embeddings.dtype).expand(len(members), -1)
-        start = start if told is None else start + told[:, 0]
+        start = start if conditions is None else start + conditions[:, 0]
         joined = ragged_gather([embeddings, start.contiguous()], [rows[own], None], [cu_own, cu_start])
         position_ids = ragged_layout([cu_own, cu_start], [len(own), len(members)]).place(
             [positions[own], positions.new_full((len(members),), start_position)]
@@ -190,7 +167,15 @@ def decode_segments(
                     fixed[row, position] = token
             fixed = fixed.to(device)
         tokens = decode_text(
-            model.adapted, joined.values, position_ids, joined.cu_seqlens, counts, start_position, fixed, told, added
+            model.adapted,
+            joined.values,
+            position_ids,
+            joined.cu_seqlens,
+            counts,
+            start_position,
+            fixed,
+            conditions,
+            biases,
         )
         for s, row in zip(members, tokens.tolist()):
             written[s] = row[: segment_lengths[s]]
@@ -205,73 +190,67 @@ def _padded_rows(rows: torch.Tensor | None, cu_text: list[int], segments: list[i
 
 
 @torch.inference_mode()
-def decompress_windows(
+def decompress_documents(
     model: ZTokModel,
-    windows: list[Window],
-    forced: list[dict[int, int] | None] | None = None,
+    z: ZTokens,
+    forced: Sequence[dict[int, int] | None] | None = None,
     *,
     batch_segments: int = 128,
     progress: Progress | None = None,
-) -> list[list[int]]:
-    """The text tokens of every window; equal windows with equal ``forced`` tokens are decoded once.
+) -> list[array]:
+    """The text tokens of every document, each at most one section long, in batches.
+
+    Equal documents with equal ``forced`` tokens are decoded once, and share one array.
 
     Args:
-        forced: for each window a mapping from token position in the window to the token to write there.
+        z: Z-tokens on the CPU.
+        forced: for each document a mapping from token position in the document to the token to write there.
     """
-    forced = forced or [None] * len(windows)
-    keys = [(w.key(), tuple(sorted((f or {}).items()))) for w, f in zip(windows, forced)]
+    forced = forced or [None] * len(z)
+    keys = [(*key, tuple(sorted((f or {}).items()))) for key, f in zip(z.keys(), forced)]
     uses = Counter(keys)
     first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first_use.values())
-    results: dict[tuple, list[int]] = {}
-    for group in grouped([len(windows[i].units) for i in unique], batch_segments):
-        members = [unique[i] for i in group]
-        stacked = stack_windows(model, [windows[i] for i in members])
-        per_segment: list[dict[int, int]] = []
-        for i in members:
-            before = offsets(torch.tensor(windows[i].segment_lengths)).tolist()
-            own: list[dict[int, int]] = [{} for _ in windows[i].units]
+    counts = z.cu_documents.diff().tolist()
+    results: dict[tuple, array] = {}
+    for batch in batches([counts[i] for i in unique], batch_segments):
+        members = [unique[i] for i in batch]
+        own = z.select(members)
+        cu_text, cu_segments = own.cu_text.tolist(), own.cu_documents.tolist()
+        per_segment: list[dict[int, int]] = [{} for _ in cu_text[1:]]
+        for number, i in enumerate(members):
+            first = cu_text[cu_segments[number]]
             for position, token in (forced[i] or {}).items():
-                segment = bisect_right(before, position) - 1
-                own[segment][position - before[segment]] = token
-            per_segment += own
-        pieces = decode_segments(model, *stacked, per_segment, batch_segments)
-        at = 0
-        for i in members:
-            count = len(windows[i].units)
-            results[keys[i]] = [t for piece in pieces[at : at + count] for t in piece]
-            at += count
+                segment = bisect_right(cu_text, first + position) - 1
+                per_segment[segment][first + position - cu_text[segment]] = token
+        written = decode_segments(model, own.to(model.codebooks.device), per_segment, batch_segments)
+        for number, i in enumerate(members):
+            segments = written[cu_segments[number] : cu_segments[number + 1]]
+            results[keys[i]] = array("i", [t for segment in segments for t in segment])
             if progress:
                 progress(len(results[keys[i]]) * uses[keys[i]])
     return [results[key] for key in keys]
 
 
 @torch.inference_mode()
-def teacher_forced(model: ZTokModel, windows: list[Window], documents: list[list[int]]):
+def teacher_forced(model: ZTokModel, z: ZTokens, tokens: torch.Tensor, vectors: torch.Tensor | None = None):
     """What the decompressor would write given the true prefix.
 
+    Args:
+        z: Z-tokens on the model's device; tokens: int64 ``[T]``, the text that they stand for.
+        vectors: ``[K, d_z]`` to use in place of the code vectors.
+
     Returns:
-        For all tokens of ``documents`` (one per window) in order: the predicted tokens int64 ``[T]``, the
-        margin fp32 ``[T]`` by which the best logit leads the second, and the loss fp32 ``[T]`` in nats.
+        For all tokens in order: the predicted tokens int64 ``[T]``, the margin fp32 ``[T]`` by which the best logit
+        leads the second, and the loss fp32 ``[T]`` in nats.
     """
-    device = model.codebooks.device
-    vectors, lengths, cu_units, first, segment_lengths = stack_windows(model, windows)
-    tokens = torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device)
-    cu_segments = offsets(torch.tensor(segment_lengths, device=device))
-    return predict_tokens(model, vectors, lengths, cu_units, first, tokens, cu_segments)
-
-
-@torch.inference_mode()
-def predict_tokens(model: ZTokModel, vectors, lengths, cu_units, first_segment, tokens, cu_segments):
-    """:func:`teacher_forced` on tensors that are already packed."""
-    embeddings = model.z_embeddings(vectors, lengths)
-    inputs = model.decoder_inputs(embeddings, lengths, cu_units, first_segment, tokens, cu_segments)
-    hidden = model.decompressor_hidden(inputs)
+    embeddings = model.z_embeddings(model.dequantize(z.codes) if vectors is None else vectors, z.unit_lengths)
+    hidden = model.decompressor_hidden(model.decoder_inputs(embeddings, z, tokens, z.cu_text))
     predicted, margins, losses = [], [], []
-    for start in range(0, len(tokens), 4096):
-        logits = model.adapted.logits(hidden[start : start + 4096]).float()
+    for rows, own in zip(hidden.split(model.rows_at_once), tokens.split(model.rows_at_once)):
+        logits = model.adapted.logits(rows).float()
         best = logits.topk(2, dim=-1)
         predicted.append(logits.argmax(-1))
         margins.append(best.values[:, 0] - best.values[:, 1])
-        losses.append(torch.nn.functional.cross_entropy(logits, tokens[start : start + 4096], reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(logits, own, reduction="none"))
     return torch.cat(predicted), torch.cat(margins), torch.cat(losses)

@@ -17,7 +17,7 @@ WEIGHTS = "codec.safetensors"
 DECODING_SETTINGS = (
     "segment_length",
     "context_segments",
-    "window_segments",
+    "section_segments",
     "num_codebooks",
     "codebook_size",
     "max_unit_length",
@@ -27,6 +27,11 @@ DECODING_SETTINGS = (
     "lora_alpha",
 )
 """Settings that the weights' names and shapes do not show and that change what codes decode to."""
+
+_FORMER_SETTINGS = {"section_segments": "window_segments"}
+_FORMER_TENSORS = {"autoregressive.": "serial."}
+"""What settings, and the beginnings of tensor names, were called in the first files. Such weights still load, and the
+fingerprint is taken over these names, so that files which carry it stay valid."""
 
 
 class WeightsError(ValueError):
@@ -51,6 +56,8 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     """Copy ``state`` into the tensors of ``own`` by name, after checking every name and shape."""
+    former = {_former_name(name): name for name in own}
+    state = {former.get(name, name): tensor for name, tensor in state.items()}
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unknown:
         raise WeightsError(
@@ -66,13 +73,21 @@ def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> 
             tensor.copy_(state[name])
 
 
+def _former_name(name: str) -> str:
+    for current, former in _FORMER_TENSORS.items():
+        if name.startswith(current):
+            return former + name.removeprefix(current)
+    return name
+
+
 def codec_fingerprint(config: ZTokConfig, state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the settings that matter for decoding and every weight, as 64 hexadecimal digits."""
     digest = hashlib.sha256(config.base_fingerprint.encode())
     for name in DECODING_SETTINGS:
-        digest.update(f"{name}={getattr(config, name)};".encode())
-    for name in sorted(state):
-        tensor = state[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{_FORMER_SETTINGS.get(name, name)}={getattr(config, name)};".encode())
+    named = {_former_name(name): tensor for name, tensor in state.items()}
+    for name in sorted(named):
+        tensor = named[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(name.encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ztok_fast.codec.corrections import Corrections
-from ztok_fast.codec.errors import ExactMismatchError, ZBatchError
-
-MAX_CODEBOOKS = 256
-"""Far above any useful number of levels; bounds what a file can make its reader allocate."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass
-class DocumentInfo:
-    """One document of a :class:`ZBatch`.
-
-    Attributes:
-        tokens: text tokens that the document had, N.
-        budget: the ratio asked for, text tokens per Z-token.
-        levels: residual levels used, 1 to L; the codes of the others are -1.
-        sha256, byte_length: of the original as UTF-8; ``None`` where there is none, as for generated Z-tokens.
-        corrections: of exact mode, else ``None``.
-    """
-
-    tokens: int
-    budget: float
-    levels: int
-    sha256: str | None = None
-    byte_length: int | None = None
-    corrections: Corrections | None = None
-
-    def verify(self, data: bytes) -> None:
-        """Raise :class:`ExactMismatchError` unless ``data`` is byte for byte what was compressed."""
-        if self.sha256 is None:
-            raise ExactMismatchError("document: expected a SHA-256 of its original to compare with, got none")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != self.sha256 or len(data) != self.byte_length:
-            raise ExactMismatchError(
-                f"the text that came back ({len(data)} bytes, SHA-256 {digest[:16]}...) is not the original "
-                f"({self.byte_length} bytes, SHA-256 {self.sha256[:16]}...). Decoding depends on hardware, dtype and "
-                "library versions: decompress as the text was compressed"
-            )
+from ztok_fast.codec.documents import MAX_CODEBOOKS, SHA256, DocumentInfo, is_integer
+from ztok_fast.codec.errors import ZBatchError
+from ztok_fast.codec.zfile import load_zfile, save_zfile
+from ztok_fast.codec.ztokens import ZTokens, concatenate
 
 
 @dataclass(eq=False)
-class ZBatch:
-    """Documents as Z-tokens, packed without padding; all tensors are on the CPU.
+class ZBatch(ZTokens):
+    """Compressed documents: their Z-tokens on the CPU, packed without padding, and what else is known of them.
 
     Attributes:
         codes: int32 ``[K, L]``, the codes of all Z-tokens, document after document; each in
@@ -68,33 +31,15 @@ class ZBatch:
         max_unit_length: longest unit that the codec makes.
     """
 
-    codes: torch.Tensor
-    unit_lengths: torch.Tensor
-    cu_segments: torch.Tensor
-    cu_documents: torch.Tensor
     documents: list[DocumentInfo]
     codec_fingerprint: str
     codebook_size: int
     max_unit_length: int
 
     @property
-    def num_codebooks(self) -> int:
-        return self.codes.shape[1]
-
-    @property
-    def ztokens(self) -> int:
-        """Z-tokens of all documents, K."""
-        return self.codes.shape[0]
-
-    @property
     def tokens(self) -> int:
         """Text tokens of all documents, N."""
         return sum(document.tokens for document in self.documents)
-
-    @property
-    def cu_ztokens(self) -> torch.Tensor:
-        """Z rows of every document: int32 ``[n_documents + 1]``."""
-        return self.cu_segments[self.cu_documents.long()]
 
     @property
     def achieved_ratio(self) -> float:
@@ -128,17 +73,7 @@ class ZBatch:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected a document from {-len(self)} to {len(self) - 1}, got {index}")
         index %= len(self)
-        first, last = self.cu_documents[index : index + 2].tolist()
-        cu = self.cu_segments[first : last + 1]
-        begin, end = int(cu[0]), int(cu[-1])
-        return replace(
-            self,
-            codes=self.codes[begin:end],
-            unit_lengths=self.unit_lengths[begin:end],
-            cu_segments=cu - begin,
-            cu_documents=torch.tensor([0, last - first], dtype=torch.int32),
-            documents=[self.documents[index]],
-        )
+        return replace(self, **vars(self.part(index)), documents=[self.documents[index]])
 
     def __iter__(self) -> Iterator[ZBatch]:
         return (self[index] for index in range(len(self)))
@@ -171,10 +106,7 @@ class ZBatch:
                     )
         return replace(
             first,
-            codes=torch.cat([batch.codes for batch in batches]),
-            unit_lengths=torch.cat([batch.unit_lengths for batch in batches]),
-            cu_segments=_joined_offsets([batch.cu_segments for batch in batches]),
-            cu_documents=_joined_offsets([batch.cu_documents for batch in batches]),
+            **vars(concatenate(batches)),
             documents=[document for batch in batches for document in batch.documents],
         )
 
@@ -188,16 +120,12 @@ class ZBatch:
 
     def save(self, path: str | Path) -> None:
         """Write a ``.ztok`` file (see :mod:`ztok_fast.codec.zfile`)."""
-        from ztok_fast.codec.zfile import save_zfile
-
         save_zfile(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> ZBatch:
         """Read a ``.ztok`` file; :class:`~ztok_fast.codec.errors.ZFileError` says what is wrong with another."""
-        from ztok_fast.codec.zfile import load_zfile
-
-        return load_zfile(path)
+        return load_zfile(path, cls)
 
     def validate(self) -> ZBatch:
         """Check that all parts fit together; returns the batch itself.
@@ -236,22 +164,16 @@ class ZBatch:
         return self
 
     def _validate_settings(self) -> None:
-        if not isinstance(self.codec_fingerprint, str) or not _SHA256.fullmatch(self.codec_fingerprint):
+        if not isinstance(self.codec_fingerprint, str) or not SHA256.fullmatch(self.codec_fingerprint):
             raise ZBatchError(
                 f"codec_fingerprint: expected 64 lower-case hexadecimal digits, got {self.codec_fingerprint!r}"
             )
         for name, low, high in (("codebook_size", 2, 1 << 31), ("max_unit_length", 1, (1 << 31) - 1)):
-            if not _is_integer(getattr(self, name), low, high):
+            if not is_integer(getattr(self, name), low, high):
                 raise ZBatchError(f"{name}: expected an integer from {low} to {high}, got {getattr(self, name)!r}")
 
     def _validate_document(self, document: DocumentInfo, rows: slice) -> None:
-        if not _is_integer(document.tokens, 0):
-            raise ZBatchError(f"tokens: expected an integer of at least 0, got {document.tokens!r}")
-        budget = document.budget
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1 <= budget < math.inf:
-            raise ZBatchError(f"budget: expected a ratio of at least 1, got {budget!r}")
-        if not _is_integer(document.levels, 1, self.num_codebooks):
-            raise ZBatchError(f"levels: expected an integer from 1 to {self.num_codebooks}, got {document.levels!r}")
+        document.validate(self.num_codebooks)
         covered = int(self.unit_lengths[rows].sum())
         if covered != document.tokens:
             raise ZBatchError(f"unit_lengths: expected to cover its {document.tokens} text tokens, got {covered}")
@@ -263,20 +185,6 @@ class ZBatch:
             )
         if bool((dropped != -1).any()):
             raise ZBatchError(f"codes: expected -1 past its {document.levels} levels, got other values")
-        if (document.sha256 is None) != (document.byte_length is None):
-            raise ZBatchError("sha256 and byte_length: expected both or neither, got one")
-        if document.sha256 is not None:
-            if not isinstance(document.sha256, str) or not _SHA256.fullmatch(document.sha256):
-                raise ZBatchError(f"sha256: expected 64 lower-case hexadecimal digits, got {document.sha256!r}")
-            if not _is_integer(document.byte_length, 0):
-                raise ZBatchError(f"byte_length: expected an integer of at least 0, got {document.byte_length!r}")
-        if document.corrections is not None:
-            if document.sha256 is None:
-                raise ZBatchError("corrections: expected a SHA-256 of the original beside them, got none")
-            document.corrections.validate(document.tokens)
-            raw = document.corrections.raw
-            if raw is not None and len(raw) != document.byte_length:
-                raise ZBatchError(f"corrections.raw: expected {document.byte_length} bytes, got {len(raw)}")
 
 
 def _validate_offsets(name: str, offsets: torch.Tensor, total: int, things: str) -> None:
@@ -285,12 +193,3 @@ def _validate_offsets(name: str, offsets: torch.Tensor, total: int, things: str)
         raise ZBatchError(f"{name}: expected offsets from 0 to the {total} {things}, got {ends}")
     if bool((offsets.diff() < 0).any()):
         raise ZBatchError(f"{name}: expected non-decreasing offsets, got {int((offsets.diff() < 0).sum())} that fall")
-
-
-def _joined_offsets(parts: list[torch.Tensor]) -> torch.Tensor:
-    lengths = torch.cat([part.diff() for part in parts])
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _is_integer(value: object, low: int, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

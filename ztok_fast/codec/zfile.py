@@ -14,7 +14,8 @@ The tensors, all ``uint8`` (packed by :mod:`ztok_fast.codec.bitpack`, documents 
 =====================  ===========================================================================================
 
 There is no parser here beyond safetensors, JSON and zlib, and nothing in a file is ever run. Loading checks the
-content's SHA-256, then every count, size and range, and last :meth:`ZBatch.validate`.
+content's SHA-256, then every count, size and range, and last :meth:`ZBatch.validate`. The module is told which class to
+make of a file (:class:`~ztok_fast.codec.zbatch.ZBatch`), so that it need not import what imports it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import math
 import sys
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +36,12 @@ from safetensors.numpy import save as serialize
 from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.bitpack import MAX_BITS, pack_codes, packed_size, unpack_codes
 from ztok_fast.codec.corrections import Corrections, bit_width
+from ztok_fast.codec.documents import MAX_CODEBOOKS, DocumentInfo
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.exact_patch import Patch
-from ztok_fast.codec.zbatch import MAX_CODEBOOKS, DocumentInfo, ZBatch
+
+if TYPE_CHECKING:
+    from ztok_fast.codec.zbatch import ZBatch
 
 FORMAT = "ztok"
 FORMAT_VERSION = 1
@@ -71,7 +76,7 @@ def to_tensors(batch: ZBatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     parts["unit_lengths"].append(pack_codes(lengths, _bits_for(batch.max_unit_length)).tobytes())
     code_bits = _bits_for(batch.codebook_size)
     documents = []
-    for index, one in enumerate(batch):
+    for one in batch:
         info = one.documents[0]
         parts["codes"].append(pack_codes(one.codes[:, : info.levels].numpy(), code_bits).tobytes())
         documents.append(
@@ -114,8 +119,11 @@ def content_sha256(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> 
     return digest.hexdigest()
 
 
-def load_zfile(path: str | Path) -> ZBatch:
+def load_zfile(path: str | Path, make: type[ZBatch]) -> ZBatch:
     """Read and check a ``.ztok`` file.
+
+    Args:
+        make: the class of the result, :class:`~ztok_fast.codec.zbatch.ZBatch`.
 
     Raises:
         ZFileError: the file is missing, truncated, foreign, of another format version, altered or
@@ -136,7 +144,7 @@ def load_zfile(path: str | Path) -> ZBatch:
                 raise ZFileError(f"{name}: expected a uint8 vector, got {value.dtype} {list(value.shape)}")
         if metadata.get("content_sha256") != content_sha256(tensors, metadata):
             raise ZFileError("its contents do not have the SHA-256 that it states: the file is damaged")
-        return from_tensors(tensors, metadata)
+        return from_tensors(tensors, metadata, make)
     except SafetensorError as error:
         raise ZFileError(f"{path}: not a whole .ztok file (truncated, or of another kind): {error}") from error
     except (ZFileError, ZBatchError) as error:
@@ -151,7 +159,7 @@ def _check_format(metadata: dict[str, str]) -> None:
         raise ZFileError(f"expected .ztok format version {FORMAT_VERSION}, got {version!r}: another release wrote it")
 
 
-def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> ZBatch:
+def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make: type[ZBatch]) -> ZBatch:
     """The inverse of :func:`to_tensors` with every check but that of the content's SHA-256."""
     settings = {}
     for name in _SETTINGS:
@@ -191,7 +199,7 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> ZB
     lengths = readers["unit_lengths"].codes(ztokens, _bits_for(settings["max_unit_length"])) + 1
     for reader in readers.values():
         reader.finish()
-    batch = ZBatch(
+    batch = make(
         codes=torch.from_numpy(np.concatenate(codes or [np.zeros((0, width))]).astype(np.int32)),
         unit_lengths=torch.from_numpy(lengths.astype(np.int32)),
         cu_segments=torch.from_numpy(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),

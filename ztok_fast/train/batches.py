@@ -1,4 +1,4 @@
-"""Streaming training batches: rows → documents → chunks of consecutive segments → packed batches."""
+"""Streaming training batches: rows → documents → sections of consecutive segments → packed batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.train.text_data import iter_rows
 
 BARREN_ROWS = 100_000
-"""Rows in a row that give no chunk, after which a stream gives up."""
+"""Rows in a row that give no section, after which a stream gives up."""
 
 
 @dataclass
-class Chunk:
+class Section:
     """Consecutive text tokens of one document, with a question and its answer where the row has one."""
 
     tokens: list[int]
@@ -26,51 +26,44 @@ class Chunk:
 
 @dataclass
 class Batch:
-    """A packed batch of chunks.
+    """A packed batch of sections.
 
     Attributes:
-        tokens: int64 ``[T]``; cu_segments int32 ``[S + 1]`` in tokens; cu_groups int32 ``[G + 1]`` in segments.
-        first_segment: int64 ``[S]``, the first segment of each segment's chunk.
-        chunks: the chunks themselves, in order.
+        tokens: int64 ``[T]``; cu_segments int32 ``[S + 1]`` in tokens; cu_sections int32 ``[G + 1]`` in segments.
+        sections: the sections themselves, in order.
     """
 
     tokens: torch.Tensor
     cu_segments: torch.Tensor
-    cu_groups: torch.Tensor
-    first_segment: torch.Tensor
-    chunks: list[Chunk]
+    cu_sections: torch.Tensor
+    sections: list[Section]
 
     def to(self, device) -> Batch:
-        moved = (
-            t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_groups, self.first_segment)
-        )
-        return Batch(*moved, self.chunks)
+        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_sections))
+        return Batch(*moved, self.sections)
 
 
-def make_batch(chunks: list[Chunk], segment_length: int) -> Batch:
-    """Pack ``chunks``; every chunk is cut into segments of ``segment_length`` tokens."""
-    segments, counts = split_segments([len(c.tokens) for c in chunks], segment_length)
-    counts = torch.tensor(counts)
-    cu_groups = offsets(counts)
+def make_batch(sections: list[Section], segment_length: int) -> Batch:
+    """Pack ``sections``; every section is cut into segments of ``segment_length`` tokens."""
+    segments, counts = split_segments([len(c.tokens) for c in sections], segment_length)
     return Batch(
-        torch.tensor([t for c in chunks for t in c.tokens], dtype=torch.int64),
+        torch.tensor([t for c in sections for t in c.tokens], dtype=torch.int64),
         offsets(torch.tensor(segments)),
-        cu_groups,
-        torch.repeat_interleave(cu_groups[:-1].long(), counts),
-        chunks,
+        offsets(torch.tensor(counts)),
+        sections,
     )
 
 
-class ChunkStream:
+class SectionStream:
     """Endless shuffled stream of batches over JSON-lines files, with a state that can be saved.
 
-    Rows are read one at a time and never all held; the shuffle draws from a buffer of chunks. Two streams
+    Rows are read one at a time and never all held; the shuffle draws from a buffer of sections. Two streams
     with the same settings and state give the same batches.
 
     Args:
         files: JSON-lines files, read in order, again and again.
         tokenizer: Hugging Face tokenizer.
-        chunk_tokens: most tokens of a chunk; shorter rests under ``min_tokens`` are left out.
+        section_tokens: most tokens of a section; shorter rests under ``min_tokens`` are left out.
         batch_tokens: a batch is closed when it holds at least this many tokens.
         rank, world: this process reads every ``world``-th row.
 
@@ -84,20 +77,20 @@ class ChunkStream:
         tokenizer,
         *,
         segment_length: int,
-        chunk_tokens: int,
+        section_tokens: int,
         batch_tokens: int,
         seed: int,
         exclude_sources: list[str] = (),
-        buffer_chunks: int = 2048,
+        buffer_sections: int = 2048,
         min_tokens: int = 16,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         for name, value, low in (
             ("segment_length", segment_length, 1),
-            ("chunk_tokens", chunk_tokens, min_tokens),
+            ("section_tokens", section_tokens, min_tokens),
             ("batch_tokens", batch_tokens, 1),
-            ("buffer_chunks", buffer_chunks, 1),
+            ("buffer_sections", buffer_sections, 1),
             ("min_tokens", min_tokens, 1),
         ):
             if value < low:
@@ -105,13 +98,13 @@ class ChunkStream:
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0 to {world - 1} of {world} processes, got {rank}")
         self.files, self.tokenizer = list(files), tokenizer
-        self.segment_length, self.chunk_tokens, self.batch_tokens = segment_length, chunk_tokens, batch_tokens
+        self.segment_length, self.section_tokens, self.batch_tokens = segment_length, section_tokens, batch_tokens
         self.excluded = tuple(exclude_sources)
-        self.buffer_chunks, self.min_tokens = buffer_chunks, min_tokens
+        self.buffer_sections, self.min_tokens = buffer_sections, min_tokens
         self.rank, self.world = rank, world
         self.random = random.Random(f"{seed}-{rank}")
         self.rows_read = 0
-        self.buffer: list[Chunk] = []
+        self.buffer: list[Section] = []
         self._rows: Iterator[dict] | None = None
 
     def _read_rows(self, skip: int) -> Iterator[dict]:
@@ -132,34 +125,34 @@ class ChunkStream:
     def _fill(self) -> None:
         if self._rows is None:
             self._rows = self._read_rows(self.rows_read)
-        without_chunk = 0
-        while len(self.buffer) < self.buffer_chunks:
+        without_section = 0
+        while len(self.buffer) < self.buffer_sections:
             row = next(self._rows)
             self.rows_read += 1
             if self.rows_read % self.world != self.rank:
                 continue
             if self.excluded and str(row.get("source", "")).startswith(self.excluded):
-                chunks = []
+                sections = []
             else:
-                chunks = self.chunks_of(row)
-            self.buffer += chunks
-            without_chunk = 0 if chunks else without_chunk + 1
-            if without_chunk > BARREN_ROWS:
+                sections = self.sections_of(row)
+            self.buffer += sections
+            without_section = 0 if sections else without_section + 1
+            if without_section > BARREN_ROWS:
                 raise ValueError(
                     f"training files {self.files}: expected rows of at least {self.min_tokens} tokens "
                     f"outside the excluded sources, got none in {BARREN_ROWS:,} rows"
                 )
 
-    def chunks_of(self, row: dict) -> list[Chunk]:
-        """The chunks of one row; a question goes with its row's text only where that fits one chunk."""
+    def sections_of(self, row: dict) -> list[Section]:
+        """The sections of one row; a question goes with its row's text only where that fits one section."""
         ids = self.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         if len(ids) < self.min_tokens:
             return []
-        if len(ids) <= self.chunk_tokens:
+        if len(ids) <= self.section_tokens:
             question, answer = self._question(row)
-            return [Chunk(ids, question, answer)]
-        pieces = [ids[i : i + self.chunk_tokens] for i in range(0, len(ids), self.chunk_tokens)]
-        return [Chunk(piece) for piece in pieces if len(piece) >= self.min_tokens]
+            return [Section(ids, question, answer)]
+        parts = [ids[i : i + self.section_tokens] for i in range(0, len(ids), self.section_tokens)]
+        return [Section(part) for part in parts if len(part) >= self.min_tokens]
 
     def _question(self, row: dict) -> tuple[list[int], list[int]]:
         pairs = [(row.get("question"), row.get("answer"))]
@@ -176,7 +169,7 @@ class ChunkStream:
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
-        """The next batch: chunks drawn from the buffer until they hold ``batch_tokens``."""
+        """The next batch: sections drawn from the buffer until they hold ``batch_tokens``."""
         chosen, count = [], 0
         while count < self.batch_tokens:
             self._fill()
@@ -198,5 +191,5 @@ class ChunkStream:
         self.rows_read = state["rows_read"]
         version, internal, gauss = state["random"]
         self.random.setstate((version, tuple(internal), gauss))
-        self.buffer = [Chunk(*item) for item in state["buffer"]]
+        self.buffer = [Section(*item) for item in state["buffer"]]
         self._rows = None

@@ -6,29 +6,30 @@ import math
 
 import torch
 
-from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
+from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row, split_segments
 from ztok_fast.codec.passes import (
+    batches,
     decode_segments,
     emit_documents,
     encode_documents,
-    grouped,
-    predict_tokens,
-    window_tokens,
+    pack_tokens,
+    teacher_forced,
 )
 from ztok_fast.train.text_data import iter_texts
 
 UNIT_KINDS = {"written": None, "learned": False, "fixed": True}
-"""Kinds of units as reports name them, and the ``fixed_units`` that asks for them: written one by one, cut by the learned
-halting mass, or of r tokens."""
+"""Kinds of units as reports name them, and the ``fixed_units`` that asks for them.
+
+They are written one by one, cut by the learned halting mass, or have r tokens each."""
 
 
 def unit_kinds(config) -> list[str]:
-    """The kinds of units that a codec was trained for, its own first; ``"fixed"``, the baseline, is always among them."""
+    """The kinds of units that a codec was trained for, its own first; the baseline ``"fixed"`` is always among them."""
     return {"fire": ["learned", "fixed"], "fixed": ["fixed"], "stop": ["written", "learned", "fixed"]}[config.emission]
 
 
 def dev_documents(files, tokenizer, documents: int, tokens: int, exclude_sources=()) -> list[list[int]]:
-    """Token documents for evaluation: the first ``tokens`` tokens of up to ``documents`` texts, spread over the files."""
+    """Token documents for evaluation: the first ``tokens`` tokens of up to ``documents`` texts of the files."""
     for name, value in (("documents", documents), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"evaluation {name}: expected at least 1, got {value}")
@@ -55,7 +56,7 @@ def evaluate(
     """Accuracy, ratio and rate at every budget.
 
     Args:
-        documents: token lists, each at most one window long (see ``window_segments``).
+        documents: token lists, each cut to one section (see ``section_segments``).
         quantized: decode from the codes; otherwise from the continuous latents (before k-means).
         fixed_units: one of the values of :data:`UNIT_KINDS`; ``None`` for units as configured.
         levels: use only the first ``levels`` residual levels.
@@ -72,13 +73,12 @@ def evaluate(
     """
     model, config = codec.model, codec.model.config
     budgets = [config.check_ratio(budget) for budget in budgets]
-    limit = window_tokens(model)
-    documents = [d[:limit] for d in documents if d]
+    documents = [d[: config.section_tokens] for d in documents if d]
     if not documents:
         raise ValueError("evaluation: expected at least one document with text, got none")
     surprisals, base_hits, base_count = [], 0, 0
-    groups = [[documents[i] for i in g] for g in grouped([len(d) for d in documents], batch_tokens)]
-    for members in groups:
+    members_of_batch = [[documents[i] for i in b] for b in batches([len(d) for d in documents], batch_tokens)]
+    for members in members_of_batch:
         tokens, cu_segments = _pack(members, config.segment_length, model.codebooks.device)
         surprisals.append(model.surprisal(tokens, cu_segments))
         hits, count = _base_hits(model, tokens, cu_segments)
@@ -92,29 +92,23 @@ def evaluate(
     for budget in budgets:
         forced_hits = free_hits = total = units = 0
         loss, unit_bits, unit_tokens = 0.0, [], []
-        for members, bits in zip(groups, surprisals):
-            tokens, cu_segments = _pack(members, config.segment_length, model.codebooks.device)
+        for members, bits in zip(members_of_batch, surprisals):
+            tokens = pack_tokens(members, model.codebooks.device)
             if quantized:
-                encoded = emit_documents(model, members, budget, fixed_units, levels)
-                vectors = model.dequantize(encoded.codes)
+                z, vectors = emit_documents(model, members, budget, fixed_units, levels), None
             else:
                 encoded = encode_documents(model, members, budget, fixed_units, levels)
-                vectors = encoded.quantized.latents
-            segments, counts = split_segments([len(m) for m in members], config.segment_length)
-            counts = torch.tensor(counts, device=tokens.device)
-            first = torch.repeat_interleave(offsets(counts)[:-1].long(), counts)
-            packed = (vectors, encoded.lengths, encoded.cu_units, first)
-            predicted, _, losses = predict_tokens(model, *packed, tokens, cu_segments)
-            written = decode_segments(model, *packed, segments)
-            free = torch.tensor([t for piece in written for t in piece], device=tokens.device)
+                z, vectors = encoded.z, encoded.quantized.latents
+            predicted, _, losses = teacher_forced(model, z, tokens, vectors)
+            free = pack_tokens(decode_segments(model, z, vectors=vectors), tokens.device)
             forced_hits += int((predicted == tokens).sum())
             free_hits += int((free == tokens).sum())
             loss += losses.sum().item()
-            total, units = total + len(tokens), units + encoded.total_units
-            of_unit = sequence_of_row(offsets(encoded.lengths), len(tokens))
-            sums = torch.zeros(encoded.total_units, device=tokens.device).index_add_(0, of_unit, bits)
-            unit_bits.append(sums / encoded.lengths)
-            unit_tokens.append(encoded.lengths.float())
+            total, units = total + len(tokens), units + z.ztokens
+            of_unit = sequence_of_row(offsets(z.unit_lengths), len(tokens))
+            sums = torch.zeros(z.ztokens, device=tokens.device).index_add_(0, of_unit, bits)
+            unit_bits.append(sums / z.unit_lengths)
+            unit_tokens.append(z.unit_lengths.float())
         report[f"{budget:g}"] = {
             "teacher_forced": forced_hits / total,
             "free_running": free_hits / total,
@@ -133,21 +127,21 @@ def _bits(config, levels: int | None) -> float:
 
 def _pack(documents: list[list[int]], segment_length: int, device):
     segments, _ = split_segments([len(d) for d in documents], segment_length)
-    tokens = torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device)
-    return tokens, offsets(torch.tensor(segments, device=device))
+    return pack_tokens(documents, device), offsets(torch.tensor(segments, device=device))
 
 
 def _base_hits(model, tokens, cu_segments) -> tuple[int, int]:
     """Right next-token guesses of the bare model within the segments, and how many there were."""
     total = len(tokens)
-    segment = sequence_of_row(cu_segments, total)
-    position = torch.arange(total, device=tokens.device) - cu_segments.long()[segment]
+    position = position_in_sequence(cu_segments, total)
     hidden = model.adapted(
         model.adapted.embedding(tokens), position, cu_segments, int(cu_segments.diff().max()), adapter=None
     )
     inner = position[1:] > 0
     guesses = (
-        torch.cat([model.adapted.logits(h).argmax(-1) for h in hidden[:-1].split(4096)]) if total > 1 else tokens[:0]
+        torch.cat([model.adapted.logits(h).argmax(-1) for h in hidden[:-1].split(model.rows_at_once)])
+        if total > 1
+        else tokens[:0]
     )
     return int(((guesses == tokens[1:]) & inner).sum()), int(inner.sum())
 

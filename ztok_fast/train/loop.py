@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.train.batches import Batch, ChunkStream
+from ztok_fast.train.batches import Batch, SectionStream
 from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_blocks
 from ztok_fast.train.evaluate import dev_documents, evaluate
 from ztok_fast.train.metrics import append_row, drop_rows_after
@@ -62,11 +62,11 @@ class Trainer:
         self.codec = ZTokCodec(base, config)
         self.model = self.codec.model
         self.care = CodebookCare(config.num_codebooks, config.codebook_size, settings.kmeans_latents)
-        self.stream = ChunkStream(
+        self.stream = SectionStream(
             settings.train_files,
             base.tokenizer,
             segment_length=config.segment_length,
-            chunk_tokens=settings.chunk_tokens,
+            section_tokens=settings.section_tokens,
             batch_tokens=settings.batch_tokens,
             seed=settings.seed,
             exclude_sources=settings.exclude_sources,
@@ -168,7 +168,7 @@ class Trainer:
             # Usage is counted over all processes, so that they agree on which codes are dead.
             usage = reduce(encoded.quantized.usage, "sum") if phase.blend > 0 else None
             self.care.observe(encoded.quantized.latents, usage)
-            tokens, units = tokens + len(batch.tokens), units + encoded.total_units
+            tokens, units = tokens + len(batch.tokens), units + encoded.z.ztokens
             for name, value in terms.items():
                 row[name] = row.get(name, 0.0) + value.item() / settings.accumulation
         # No process may go on alone, so all of them look at whether any has a loss that is not finite.

@@ -2,7 +2,7 @@
 
 loss = CE(x | Z) + λ_commit·commitment + λ_code·codebook + λ_len·(E[K]/N − 1/r)²
        + λ_use·usage + λ_density·density + λ_z·CE(next Z-token) + λ_answer·CE(answer | Z, question)
-       + λ_serial·CE(Z-tokens that the compressor writes one by one), for the emission "stop"
+       + λ_autoregressive·CE(Z-tokens that the compressor writes one by one), for the emission "stop"
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ztok_fast.codec.autoregressive import autoregressive_loss
 from ztok_fast.codec.emission import surprisal_mass
 from ztok_fast.codec.layout import offsets, sequence_of_row
-from ztok_fast.codec.model import Encoded, ZTokModel
-from ztok_fast.codec.serial import serial_loss
+from ztok_fast.codec.model import Encoding, ZTokModel
 from ztok_fast.ops import ragged_gather, ragged_layout
 from ztok_fast.train.batches import Batch
 
@@ -33,7 +33,7 @@ class LossWeights:
     density: float = 5.0
     zspace: float = 0.05
     answer: float = 0.1
-    serial: float = 0.1
+    autoregressive: float = 0.1
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -72,11 +72,11 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.weights = model, weights
 
-    def forward(self, batch: Batch, ratio: torch.Tensor, phase: Phase) -> tuple[dict[str, torch.Tensor], Encoded]:
+    def forward(self, batch: Batch, ratio: torch.Tensor, phase: Phase) -> tuple[dict[str, torch.Tensor], Encoding]:
         """The loss terms (0-d, unweighted; ``"total"`` is their weighted sum) and the encoded batch.
 
         Args:
-            ratio: fp32 ``[G]``, the ratio asked of each chunk.
+            ratio: fp32 ``[G]``, the ratio asked of each section.
         """
         model, weights = self.model, self.weights
         draw = torch.Generator(device=batch.tokens.device).manual_seed(phase.seed)
@@ -88,14 +88,14 @@ class Objective(nn.Module):
         encoded = model.encode(
             batch.tokens,
             batch.cu_segments,
-            batch.cu_groups,
+            batch.cu_sections,
             ratio,
             levels,
             mass=None if phase.predicted_mass else target,
         )
         terms = {}
         vectors = blend_vectors(encoded, phase.blend)
-        embeddings = model.z_embeddings(vectors, encoded.lengths)
+        embeddings = model.z_embeddings(vectors, encoded.z.unit_lengths)
         logits = self._decompress(batch, encoded, embeddings, phase, draw)
         terms["reconstruction"] = cross_entropy(logits, batch.tokens)
         terms["accuracy"] = (logits.detach().argmax(-1) == batch.tokens).float().mean()
@@ -106,22 +106,22 @@ class Objective(nn.Module):
             terms["codebook"] = encoded.quantized.codebook_loss
         if weights.usage and quantizing:
             terms["usage"] = usage_loss(encoded.quantized.latents, model.codebooks)
-        group = sequence_of_row(batch.cu_groups, len(batch.cu_segments) - 1)[
+        section = sequence_of_row(batch.cu_sections, len(batch.cu_segments) - 1)[
             sequence_of_row(batch.cu_segments, len(batch.tokens))
         ]
         if weights.length:
-            terms["length"] = length_loss(encoded.raw_mass, group, ratio)
+            terms["length"] = length_loss(encoded.raw_mass, section, ratio)
         if learn_density:
-            terms["density"] = ((encoded.raw_mass - target) * ratio[group]).square().mean()
+            terms["density"] = ((encoded.raw_mass - target) * ratio[section]).square().mean()
         if (weights.zspace or weights.answer) and quantizing:
             zspace, answer = self._inferencer(batch, encoded, embeddings)
             if weights.zspace:
                 terms["zspace"] = zspace
             if answer is not None:
                 terms["answer"] = answer
-        if weights.serial and quantizing and model.serial is not None:
-            terms["serial"] = serial_loss(
-                model, batch.tokens, batch.cu_segments, batch.cu_groups, ratio, encoded, embeddings
+        if weights.autoregressive and quantizing and model.autoregressive is not None:
+            terms["autoregressive"] = autoregressive_loss(
+                model, batch.tokens, batch.cu_segments, ratio, encoded.z, embeddings
             )
         terms["total"] = terms["reconstruction"] + sum(
             getattr(weights, name) * value for name, value in terms.items() if hasattr(weights, name)
@@ -139,17 +139,15 @@ class Objective(nn.Module):
 
     def _target_mass(self, batch: Batch, ratio: torch.Tensor) -> torch.Tensor:
         bits = self.model.surprisal(batch.tokens, batch.cu_segments)
-        cu_tokens = batch.cu_segments[batch.cu_groups.long()]
-        group = sequence_of_row(cu_tokens, len(batch.tokens))
-        return surprisal_mass(bits, ratio[group], cu_tokens, self.model.config)
+        cu_tokens = batch.cu_segments[batch.cu_sections.long()]
+        section = sequence_of_row(cu_tokens, len(batch.tokens))
+        return surprisal_mass(bits, ratio[section], cu_tokens, self.model.config)
 
-    def _decompress(self, batch: Batch, encoded: Encoded, embeddings, phase: Phase, draw) -> torch.Tensor:
+    def _decompress(self, batch: Batch, encoded: Encoding, embeddings, phase: Phase, draw) -> torch.Tensor:
         model = self.model
 
         def logits_of(tokens):
-            inputs = model.decoder_inputs(
-                embeddings, encoded.lengths, encoded.cu_units, batch.first_segment, tokens, batch.cu_segments
-            )
+            inputs = model.decoder_inputs(embeddings, encoded.z, tokens, batch.cu_segments)
             return model.adapted.logits(model.decompressor_hidden(inputs)).float()
 
         tokens = batch.tokens
@@ -166,17 +164,17 @@ class Objective(nn.Module):
             tokens = torch.where(swap, own, tokens)
         return logits_of(tokens)
 
-    def _inferencer(self, batch: Batch, encoded: Encoded, embeddings) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """CE of the next Z-token over every chunk's Z-tokens, and of the answers where there are some."""
+    def _inferencer(self, batch: Batch, encoded: Encoding, embeddings) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """CE of the next Z-token over every section's Z-tokens, and of the answers where there are some."""
         model, device = self.model, batch.tokens.device
         marks = model.zspace.marks
-        cu_z = encoded.cu_units[batch.cu_groups.long()]
-        groups, total = len(cu_z) - 1, encoded.total_units
+        cu_z = encoded.z.cu_ztokens
+        sections, total = len(cu_z) - 1, encoded.z.ztokens
         table = embeddings.detach()
-        one_each = torch.arange(groups + 1, dtype=torch.int32, device=device)
+        one_each = torch.arange(sections + 1, dtype=torch.int32, device=device)
         texts = [
-            (c.question, [*c.answer, *model.adapted.end_tokens[:1]]) if c.answer and self.weights.answer else ([], [])
-            for c in batch.chunks
+            (s.question, [*s.answer, *model.adapted.end_tokens[:1]]) if s.answer and self.weights.answer else ([], [])
+            for s in batch.sections
         ]
         question, cu_question = _pack([q for q, _ in texts], device)
         answer, cu_answer = _pack([a for _, a in texts], device)
@@ -185,7 +183,7 @@ class Objective(nn.Module):
         mark_count = int(cu_mark[-1])
         words = model.adapted.embedding.weight
         sources = [
-            (marks[:1].to(table.dtype), torch.zeros(groups, dtype=torch.int64, device=device), one_each),
+            (marks[:1].to(table.dtype), torch.zeros(sections, dtype=torch.int64, device=device), one_each),
             (table, None, cu_z),
             (marks[1:2].to(table.dtype), torch.zeros(mark_count, dtype=torch.int64, device=device), cu_mark),
             (words, question, cu_question),
@@ -194,7 +192,7 @@ class Objective(nn.Module):
         ]
         joined = ragged_gather([s[0] for s in sources], [s[1] for s in sources], [s[2] for s in sources])
         rows = ragged_layout(
-            [s[2] for s in sources], [groups, total, mark_count, len(question), mark_count, len(answer)]
+            [s[2] for s in sources], [sections, total, mark_count, len(question), mark_count, len(answer)]
         ).destinations
         hidden = model.adapted(
             joined.values,
@@ -204,14 +202,14 @@ class Objective(nn.Module):
             adapter="inferencer",
         )
         # The start row and every Z row predict: the next Z-token, and after the last one the end.
-        order = ragged_layout([one_each, cu_z], [groups, total])
+        order = ragged_layout([one_each, cu_z], [sections, total])
         predict = order.place(rows[:2])
-        is_end = torch.zeros(groups + total, dtype=torch.bool, device=device)
+        is_end = torch.zeros(sections + total, dtype=torch.bool, device=device)
         is_end[order.cu_seqlens[1:].long() - 1] = True
-        codes = torch.full((groups + total, model.config.num_codebooks), -1, dtype=torch.int32, device=device)
-        codes[~is_end] = encoded.quantized.codes
-        lengths = torch.ones(groups + total, dtype=torch.int32, device=device)
-        lengths[~is_end] = encoded.lengths
+        codes = torch.full((sections + total, model.config.num_codebooks), -1, dtype=torch.int32, device=device)
+        codes[~is_end] = encoded.z.codes
+        lengths = torch.ones(sections + total, dtype=torch.int32, device=device)
+        lengths[~is_end] = encoded.z.unit_lengths
         zspace = model.zspace.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
         if not len(answer):
             return zspace, None
@@ -225,7 +223,7 @@ def _pack(sequences: list[list[int]], device) -> tuple[torch.Tensor, torch.Tenso
     return flat, offsets(torch.tensor([len(s) for s in sequences], device=device))
 
 
-def blend_vectors(encoded: Encoded, blend: float) -> torch.Tensor:
+def blend_vectors(encoded: Encoding, blend: float) -> torch.Tensor:
     """The vectors the decompressor sees: latents (0), straight-through code vectors (1), or a mixture."""
     latents = encoded.quantized.latents
     if blend >= 1:
@@ -235,10 +233,10 @@ def blend_vectors(encoded: Encoded, blend: float) -> torch.Tensor:
     return latents + blend * (encoded.quantized.quantized - latents).detach()
 
 
-def length_loss(raw_mass: torch.Tensor, group: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """(E[K]/N − 1/r)², the mean over groups; E[K] = Σ mass is differentiable where an integer K is not."""
-    sums = torch.zeros_like(ratio).index_add_(0, group, raw_mass)
-    counts = torch.zeros_like(ratio).index_add_(0, group, torch.ones_like(raw_mass))
+def length_loss(raw_mass: torch.Tensor, section: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """(E[K]/N − 1/r)², the mean over sections; E[K] = Σ mass is differentiable where an integer K is not."""
+    sums = torch.zeros_like(ratio).index_add_(0, section, raw_mass)
+    counts = torch.zeros_like(ratio).index_add_(0, section, torch.ones_like(raw_mass))
     return (sums / counts.clamp(min=1) - 1 / ratio).square().mean()
 
 

@@ -24,7 +24,7 @@ class TrainSettings:
         base: base model, as ``load_base`` resolves it; out: folder for checkpoint, metrics and codec.
         codec: codec settings (see :class:`ZTokConfig`); loss: the weights (see :class:`LossWeights`).
         train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.
-        steps: optimiser steps; accumulation: batches per step; batch_tokens, chunk_tokens: text tokens.
+        steps: optimiser steps; accumulation: batches per step; batch_tokens, section_tokens: text tokens.
         learning_rate: of the adapters; module_learning_rate: of projections, embeddings and heads (0 = the same).
         continuous_steps: steps with continuous latents before k-means; blend_steps: ramp to full quantisation.
         noise: random-token probability in decompressor inputs, falling to ``noise_end`` over the run.
@@ -45,7 +45,7 @@ class TrainSettings:
     steps: int = 2000
     accumulation: int = 1
     batch_tokens: int = 2048
-    chunk_tokens: int = 256
+    section_tokens: int = 256
     learning_rate: float = 1e-3
     module_learning_rate: float = 0.0
     codebook_learning_rate: float = 1e-3
@@ -80,7 +80,7 @@ class TrainSettings:
             "steps",
             "accumulation",
             "batch_tokens",
-            "chunk_tokens",
+            "section_tokens",
             "sampling_every",
             "density_every",
             "kmeans_latents",

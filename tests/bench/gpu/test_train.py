@@ -118,7 +118,7 @@ def test_checkpoints_go_from_the_cpu_settings_to_the_gpu_settings_and_back():
     assert cpu.base == gpu.base
     for settings in (cpu, gpu):
         assert settings.exclude_sources == ["cnn_dailymail", "bbc-news"]
-        assert settings.batch_tokens >= settings.chunk_tokens
+        assert settings.batch_tokens >= settings.section_tokens
     # Twice the text's own bits per token is room enough for a rate; the bound is measured, so it stands in no test.
     config = cpu.codec_config()
     assert config.bits_per_ztoken / min(config.budgets) > 2 * 6.0

@@ -1,52 +1,34 @@
 """Emission "stop": the compressor writes the Z-tokens of a segment one after another until end-of-Z.
 
 The compressor adapter reads the segment's text and goes on with Z-tokens, each chosen among the codebook rows by a
-head of its own (:class:`~ztok_fast.codec.zspace.ZSpaceHead`), as arXiv:2603.25340 writes them. It takes as many serial
-steps as a segment has Z-tokens, where the other emissions take one pass; the segments of a batch run side by side. What it
-should write is learned from the one-pass emission: in training its targets are the codes and units that the quantiser
-gave for the same text.
+head of its own (:class:`~ztok_fast.codec.zspace.ZSpaceHead`), as arXiv:2603.25340 writes them. It takes as many steps
+as a segment has Z-tokens, where the other emissions take one pass; the segments of a batch run side by side. What to
+write is learned from the one-pass emission: the training targets are the codes and units that the quantiser gave for
+the same text.
 
-The row that writes a unit has the position id of the unit's first text token: where to look is then given, not learned.
+The row that writes a unit has the position id of the unit's first text token. The text position is then given, and need
+not be learned.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.engine import DecodeSession
 from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row
-from ztok_fast.codec.model import Encoded, ZTokModel
+from ztok_fast.codec.model import ZTokModel
+from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import ragged_gather, ragged_layout
 
 STOP_THRESHOLD = 0.5
 """Mass (probability) of end-of-Z at which a segment ends."""
 
 
-@dataclass
-class Written:
-    """Z-tokens of packed segments.
-
-    Attributes:
-        codes: int32 ``[K, L]``, -1 where a level is not used; lengths: int32 ``[K]`` text tokens of each unit.
-        cu_units: int32 ``[S + 1]`` units of every segment.
-    """
-
-    codes: torch.Tensor
-    lengths: torch.Tensor
-    cu_units: torch.Tensor
-
-    @property
-    def total_units(self) -> int:
-        return len(self.lengths)
-
-
 @torch.inference_mode()
 def write_ztokens(
-    model: ZTokModel, tokens, cu_segments, cu_groups, ratio, levels: torch.Tensor | None = None
-) -> Written:
+    model: ZTokModel, tokens, cu_segments, cu_documents, ratio, levels: torch.Tensor | None = None
+) -> ZTokens:
     """Write the Z-tokens of packed segments, greedily; the arguments are those of :meth:`ZTokModel.encode`.
 
     A segment ends at the first step whose mass of end-of-Z reaches :data:`STOP_THRESHOLD`, and its last unit takes in
@@ -57,9 +39,9 @@ def write_ztokens(
     text = cu_segments.diff().long()
     if not len(text):
         empty = torch.zeros(0, dtype=torch.int32, device=device)
-        return Written(empty.reshape(0, config.num_codebooks), empty, offsets(empty))
-    _, told, _ = model.compressor_inputs(tokens, cu_segments, cu_groups, ratio)
-    values, position_ids, cu_prefix, _ = _serial_rows(model, told, cu_segments)
+        return ZTokens(empty.reshape(0, config.num_codebooks), empty, offsets(empty), cu_documents)
+    _, conditioned, _ = model.compressor_inputs(tokens, cu_segments, cu_documents, ratio)
+    values, position_ids, cu_prefix, _ = _rows(model, conditioned, cu_segments)
     longest = int(text.max())
     session = DecodeSession(
         model.adapted, "compressor", values, position_ids, cu_prefix, longest, model.adapted.compressor_layers
@@ -70,12 +52,12 @@ def write_ztokens(
     for step in range(longest + 1):
         left = text - covered
         may_end = (last > 0) & (last + left <= config.max_unit_length)
-        mass = torch.where(may_end, model.serial.end_mass(session.last, model.codebooks).double(), 0.0)
+        mass = torch.where(may_end, model.autoregressive.end_mass(session.last, model.codebooks).double(), 0.0)
         masses.append(torch.where(left == 0, 1.0, mass))
         rests.append(left)
         if step == longest or bool((torch.stack(masses).amax(0) >= STOP_THRESHOLD).all()):
             break
-        chosen, length, _ = model.serial.select(
+        chosen, length, _ = model.autoregressive.select(
             session.last,
             model.codebooks,
             temperature=0.0,
@@ -100,19 +82,19 @@ def write_ztokens(
     final = kept[:, None] - 1
     lengths = lengths.scatter_add(1, final, rest.gather(1, kept[:, None]))
     is_kept = torch.arange(lengths.shape[1], device=device) < kept[:, None]
-    return Written(torch.stack(codes, dim=1)[is_kept], lengths[is_kept].int(), offsets(kept))
+    return ZTokens(torch.stack(codes, dim=1)[is_kept], lengths[is_kept].int(), offsets(kept), cu_documents)
 
 
-def serial_loss(model: ZTokModel, tokens, cu_segments, cu_groups, ratio, encoded: Encoded, embeddings) -> torch.Tensor:
-    """Cross-entropy of the Z-tokens of ``encoded``, and of end-of-Z, written one by one; nats, the mean over rows.
+def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens, embeddings) -> torch.Tensor:
+    """Cross-entropy of the Z-tokens ``z``, and of end-of-Z, written one by one; nats, the mean over rows.
 
     Args:
-        tokens, cu_segments, cu_groups, ratio: as in :meth:`ZTokModel.encode`.
-        encoded: the Z-tokens to write; embeddings: theirs, ``[K, D]``. No gradient flows into either.
+        tokens, cu_segments, ratio: as in :meth:`ZTokModel.encode`.
+        z: the Z-tokens to write; embeddings: theirs, ``[K, D]``. No gradient flows into either.
     """
-    _, told, _ = model.compressor_inputs(tokens, cu_segments, cu_groups, ratio)
-    values, position_ids, cu_joined, predict = _serial_rows(
-        model, told, cu_segments, embeddings.detach(), encoded.lengths, encoded.cu_units
+    _, conditioned, _ = model.compressor_inputs(tokens, cu_segments, z.cu_documents, ratio)
+    values, position_ids, cu_joined, predict = _rows(
+        model, conditioned, cu_segments, embeddings.detach(), z.unit_lengths, z.cu_segments
     )
     hidden = model.adapted(
         values,
@@ -123,37 +105,40 @@ def serial_loss(model: ZTokModel, tokens, cu_segments, cu_groups, ratio, encoded
         layers=model.adapted.compressor_layers,
     )
     segments = len(cu_segments) - 1
-    total = segments + encoded.total_units
+    total = segments + z.ztokens
     is_end = torch.zeros(total, dtype=torch.bool, device=tokens.device)
     # Each segment has its units and then end-of-Z to write.
-    is_end[encoded.cu_units[1:].long() + torch.arange(segments, device=tokens.device)] = True
+    is_end[z.cu_segments[1:].long() + torch.arange(segments, device=tokens.device)] = True
     codes = torch.full((total, model.config.num_codebooks), -1, dtype=torch.int32, device=tokens.device)
-    codes[~is_end] = encoded.quantized.codes
+    codes[~is_end] = z.codes
     lengths = torch.ones(total, dtype=torch.int32, device=tokens.device)
-    lengths[~is_end] = encoded.lengths
-    return model.serial.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
+    lengths[~is_end] = z.unit_lengths
+    return model.autoregressive.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
 
 
-def _serial_rows(model: ZTokModel, told, cu_segments, embeddings=None, lengths=None, cu_units=None):
+def _rows(model: ZTokModel, text, cu_segments, embeddings=None, lengths=None, cu_units=None):
     """Packed rows of every segment: its text, the mark that writes the first unit, and the Z-tokens given, if any.
+
+    Args:
+        text: input rows of the text, ``[T, D]``; embeddings, lengths, cu_units: of the Z-tokens; ``None`` for none.
 
     Returns:
         values ``[R, D]``, position ids int64 ``[R]``, int32 offsets ``[S + 1]``, and the rows that write, in order.
     """
-    segments, device = len(cu_segments) - 1, told.device
+    segments, device = len(cu_segments) - 1, text.device
     if embeddings is None:
-        embeddings, lengths = told[:0], torch.zeros(0, dtype=torch.int32, device=device)
+        embeddings, lengths = text[:0], torch.zeros(0, dtype=torch.int32, device=device)
         cu_units = torch.zeros(segments + 1, dtype=torch.int32, device=device)
     cu_mark = torch.arange(segments + 1, dtype=torch.int32, device=device)
     parts = [cu_segments, cu_mark, cu_units]
     marks = torch.zeros(segments, dtype=torch.int64, device=device)
     joined = ragged_gather(
-        [told, model.serial.marks[:1].to(told.dtype), embeddings.to(told.dtype)], [None, marks, None], parts
+        [text, model.autoregressive.marks[:1].to(text.dtype), embeddings.to(text.dtype)], [None, marks, None], parts
     )
-    layout = ragged_layout(parts, [len(told), segments, len(embeddings)])
+    layout = ragged_layout(parts, [len(text), segments, len(embeddings)])
     segment = sequence_of_row(cu_units, len(lengths))
     ends = offsets(lengths).long()[1:] - cu_segments.long()[segment]
     of_units = torch.minimum(ends, cu_segments.diff().long()[segment] - 1)
-    position_ids = layout.place([position_in_sequence(cu_segments, len(told)), marks, of_units])
+    position_ids = layout.place([position_in_sequence(cu_segments, len(text)), marks, of_units])
     predict = torch.cat(layout.destinations[1:]).sort().values
     return joined.values, position_ids, layout.cu_seqlens, predict

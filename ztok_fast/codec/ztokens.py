@@ -1,0 +1,123 @@
+"""Z-tokens of packed documents: the one form in which codes, unit lengths and offsets pass through the codec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ztok_fast.codec.layout import expand_ranges, offsets, sequence_of_row
+
+
+@dataclass(eq=False)
+class ZTokens:
+    """Codes of packed documents without padding; all tensors are on one device.
+
+    A document is cut into segments, a segment into units, and each unit has one Z-token. Where the context and the
+    budget matter, the documents are *sections*: consecutive segments of a text that share a budget and nothing with
+    other sections (:meth:`sections`).
+
+    Attributes:
+        codes: int32 ``[K, L]``, the codes of all Z-tokens, document after document; -1 at levels that are not used.
+        unit_lengths: int32 ``[K]``, text tokens that each Z-token stands for.
+        cu_segments: int32 ``[n_segments + 1]``, Z rows of every segment.
+        cu_documents: int32 ``[n_documents + 1]``, segments of every document. An empty one has none.
+    """
+
+    codes: torch.Tensor
+    unit_lengths: torch.Tensor
+    cu_segments: torch.Tensor
+    cu_documents: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.cu_documents) - 1
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def ztokens(self) -> int:
+        """Z-tokens of all documents, K."""
+        return self.codes.shape[0]
+
+    @property
+    def cu_ztokens(self) -> torch.Tensor:
+        """Z rows of every document: int32 ``[n_documents + 1]``."""
+        return self.cu_segments[self.cu_documents.long()]
+
+    @property
+    def cu_text(self) -> torch.Tensor:
+        """Text tokens of every segment: int32 ``[n_segments + 1]``."""
+        return offsets(self.unit_lengths)[self.cu_segments.long()]
+
+    @property
+    def first_segment(self) -> torch.Tensor:
+        """The first segment of the document that each segment belongs to: int64 ``[n_segments]``."""
+        return self.cu_documents.long()[sequence_of_row(self.cu_documents, len(self.cu_segments) - 1)]
+
+    def to(self, device) -> ZTokens:
+        tensors = (self.codes, self.unit_lengths, self.cu_segments, self.cu_documents)
+        return ZTokens(*(tensor.to(device) for tensor in tensors))
+
+    def part(self, index: int) -> ZTokens:
+        """Document ``index`` alone; codes and unit lengths are views."""
+        first, last = self.cu_documents[index : index + 2].tolist()
+        cu = self.cu_segments[first : last + 1]
+        begin, end = int(cu[0]), int(cu[-1])
+        one = torch.tensor([0, last - first], dtype=torch.int32, device=cu.device)
+        return ZTokens(self.codes[begin:end], self.unit_lengths[begin:end], cu - begin, one)
+
+    def select(self, documents: Sequence[int]) -> ZTokens:
+        """Some of the documents, in the order given; one may come several times."""
+        chosen = torch.tensor(documents, dtype=torch.int64, device=self.codes.device)
+        bounds, cu = self.cu_documents.long(), self.cu_segments.long()
+        segments, cu_documents = expand_ranges(bounds[chosen], bounds[chosen + 1])
+        rows, cu_segments = expand_ranges(cu[segments], cu[segments + 1])
+        return ZTokens(self.codes[rows], self.unit_lengths[rows], cu_segments, cu_documents)
+
+    def sections(self, segments: int) -> tuple[ZTokens, list[int]]:
+        """The same rows with every document cut into sections of at most ``segments`` segments.
+
+        Returns:
+            The sections as documents of their own, and the number of sections of every document.
+        """
+        bounds, edges, counts = self.cu_documents.tolist(), [0], []
+        for begin, end in zip(bounds[:-1], bounds[1:]):
+            own = [min(edge + segments, end) for edge in range(begin, end, segments)]
+            edges += own
+            counts.append(len(own))
+        cu_documents = torch.tensor(edges, dtype=torch.int32, device=self.codes.device)
+        return ZTokens(self.codes, self.unit_lengths, self.cu_segments, cu_documents), counts
+
+    def joined(self, counts: Sequence[int]) -> ZTokens:
+        """The inverse of :meth:`sections`: every ``counts[i]`` consecutive documents become one."""
+        bounds = offsets(torch.tensor(counts, dtype=torch.int64, device=self.codes.device)).long()
+        return ZTokens(self.codes, self.unit_lengths, self.cu_segments, self.cu_documents[bounds])
+
+    def keys(self) -> list[tuple[bytes, bytes, bytes]]:
+        """Of every document a key that only documents with the same Z-tokens share (tensors on the CPU)."""
+        cu, bounds = self.cu_segments.tolist(), self.cu_documents.tolist()
+        codes, lengths = self.codes.contiguous().numpy(), self.unit_lengths.contiguous().numpy()
+        rows = self.cu_segments.diff().contiguous().numpy()
+        return [
+            (codes[cu[a] : cu[b]].tobytes(), lengths[cu[a] : cu[b]].tobytes(), rows[a:b].tobytes())
+            for a, b in zip(bounds[:-1], bounds[1:])
+        ]
+
+
+def concatenate(parts: Sequence[ZTokens]) -> ZTokens:
+    """The documents of several parts with equally many codebooks, in order; at least one part."""
+    return ZTokens(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.unit_lengths for part in parts]),
+        offsets(torch.cat([part.cu_segments.diff() for part in parts])),
+        offsets(torch.cat([part.cu_documents.diff() for part in parts])),
+    )
+
+
+def no_documents(num_codebooks: int) -> ZTokens:
+    """No document at all, on the CPU."""
+    none, start = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    return ZTokens(none.reshape(0, num_codebooks), none, start, start)
