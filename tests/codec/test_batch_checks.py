@@ -10,8 +10,9 @@ from safetensors.numpy import save as serialize
 from tests.codec.documents import int32
 from ztok_fast.codec import zfile
 from ztok_fast.codec.corrections import Corrections
+from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.errors import ZBatchError
-from ztok_fast.codec.zbatch import DocumentInfo, ZBatch
+from ztok_fast.codec.zbatch import ZBatch
 
 TEXTS = ["A small text to compress; " * 2, "", "a" * 150, "Small texts: \u6771\u4eac \U0001f642."]
 VALUES = (
