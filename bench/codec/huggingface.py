@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from bench.codec import files
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import SEGMENT_SPREAD, mass_floor
-from ztok_fast.codec.model import COPY_LOGIT, MASS_STEP
+from ztok_fast.codec.model import COPY_LOGIT
 from ztok_fast.codec.weights import load_weights
 from ztok_fast.ops.quantize.reference import RMS_EPS
 
@@ -69,22 +69,15 @@ def load(name: str, adapter: str, merged: bool, device: str) -> Parts:
     return Parts(config, model, base.tokenizer, own)
 
 
-def fire(mass: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Integrate and fire along the last dimension; padding has mass 0.
+def unit_ends(mass: Tensor, last: Tensor) -> Tensor:
+    """Where integrate-and-fire along the last dimension ends a unit, bool `[..., S]`; padding has mass 0.
 
     Args:
         mass: `[..., S]`; last: bool, the last token of every segment.
-
-    Returns:
-        bool `[..., S]` where a unit ends, and each token's share in its own and in the next unit.
     """
     quanta = torch.round(mass.double() * ONE).clamp(0, ONE).long()
     prefix = quanta.cumsum(-1)
-    before = prefix - quanta
-    fired = (prefix >> 20) > (before >> 20)
-    own = torch.where(fired, ONE - (before & (ONE - 1)), quanta)
-    carried = torch.where(fired & ~last, prefix & (ONE - 1), 0)
-    return fired | last, (own / ONE).float(), (carried / ONE).float()
+    return ((prefix >> 20) > ((prefix - quanta) >> 20)) | last
 
 
 def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[tuple[Tensor, Tensor]]:
@@ -136,12 +129,12 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
     high = -low
     for _ in range(BISECTIONS):  # the most units that the budget allows each document
         middle = (low + high) / 2
-        ends = fire((spread * middle.exp2()[document_of_row, None]).clamp(floor, 1.0) * valid, last)[0]
+        ends = unit_ends((spread * middle.exp2()[document_of_row, None]).clamp(floor, 1.0) * valid, last)
         over = torch.zeros(B, device=device).index_add_(0, document_of_row, ends.sum(1).float()) > wanted
         high, low = torch.where(over, middle, high), torch.where(over, low, middle)
     # In the order of the definition: rounding decides where a unit ends.
     scale = factor * low.exp2()[document_of_row, None]
-    ends = fire((mass * scale).clamp(floor, 1.0) * valid, last)[0]
+    ends = unit_ends((mass * scale).clamp(floor, 1.0) * valid, last)
 
     # From here on without padding.
     ended = ends[valid]
@@ -151,13 +144,8 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
     gate = weights["binding"][(length[unit] - 1) * config.max_unit_length + offset]
     words = nn.functional.normalize(embeds[valid], dim=-1) * embeds.shape[-1] ** 0.5
     rows = (weights["hidden_gain"] * hidden[valid] + weights["embedding_gain"] * words) * gate
-    even = torch.zeros_like(mass)
-    even[valid] = (1.0 / length[unit] + MASS_STEP).clamp(max=1.0)
-    _, own, carried = (share[valid] for share in fire(even, last))
-    sums = rows.new_zeros(len(length) + 1, rows.shape[1]).index_add_(0, unit, rows * own[:, None])
-    sums.index_add_(0, unit + 1, rows * carried[:, None])
-    shares = rows.new_zeros(len(length) + 1).index_add_(0, unit, own).index_add_(0, unit + 1, carried)
-    means = sums[:-1] / shares[:-1, None]
+    sums = rows.new_zeros(len(length), rows.shape[1]).index_add_(0, unit, rows)
+    means = sums / length[:, None]
     latents = rows[ended] @ weights["end_projection"].T + means @ weights["mean_projection"].T
     residual = latents * torch.rsqrt(latents.square().mean(1, keepdim=True) + RMS_EPS)
     codes = []

@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import io
 import hashlib
+import io
 import logging
 import os
 import shutil

@@ -9,7 +9,7 @@ from torch import nn
 
 from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.emission import MASS_STEP, HaltingHead, fixed_mass, scale_to_budget, unit_lengths
+from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
 from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.codec.ztokens import ZTokens
@@ -169,25 +169,27 @@ class ZTokModel(nn.Module):
             scaled = scale_to_budget(
                 raw_mass if mass is None else mass, ratio, cu_segments, cu_documents, config.max_unit_length
             )
-        units = halting_units(scaled.detach(), cu_segments)
+        units = halting_units(scaled, cu_segments)
         lengths = unit_lengths(units, int(units.cu_units[-1]))
         unit, gate, _ = self.gate_of_token(lengths, total)
         # Every token of a unit weighs the same and none reaches into the next unit: what a code has to tell apart
-        # is then tokens and not their shares. The gradient still goes to the mass itself, damped, since
+        # is then tokens and not their shares. The gradient of the shares still goes to the mass, damped, since
         # reconstruction pulls on it far harder than the terms that say where Z-tokens go.
-        even = (1.0 / lengths[unit] + MASS_STEP).clamp(max=1.0)
-        even = even + MASS_GRADIENT * (scaled - scaled.detach())
+        even = 1.0 / lengths[unit].to(units.weights.dtype)
+        shares = torch.stack([even, torch.zeros_like(even)], dim=1)
+        shares = shares + MASS_GRADIENT * (units.weights - units.weights.detach())
         words = nn.functional.normalize(embeds.float(), dim=-1) * embeds.shape[1] ** 0.5
         rows = (self.hidden_gain * hidden + self.embedding_gain * words.to(hidden.dtype)) * self.binding[gate]
         quantized = quantize_ragged(
             rows,
-            even,
-            cu_segments,
+            None,
+            None,
             self.end_projection,
             self.mean_projection,
             self.codebooks,
             levels,
             total_units=len(lengths),
+            units=units._replace(weights=shares),
         )
         return Encoding(ZTokens(quantized.codes, lengths, units.cu_units, cu_documents), quantized, raw_mass, scaled)
 

@@ -219,7 +219,7 @@ class Trainer:
         draw = torch.Generator().manual_seed(
             (self.settings.seed * 1_000_003 + self.step) * 64 + part + 7919 * self.accelerator.process_index
         )
-        chosen = torch.randint(len(budgets), (len(batch.chunks),), generator=draw)
+        chosen = torch.randint(len(budgets), (len(batch.sections),), generator=draw)
         return budgets[chosen].to(self.accelerator.device)
 
     @torch.no_grad()
@@ -229,10 +229,10 @@ class Trainer:
         while stored < self.settings.kmeans_latents:
             batch = self.stream.next_batch().to(self.accelerator.device)
             encoded = self.model.encode(
-                batch.tokens, batch.cu_segments, batch.cu_groups, self._draw_ratios(batch, stored)
+                batch.tokens, batch.cu_segments, batch.cu_sections, self._draw_ratios(batch, stored)
             )
             self.care.observe(encoded.quantized.latents, None)
-            stored += encoded.total_units
+            stored += encoded.z.ztokens
         latents = gather(self.care.latents.to(self.accelerator.device))
         initialise_codebooks(self.model.codebooks, latents, self.settings.kmeans_iterations, self.settings.seed)
         broadcast(self.model.codebooks.data)
