@@ -104,20 +104,19 @@ def test_adapters_change_what_the_base_says(family_codec):
 
 
 @pytest.mark.parametrize("context", [0, 1, 2])
-@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
-def test_text_sees_the_ztokens_of_its_segment_and_context_and_no_others(context, told):
-    codec = tiny_codec("llama", context_segments=context, unit_conditioning=told)
+@pytest.mark.parametrize("conditioned", [True, False], ids=["conditioned", "unconditioned"])
+def test_text_sees_the_ztokens_of_its_segment_and_context_and_no_others(context, conditioned):
+    codec = tiny_codec("llama", context_segments=context, unit_conditioning=conditioned)
     model, documents = codec.model, packed_documents(codec, [60, 20])
     with torch.no_grad():
-        encoded = encode_documents(model, documents, 3.0)
-        vectors = model.dequantize(encoded.quantized.codes)
-        embeddings = model.z_embeddings(vectors, encoded.lengths)
+        z = encode_documents(model, documents, 3.0).z
+        embeddings = model.z_embeddings(model.dequantize(z.codes), z.unit_lengths)
         tokens = torch.tensor([t for d in documents for t in d])
         cu_segments = offsets(torch.tensor([16, 16, 16, 12, 16, 4]))
-        first = torch.tensor([0, 0, 0, 0, 4, 4])
+        assert z.first_segment.tolist() == [0, 0, 0, 0, 4, 4]
 
         def logits_of(embeddings):
-            inputs = model.decoder_inputs(embeddings, encoded.lengths, encoded.cu_units, first, tokens, cu_segments)
+            inputs = model.decoder_inputs(embeddings, z, tokens, cu_segments)
             return model.adapted.logits(model.decompressor_hidden(inputs))
 
         before = logits_of(embeddings)
@@ -125,7 +124,7 @@ def test_text_sees_the_ztokens_of_its_segment_and_context_and_no_others(context,
         document_of_segment = [0, 0, 0, 0, 1, 1]
         for segment in range(6):
             changed = embeddings.clone()
-            changed[int(encoded.cu_units[segment])] += 1.0
+            changed[int(z.cu_segments[segment])] += 1.0
             moved = (logits_of(changed) - before).abs().amax(1) > 1e-6
             seen_from = [
                 s
@@ -138,12 +137,12 @@ def test_text_sees_the_ztokens_of_its_segment_and_context_and_no_others(context,
 def test_text_of_one_segment_does_not_leak_into_another(family_codec):
     model, tokens = family_codec.model, torch.arange(3, 35)
     cu = offsets(torch.tensor([16, 16]))
-    ratio, groups = torch.tensor([4.0, 4.0]), torch.arange(3, dtype=torch.int32)
+    ratio, sections = torch.tensor([4.0, 4.0]), torch.arange(3, dtype=torch.int32)
     changed = tokens.clone()
     changed[20] += 1
     with torch.no_grad():
-        one = model.encode(tokens, cu, groups, ratio)
-        other = model.encode(changed, cu, groups, ratio)
+        one = model.encode(tokens, cu, sections, ratio)
+        other = model.encode(changed, cu, sections, ratio)
     assert torch.equal(one.raw_mass[:16], other.raw_mass[:16])
     assert torch.equal(one.raw_mass[16:20], other.raw_mass[16:20])
     assert not torch.equal(one.raw_mass[20:], other.raw_mass[20:])

@@ -23,7 +23,7 @@ from ztok_fast.ops import halting_units
 LONGEST = 16
 
 
-def groups_of(lengths, segment=64):
+def sections_of(lengths, segment=64):
     segments, counts = split_segments(lengths, segment)
     return offsets(torch.tensor(segments)), offsets(torch.tensor(counts))
 
@@ -32,12 +32,12 @@ def groups_of(lengths, segment=64):
 @settings(max_examples=12, deadline=None)
 def test_achieved_ratio_is_the_budget_whatever_the_mass(seed, ratio, spread):
     torch.manual_seed(seed)
-    cu_segments, cu_groups = groups_of([1024, 640])
+    cu_segments, cu_sections = sections_of([1024, 640])
     raw = (torch.exp(spread * torch.randn(1664)) / ratio).clamp(mass_floor(LONGEST), 1.0)
-    mass = scale_to_budget(raw, torch.tensor([ratio, ratio]), cu_segments, cu_groups, LONGEST)
+    mass = scale_to_budget(raw, torch.tensor([ratio, ratio]), cu_segments, cu_sections, LONGEST)
     units = halting_units(mass, cu_segments)
-    per_group = units.cu_units[cu_groups.long()].diff()
-    achieved = torch.tensor([1024.0, 640.0]) / per_group
+    per_section = units.cu_units[cu_sections.long()].diff()
+    achieved = torch.tensor([1024.0, 640.0]) / per_section
     # At r = 15 the part units at the segments' ends leave little room: 64 tokens are 5 units of at most 16.
     assert torch.all((achieved / ratio - 1).abs() < (0.03 if ratio <= 12 else 0.2)), achieved
     lengths = unit_lengths(units, int(units.cu_units[-1]))
@@ -83,25 +83,25 @@ def test_one_pass_runs_halting_once(codec):
 @pytest.mark.parametrize("longest", [1, 2, 16, 64])
 def test_both_ends_of_the_budget_are_reached(longest):
     torch.manual_seed(0)
-    cu_segments, cu_groups = groups_of([256])
+    cu_segments, cu_sections = sections_of([256])
     raw = torch.rand(256).clamp(mass_floor(longest), 1.0)
     for ratio in (1.0, float(longest)):
-        mass = scale_to_budget(raw, torch.tensor([ratio]), cu_segments, cu_groups, longest)
+        mass = scale_to_budget(raw, torch.tensor([ratio]), cu_segments, cu_sections, longest)
         assert int(halting_units(mass, cu_segments).cu_units[-1]) == pytest.approx(256 / ratio, rel=0.02)
 
 
 def test_dense_documents_do_not_take_units_from_others():
-    cu_segments, cu_groups = groups_of([320, 320])
+    cu_segments, cu_sections = sections_of([320, 320])
     raw = torch.cat([torch.full((320,), 0.9), torch.full((320,), 0.1)])
-    mass = scale_to_budget(raw, torch.tensor([4.0, 2.0]), cu_segments, cu_groups, LONGEST)
-    counts = halting_units(mass, cu_segments).cu_units[cu_groups.long()].diff()
+    mass = scale_to_budget(raw, torch.tensor([4.0, 2.0]), cu_segments, cu_sections, LONGEST)
+    counts = halting_units(mass, cu_segments).cu_units[cu_sections.long()].diff()
     assert counts.tolist() == pytest.approx([80, 160], abs=5)
 
 
 def test_dense_tokens_get_shorter_units():
-    cu_segments, cu_groups = groups_of([64])
+    cu_segments, cu_sections = sections_of([64])
     raw = torch.cat([torch.full((32,), 0.6), torch.full((32,), 0.15)])
-    units = halting_units(scale_to_budget(raw, torch.tensor([4.0]), cu_segments, cu_groups, LONGEST), cu_segments)
+    units = halting_units(scale_to_budget(raw, torch.tensor([4.0]), cu_segments, cu_sections, LONGEST), cu_segments)
     dense = int(units.ends[:32].sum())
     assert dense >= 2 * int(units.ends[32:].sum())
 

@@ -1,7 +1,7 @@
 """Which text positions give a Z-token: halting mass, its budget, and the units that follow.
 
 The mass of a token is the share of a Z-token it asks for. A budget r wants sum(mass) = N / r over a
-document; the mass is scaled to that, so the achieved ratio follows from the arithmetic while *where* the
+section; the mass is scaled to that, so the achieved ratio follows from the arithmetic while *where* the
 Z-tokens go is learned.
 """
 
@@ -31,7 +31,7 @@ which crowd more tokens into one latent."""
 
 
 SEGMENT_SPREAD = 0.04
-"""How far apart, in relative mass, the segments of a document are set before scaling."""
+"""How far apart, in relative mass, the segments of a section are set before scaling."""
 
 
 class HaltingHead(nn.Module):
@@ -57,20 +57,20 @@ def fixed_mass(ratio: torch.Tensor) -> torch.Tensor:
 
 
 def surprisal_mass(
-    bits: torch.Tensor, ratio: torch.Tensor, cu_groups: torch.Tensor, config: ZTokConfig
+    bits: torch.Tensor, ratio: torch.Tensor, cu_sections: torch.Tensor, config: ZTokConfig
 ) -> torch.Tensor:
     """The mass that the halting head learns: in part uniform, in part in proportion to the token's surprisal.
 
     Args:
         bits: surprisal of every token under the bare base model, ``[T]``, in bits.
         ratio: the ratio asked of every token, ``[T]``.
-        cu_groups: ``[G + 1]`` offsets of the groups (documents) over which the mean is taken.
+        cu_sections: ``[G + 1]`` offsets of the sections over which the mean is taken.
     """
-    lengths = cu_groups.diff().long()
-    group = torch.repeat_interleave(torch.arange(len(lengths), device=bits.device), lengths)
-    total = torch.zeros(len(lengths), device=bits.device).index_add_(0, group, bits)
+    lengths = cu_sections.diff().long()
+    section = torch.repeat_interleave(torch.arange(len(lengths), device=bits.device), lengths)
+    total = torch.zeros(len(lengths), device=bits.device).index_add_(0, section, bits)
     mean = (total / lengths.clamp(min=1)).clamp(min=1e-3)
-    density = 1 - ADAPTIVITY + ADAPTIVITY * bits / mean[group]
+    density = 1 - ADAPTIVITY + ADAPTIVITY * bits / mean[section]
     return (density / ratio).clamp(mass_floor(config.max_unit_length), 1.0)
 
 
@@ -98,20 +98,20 @@ def scale_to_budget(
     mass: torch.Tensor,
     ratio: torch.Tensor,
     cu_segments: torch.Tensor,
-    cu_groups: torch.Tensor,
+    cu_sections: torch.Tensor,
     max_unit_length: int,
     iterations: int = 16,
 ) -> torch.Tensor:
-    """Scale the mass of every group to the most units that are no more than tokens / ratio (one at least).
+    """Scale the mass of every section to the most units that are no more than tokens / ratio (one at least).
 
-    The number of units grows with the scale, so a bisection finds it, for all groups at once and by
+    The number of units grows with the scale, so a bisection finds it, for all sections at once and by
     :func:`unit_counts` alone; the scale itself carries no gradient.
 
     Args:
         mass: ``[T]`` raw mass in [1/max_unit_length, 1].
-        ratio: ``[G]`` ratio asked of each group.
+        ratio: ``[G]`` ratio asked of each section.
         cu_segments: ``[S + 1]`` token offsets of the segments, at whose ends units are closed.
-        cu_groups: ``[G + 1]`` offsets of the groups in *segments*.
+        cu_sections: ``[G + 1]`` offsets of the sections in *segments*.
 
     Returns:
         ``[T]`` mass, differentiable in ``mass``.
@@ -119,15 +119,15 @@ def scale_to_budget(
     floor = mass_floor(max_unit_length)
     with torch.no_grad():
         lengths = cu_segments.diff().long()
-        group_of_segment = torch.repeat_interleave(
-            torch.arange(len(cu_groups) - 1, device=mass.device), cu_groups.diff().long()
+        section_of_segment = torch.repeat_interleave(
+            torch.arange(len(cu_sections) - 1, device=mass.device), cu_sections.diff().long()
         )
-        group = torch.repeat_interleave(group_of_segment, lengths)
-        groups = len(cu_groups) - 1
-        tokens = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, lengths.float())
+        section = torch.repeat_interleave(section_of_segment, lengths)
+        sections = len(cu_sections) - 1
+        tokens = torch.zeros(sections, device=mass.device).index_add_(0, section_of_segment, lengths.float())
         # Segments of equal mass would all gain a unit at the same scale and jump past the budget together; a spread
         # of a few percent, in golden-ratio steps, lets them gain it one after another.
-        index = torch.arange(len(lengths), device=mass.device) - cu_groups.long()[group_of_segment]
+        index = torch.arange(len(lengths), device=mass.device) - cu_sections.long()[section_of_segment]
         spread = 1 + SEGMENT_SPREAD * ((index * 0.6180339887) % 1 - 0.5)
         spread = spread[torch.repeat_interleave(torch.arange(len(lengths), device=mass.device), lengths)]
         wanted = (tokens / ratio).clamp(min=1.0)
@@ -138,12 +138,12 @@ def scale_to_budget(
         spread_mass = mass * spread
         for _ in range(iterations):
             middle = (low + high) / 2
-            counts = unit_counts((spread_mass * middle.exp2()[group]).clamp(floor, 1.0), cu_segments)
-            units = torch.zeros(groups, device=mass.device).index_add_(0, group_of_segment, counts.float())
+            counts = unit_counts((spread_mass * middle.exp2()[section]).clamp(floor, 1.0), cu_segments)
+            units = torch.zeros(sections, device=mass.device).index_add_(0, section_of_segment, counts.float())
             over = units > wanted
             high = torch.where(over, middle, high)
             low = torch.where(over, low, middle)
-        scale = spread * low.exp2()[group]
+        scale = spread * low.exp2()[section]
     return (mass * scale).clamp(floor, 1.0)
 
 
