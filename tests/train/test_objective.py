@@ -69,9 +69,9 @@ def batch_of(codec, lengths=(40, 23), asked=True):
     return make_batch(sections, codec.config.segment_length)
 
 
-def run(codec, weights, phase=Phase(), ratios=(3.0, 2.0), **batch):
+def run(codec, weights, phase=None, ratios=(3.0, 2.0), **batch):
     return Objective(codec.model, LossWeights(**(NONE | weights)))(
-        batch_of(codec, **batch), torch.tensor(ratios), phase
+        batch_of(codec, **batch), torch.tensor(ratios), phase or Phase()
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ztok_fast.codec.attention import ATTENTION_NAME, register
@@ -18,7 +19,7 @@ from ztok_fast.patching import patch
 ADAPTERS = ("compressor", "decompressor", "inferencer")
 
 
-def find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The stack of layers under a causal language model's head (``LlamaModel``, ``GPT2Model``, …)."""
     return getattr(model, model.base_model_prefix)
 
@@ -34,14 +35,14 @@ def find_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     return lists[0]
 
 
-def position_limit(decoder: nn.Module) -> int | None:
+def position_limit(decoder: PreTrainedModel) -> int | None:
     """Rows of a learned position table beside the token embedding (GPT-2); ``None`` for rotary positions."""
     words = decoder.get_input_embeddings()
     tables = [child for child in decoder.children() if isinstance(child, nn.Embedding) and child is not words]
     return min((table.num_embeddings for table in tables), default=None)
 
 
-def linear_modules(model: nn.Module, depth: int) -> list[str]:
+def linear_modules(model: PreTrainedModel, depth: int) -> list[str]:
     """Full names of the linear layers in the first ``depth`` transformer layers."""
     decoder = find_decoder(model)
     name, layers = find_layers(decoder)
@@ -64,7 +65,7 @@ class AdaptedBase(nn.Module):
         ConfigError: the base carries adapters already, or is too small for the codec's segments or layers.
     """
 
-    def __init__(self, base: nn.Module, config: ZTokConfig) -> None:
+    def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
         super().__init__()
         if any(isinstance(module, LoraLayer) for module in base.modules()):
             raise ConfigError("base model: expected a bare one, got one with adapters; load it again for another codec")
@@ -101,6 +102,7 @@ class AdaptedBase(nn.Module):
                 model = get_peft_model(base, lora, adapter_name=name)
             else:
                 model.add_adapter(name, lora)
+        assert model is not None
         self.peft = model
         # Found once, because a step of decoding is short. A tuple registers no module twice. Adapters are set on
         # modules within the layers, so the decoder and its stack stay these objects.
@@ -113,12 +115,12 @@ class AdaptedBase(nn.Module):
         self.activate("compressor")
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The causal language model with the adapters injected."""
         return self.peft.get_base_model()
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
     @property

@@ -35,7 +35,8 @@ def write_ztokens(
     what text is left; so end-of-Z counts only where that fits one unit, and where no text is left it is certain. A unit
     never reaches past its segment.
     """
-    config, device = model.config, tokens.device
+    config, device, head = model.config, tokens.device, model.autoregressive
+    assert head is not None  # emission "stop" has it
     text = cu_segments.diff().long()
     if not len(text):
         empty = torch.zeros(0, dtype=torch.int32, device=device)
@@ -52,12 +53,12 @@ def write_ztokens(
     for step in range(longest + 1):
         left = text - covered
         may_end = (last > 0) & (last + left <= config.max_unit_length)
-        mass = torch.where(may_end, model.autoregressive.end_mass(session.last, model.codebooks).double(), 0.0)
+        mass = torch.where(may_end, head.end_mass(session.last, model.codebooks).double(), 0.0)
         masses.append(torch.where(left == 0, 1.0, mass))
         rests.append(left)
         if step == longest or bool((torch.stack(masses).amax(0) >= STOP_THRESHOLD).all()):
             break
-        chosen, length, _ = model.autoregressive.select(
+        chosen, length, _ = head.select(
             session.last,
             model.codebooks,
             temperature=0.0,
@@ -78,11 +79,11 @@ def write_ztokens(
         embeds = model.z_embeddings(model.dequantize(chosen), last)
         session.step(embeds.to(values.dtype), torch.minimum(covered, text - 1))
     kept = steps_before_stop(torch.stack(masses, dim=1), STOP_THRESHOLD)
-    lengths, rest = torch.stack(lengths, dim=1), torch.stack(rests, dim=1)
+    units, rest = torch.stack(lengths, dim=1), torch.stack(rests, dim=1)
     final = kept[:, None] - 1
-    lengths = lengths.scatter_add(1, final, rest.gather(1, kept[:, None]))
-    is_kept = torch.arange(lengths.shape[1], device=device) < kept[:, None]
-    return ZTokens(torch.stack(codes, dim=1)[is_kept], lengths[is_kept].int(), offsets(kept), cu_documents)
+    units = units.scatter_add(1, final, rest.gather(1, kept[:, None]))
+    is_kept = torch.arange(units.shape[1], device=device) < kept[:, None]
+    return ZTokens(torch.stack(codes, dim=1)[is_kept], units[is_kept].int(), offsets(kept), cu_documents)
 
 
 def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens, embeddings) -> torch.Tensor:
@@ -92,6 +93,8 @@ def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens
         tokens, cu_segments, ratio: as in :meth:`ZTokModel.encode`.
         z: the Z-tokens to write; embeddings: theirs, ``[K, D]``. No gradient flows into either.
     """
+    head = model.autoregressive
+    assert head is not None  # emission "stop" has it
     _, conditioned, _ = model.compressor_inputs(tokens, cu_segments, z.cu_documents, ratio)
     values, position_ids, cu_joined, predict = _rows(
         model, conditioned, cu_segments, embeddings.detach(), z.unit_lengths, z.cu_segments
@@ -113,7 +116,7 @@ def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens
     codes[~is_end] = z.codes
     lengths = torch.ones(total, dtype=torch.int32, device=tokens.device)
     lengths[~is_end] = z.unit_lengths
-    return model.autoregressive.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
+    return head.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
 
 
 def _rows(model: ZTokModel, text, cu_segments, embeddings=None, lengths=None, cu_units=None):
@@ -125,16 +128,15 @@ def _rows(model: ZTokModel, text, cu_segments, embeddings=None, lengths=None, cu
     Returns:
         values ``[R, D]``, position ids int64 ``[R]``, int32 offsets ``[S + 1]``, and the rows that write, in order.
     """
-    segments, device = len(cu_segments) - 1, text.device
+    segments, device, head = len(cu_segments) - 1, text.device, model.autoregressive
+    assert head is not None
     if embeddings is None:
         embeddings, lengths = text[:0], torch.zeros(0, dtype=torch.int32, device=device)
         cu_units = torch.zeros(segments + 1, dtype=torch.int32, device=device)
     cu_mark = torch.arange(segments + 1, dtype=torch.int32, device=device)
     parts = [cu_segments, cu_mark, cu_units]
     marks = torch.zeros(segments, dtype=torch.int64, device=device)
-    joined = ragged_gather(
-        [text, model.autoregressive.marks[:1].to(text.dtype), embeddings.to(text.dtype)], [None, marks, None], parts
-    )
+    joined = ragged_gather([text, head.marks[:1].to(text.dtype), embeddings.to(text.dtype)], [None, marks, None], parts)
     layout = ragged_layout(parts, [len(text), segments, len(embeddings)])
     segment = sequence_of_row(cu_units, len(lengths))
     ends = offsets(lengths).long()[1:] - cu_segments.long()[segment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -124,7 +125,9 @@ def _as_documents(model, z, codes, lengths, kept) -> tuple[ZTokens, list[Documen
 
 
 @torch.inference_mode()
-def answer_question(model: ZTokModel, z: ZBatch, questions: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def answer_question(
+    model: ZTokModel, z: ZBatch, questions: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
     """Greedy answers, as token lists, to one question for every document."""
     if not len(z):
         return []

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
@@ -91,7 +92,7 @@ class ZTokModel(nn.Module):
     Everything a codec saves is in :meth:`codec_state`; the base's weights are never part of it.
     """
 
-    def __init__(self, base: nn.Module, config: ZTokConfig) -> None:
+    def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
         super().__init__()
         self.config = config
         self.adapted = AdaptedBase(base, config)
@@ -279,7 +280,7 @@ class ZTokModel(nn.Module):
             The conditioning ``[total, D]`` of the input rows (``None`` without ``unit_conditioning``), and the logit
             bias ``[total, D]``, added to the last hidden states (``None`` without ``copy_path``).
         """
-        if self.offset_embedding is None:
+        if self.offset_embedding is None or self.unbinding is None:
             return None, None
         unit, gate, offset = self.gate_of_token(lengths, total)
         unbound = embeddings[unit] * self.unbinding[gate]
@@ -331,9 +332,9 @@ class ZTokModel(nn.Module):
 
     def codec_state(self) -> dict[str, torch.Tensor]:
         """Adapters, codebooks, projections and heads by name; nothing of the base."""
+        return {**self.trainable_parameters()}
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         adapters = {f"adapters.{name}": p for name, p in self.adapted.adapter_parameters()}
         own = {n: p for n, p in self.named_parameters() if not n.startswith("adapted.")}
         return {**adapters, **own}
-
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return self.codec_state()

@@ -73,7 +73,9 @@ def pack_tokens(documents: Sequence[Tokens], device) -> torch.Tensor:
     return torch.tensor([t for d in documents for t in d], dtype=torch.int64, device=device)
 
 
-def _packed(model: ZTokModel, documents: Sequence[Tokens], ratio: float, levels: int | None):
+def _packed(
+    model: ZTokModel, documents: Sequence[Tokens], ratio: float, levels: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """tokens, cu_segments, cu_documents, ratio and levels, as :meth:`ZTokModel.encode` takes them."""
     segments, counts = split_segments([len(d) for d in documents], model.config.segment_length)
     device = model.codebooks.device

@@ -107,7 +107,7 @@ def _cut_tokens(tokenizer, tokens: Sequence[int], end: int) -> int | None:
     """A place at or before ``end`` where the texts on both sides join to the text of all; or ``None``."""
     for cut in range(end, end - _TRIES, -1):
         before, after = tokens[cut - CONTEXT_TOKENS : cut], tokens[cut : cut + CONTEXT_TOKENS]
-        if _decode(tokenizer, before) + _decode(tokenizer, after) == _decode(tokenizer, before + after):
+        if _decode(tokenizer, before) + _decode(tokenizer, after) == _decode(tokenizer, [*before, *after]):
             return cut
     return None
 

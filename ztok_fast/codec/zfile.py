@@ -26,7 +26,7 @@ import math
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def content_sha256(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> 
     digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
-        digest.update(np.ascontiguousarray(tensors[name]))
+        digest.update(np.ascontiguousarray(tensors[name]).data)
     return digest.hexdigest()
 
 
@@ -283,7 +283,7 @@ def _corrections_to(corrections: Corrections | None, parts: dict[str, list[bytes
     if corrections is None:
         return None
     gaps, tokens = corrections.gaps.numpy(), corrections.tokens.numpy()
-    stated = {"count": len(gaps), "gap_bits": bit_width(gaps), "token_bits": bit_width(tokens)}
+    stated: dict[str, Any] = {"count": len(gaps), "gap_bits": bit_width(gaps), "token_bits": bit_width(tokens)}
     parts["correction_gaps"].append(pack_codes(gaps, stated["gap_bits"]).tobytes())
     parts["correction_tokens"].append(pack_codes(tokens, stated["token_bits"]).tobytes())
     if corrections.patch is not None:
@@ -321,7 +321,7 @@ def _corrections_from(stated: dict, byte_length: int | None, readers: dict[str, 
             raise ZFileError("byte_length: expected a number beside raw bytes, got none")
         raw = readers["raw"].zlib(_count(stated, "raw_stored"), byte_length)
     as_int32 = [torch.from_numpy(values.astype(np.int32)) for values in (positions, tokens)]
-    return Corrections(*as_int32, patch, raw)
+    return Corrections(as_int32[0], as_int32[1], patch, raw)
 
 
 def _bits_for(size: int) -> int:
@@ -353,6 +353,6 @@ def _same_number(stated: object, computed: float) -> bool:
     return _is_number(stated) and math.isclose(stated, computed, rel_tol=1e-9)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Whether a JSON value is a number that a float holds; JSON's integers have no largest one."""
     return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,8 +39,10 @@ class Batch:
     sections: list[Section]
 
     def to(self, device) -> Batch:
-        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_sections))
-        return Batch(*moved, self.sections)
+        tokens, cu_segments, cu_sections = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.cu_segments, self.cu_sections)
+        )
+        return Batch(tokens, cu_segments, cu_sections, self.sections)
 
 
 def make_batch(sections: list[Section], segment_length: int) -> Batch:
@@ -80,7 +82,7 @@ class SectionStream:
         section_tokens: int,
         batch_tokens: int,
         seed: int,
-        exclude_sources: list[str] = (),
+        exclude_sources: Sequence[str] = (),
         buffer_sections: int = 2048,
         min_tokens: int = 16,
         rank: int = 0,

@@ -111,7 +111,7 @@ class Objective(nn.Module):
         ]
         if weights.length:
             terms["length"] = length_loss(encoded.raw_mass, section, ratio)
-        if learn_density:
+        if learn_density and target is not None:
             terms["density"] = ((encoded.raw_mass - target) * ratio[section]).square().mean()
         if (weights.zspace or weights.answer) and quantizing:
             zspace, answer = self._inferencer(batch, encoded, embeddings)
