@@ -57,7 +57,7 @@ def commit() -> str | None:
 
 
 def summary(facts: dict) -> str:
-    """Commit, versions and machine of :func:`environment` in one line."""
+    """Commit, versions and machine of `environment` in one line."""
     own, cpu = facts["packages"], facts["cpu"]
     packages = [f"{name} {own[name]}" for name in ("torch", "transformers", "peft") if own.get(name)]
     processor = f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads"

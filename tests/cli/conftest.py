@@ -97,7 +97,7 @@ def tiny(ztok, codec_folder):
 
 @pytest.fixture(scope="session")
 def compressed(tmp_path_factory, codec_folder) -> Path:
-    """:data:`TEXT` as an exact ``.ztok`` file at the budget 4."""
+    """`TEXT` as an exact ``.ztok`` file at the budget 4."""
     folder = tmp_path_factory.mktemp("compressed")
     (folder / "text.txt").write_bytes(TEXT.encode())
     assert main(["compress", str(folder / "text.txt"), "--exact", "--codec", str(codec_folder)]) == 0

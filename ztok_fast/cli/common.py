@@ -109,7 +109,7 @@ def collected_warnings(wanted: type[Warning]) -> Iterator[list]:
 
 
 def check_input(path: str) -> Path:
-    """The path of a file to read, or :class:`UsageError` when there is none."""
+    """The path of a file to read, or `UsageError` when there is none."""
     if Path(path).is_dir():
         raise UsageError(f"{path}: expected a file, got a folder")
     if not Path(path).exists():
@@ -150,7 +150,7 @@ def check_output(path: str | Path, suffix: str | None = None, inputs: Sequence[s
 
 
 def check_parent(path: Path) -> None:
-    """Raise :class:`UsageError` unless ``path`` can be made: its nearest existing parent is a writable folder."""
+    """Raise `UsageError` unless ``path`` can be made: its nearest existing parent is a writable folder."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise UsageError(f"output {path}: cannot be written, {folder} is a file and not a folder")

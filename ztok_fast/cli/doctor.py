@@ -1,4 +1,4 @@
-"""``ztok doctor``: versions, devices and backends (:mod:`ztok_fast.doctor`)."""
+"""``ztok doctor``: versions, devices and backends (`ztok_fast.doctor`)."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def evaluate_variants(codec: ZTokCodec, documents: list[list[int]], budgets: lis
     Returns:
         ``codec_fingerprint``, ``base_model``, ``documents`` and ``tokens`` (counts), ``base`` (the base model
         without Z-tokens: bits per token, accuracy) and ``rows``: budget, units, levels and what
-        :func:`ztok_fast.train.evaluate.evaluate` measures there.
+        `evaluate` measures there.
     """
     from ztok_fast.train.evaluate import UNIT_KINDS, evaluate, unit_kinds
 

@@ -104,7 +104,7 @@ def mark_wrong(texts: Sequence[str], wrong: Sequence[bool], colour: bool) -> str
 
 
 def fold(text: str, colour: bool, indent: str = "  ") -> str:
-    """Lines of at most :data:`WIDTH` columns, indented; coloured text as it is."""
+    """Lines of at most `WIDTH` columns, indented; coloured text as it is."""
     if colour:
         return text
     lines = []

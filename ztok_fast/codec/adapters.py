@@ -165,7 +165,7 @@ class AdaptedBase(nn.Module):
         Args:
             embeds: packed ``[T, D]`` with ``cu_seqlens`` and ``max_length``, or ``[B, T, D]`` with ``mask``.
             position_ids: int64, the leading shape of ``embeds``.
-            adapter: one of :data:`ADAPTERS`, or ``None`` for the bare base model.
+            adapter: one of `ADAPTERS`, or ``None`` for the bare base model.
             layers: run only the first ``layers`` of the stack.
 
         Returns:

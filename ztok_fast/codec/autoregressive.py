@@ -1,7 +1,7 @@
 """Emission "stop": the compressor writes the Z-tokens of a segment one after another until end-of-Z.
 
 The compressor adapter reads the segment's text and goes on with Z-tokens, each chosen among the codebook rows by a
-head of its own (:class:`~ztok_fast.codec.zspace.ZSpaceHead`), as arXiv:2603.25340 writes them. It takes as many steps
+head of its own (`ZSpaceHead`), as arXiv:2603.25340 writes them. It takes as many steps
 as a segment has Z-tokens, where the other emissions take one pass; the segments of a batch run side by side. What to
 write is learned from the one-pass emission: the training targets are the codes and units that the quantiser gave for
 the same text.
@@ -29,9 +29,9 @@ STOP_THRESHOLD = 0.5
 def write_ztokens(
     model: ZTokModel, tokens, cu_segments, cu_documents, ratio, levels: torch.Tensor | None = None
 ) -> ZTokens:
-    """Write the Z-tokens of packed segments, greedily; the arguments are those of :meth:`ZTokModel.encode`.
+    """Write the Z-tokens of packed segments, greedily; the arguments are those of `ZTokModel.encode`.
 
-    A segment ends at the first step whose mass of end-of-Z reaches :data:`STOP_THRESHOLD`, and its last unit takes in
+    A segment ends at the first step whose mass of end-of-Z reaches `STOP_THRESHOLD`, and its last unit takes in
     what text is left; so end-of-Z counts only where that fits one unit, and where no text is left it is certain. A unit
     never reaches past its segment.
     """
@@ -90,7 +90,7 @@ def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens
     """Cross-entropy of the Z-tokens ``z``, and of end-of-Z, written one by one; nats, the mean over rows.
 
     Args:
-        tokens, cu_segments, ratio: as in :meth:`ZTokModel.encode`.
+        tokens, cu_segments, ratio: as in `ZTokModel.encode`.
         z: the Z-tokens to write; embeddings: theirs, ``[K, D]``. No gradient flows into either.
     """
     head = model.autoregressive

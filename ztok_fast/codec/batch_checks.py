@@ -12,7 +12,7 @@ from ztok_fast.codec.zbatch import ZBatch
 
 
 def check_fits(z: ZBatch, config: ZTokConfig, vocabulary: int) -> None:
-    """Raise :class:`ZBatchError` unless a valid batch has the sizes and the segments of this codec.
+    """Raise `ZBatchError` unless a valid batch has the sizes and the segments of this codec.
 
     Args:
         vocabulary: tokens that the base model has an embedding for.

@@ -10,7 +10,7 @@ from ztok_fast.codec.exact_patch import make_patch
 
 
 def warn_of_lost_bytes(originals: list[bytes], decoded: Iterable[bytes]) -> None:
-    """Issue one :class:`LossyTextWarning` where the bytes of a document's true tokens are not the original's.
+    """Issue one `LossyTextWarning` where the bytes of a document's true tokens are not the original's.
 
     Args:
         originals: the documents; decoded: the bytes that the tokens of each decode to, if every one comes back.

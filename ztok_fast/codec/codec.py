@@ -44,7 +44,7 @@ class ZTokCodec:
         texts = codec.decompress(z)
 
     Args:
-        base: the loaded base model; config: the codec's settings. Weights are fresh: see :meth:`from_pretrained`.
+        base: the loaded base model; config: the codec's settings. Weights are fresh: see `from_pretrained`.
     """
 
     def __init__(self, base: BaseModel, config: ZTokConfig) -> None:
@@ -205,7 +205,7 @@ class ZTokCodec:
         return originals, contents
 
     def tokenize(self, texts: Sequence[str]) -> list[array]:
-        """The text tokens of every document, as :meth:`compress` sees them: arrays of C ints."""
+        """The text tokens of every document, as `compress` sees them: arrays of C ints."""
         return tokenize(self.tokenizer, texts)
 
     def _text_bytes(self, tokens: Sequence[int]) -> bytes:
@@ -236,7 +236,7 @@ class ZTokCodec:
     def decompress_bytes(
         self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
     ) -> list[bytes]:
-        """:meth:`decompress`, each document as bytes (UTF-8 unless the original was not)."""
+        """`decompress`, each document as bytes (UTF-8 unless the original was not)."""
         tokens, results = self._decompress(z, batch_segments, progress), []
         for info, own in zip(z.documents, tokens):
             corrections = info.corrections

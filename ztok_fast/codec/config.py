@@ -37,7 +37,7 @@ class ZTokConfig:
         budgets: the ratios r that the codec was trained at.
         emission: ``"fire"`` (learned halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r
             tokens, one pass) or ``"stop"`` (the compressor writes the Z-tokens of a segment one after another until
-            the mass of end-of-Z reaches a threshold; see :mod:`ztok_fast.codec.autoregressive`).
+            the mass of end-of-Z reaches a threshold; see `ztok_fast.codec.autoregressive`).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
         unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
             that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor
@@ -117,7 +117,7 @@ class ZTokConfig:
             raise ConfigError(f"codec format version: expected {FORMAT_VERSION}, got {self.format_version!r}")
 
     def check_ratio(self, ratio: float) -> float:
-        """Return ``ratio`` as a float, or raise :class:`ConfigError` when no allocation can reach it."""
+        """Return ``ratio`` as a float, or raise `ConfigError` when no allocation can reach it."""
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not math.isfinite(ratio):
             raise ConfigError(f"ratio: expected a number, got {ratio!r}")
         if not 1 <= ratio <= self.max_unit_length:

@@ -35,7 +35,7 @@ def continue_ztokens(
     Args:
         end_threshold: ``None`` lets end-of-Z be drawn like any code. A probability in (0, 1] ends a document at the
             first step whose end-of-Z mass reaches it instead, whatever is drawn: the halting mode "stop"
-            (:func:`~ztok_fast.ops.halting_units`; adaptive computation time, arXiv:1603.08983).
+            (`halting_units`; adaptive computation time, arXiv:1603.08983).
     """
     check_count("max_new_ztokens", max_new_ztokens)
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
@@ -83,7 +83,7 @@ def continue_ztokens(
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise :class:`CodecError` unless ``value`` is an integer of at least 1."""
+    """Raise `CodecError` unless ``value`` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CodecError(f"{name}: expected an integer of at least 1, got {value!r}")
 
@@ -93,7 +93,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_positions(model: ZTokModel, cu_prefix: torch.Tensor, new_rows: int) -> None:
-    """Raise :class:`CodecError` where prefixes and new rows do not fit the base's learned position table."""
+    """Raise `CodecError` where prefixes and new rows do not fit the base's learned position table."""
     limit = model.adapted.position_limit
     if limit is None:
         return

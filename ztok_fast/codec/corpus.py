@@ -1,7 +1,7 @@
 """A compressed corpus as Parquet: one row a document, so that any data tool reads it.
 
 Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``sha256``, ``byte_length`` as in
-:class:`~ztok_fast.codec.documents.DocumentInfo`; ``codes``, the document's codes as one list, ``levels`` for each
+`DocumentInfo`; ``codes``, the document's codes as one list, ``levels`` for each
 Z-token; ``unit_lengths``, one for each Z-token; ``segment_rows``, Z-tokens of each segment; ``corrections``, exact
 mode's (null without). What holds for all rows stands in the schema's metadata. Needs the package pyarrow.
 """

@@ -84,7 +84,7 @@ class Corrections:
         return self.positions - before
 
     def validate(self, tokens: int) -> None:
-        """Raise :class:`ZBatchError` unless these fit a document of ``tokens`` text tokens."""
+        """Raise `ZBatchError` unless these fit a document of ``tokens`` text tokens."""
         for name, value in (("positions", self.positions), ("tokens", self.tokens)):
             if not isinstance(value, torch.Tensor) or value.dtype != torch.int32 or value.dim() != 1:
                 raise ZBatchError(f"corrections.{name}: expected an int32 vector, got {_describe(value)}")

@@ -18,7 +18,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class DocumentInfo:
-    """One document of a :class:`ZBatch`.
+    """One document of a `ZBatch`.
 
     Attributes:
         tokens: text tokens that the document had, N.
@@ -36,7 +36,7 @@ class DocumentInfo:
     corrections: Corrections | None = None
 
     def validate(self, num_codebooks: int) -> None:
-        """Raise :class:`ZBatchError` unless this can be a document of a codec with ``num_codebooks`` codebooks."""
+        """Raise `ZBatchError` unless this can be a document of a codec with ``num_codebooks`` codebooks."""
         if not is_integer(self.tokens, 0):
             raise ZBatchError(f"tokens: expected an integer of at least 0, got {self.tokens!r}")
         budget = self.budget
@@ -60,7 +60,7 @@ class DocumentInfo:
                 raise ZBatchError(f"corrections.raw: expected {self.byte_length} bytes, got {len(raw)}")
 
     def verify(self, data: bytes) -> None:
-        """Raise :class:`ExactMismatchError` unless ``data`` is byte for byte what was compressed."""
+        """Raise `ExactMismatchError` unless ``data`` is byte for byte what was compressed."""
         if self.sha256 is None:
             raise ExactMismatchError("document: expected a SHA-256 of its original to compare with, got none")
         digest = hashlib.sha256(data).hexdigest()

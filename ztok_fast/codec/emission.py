@@ -75,7 +75,7 @@ def surprisal_mass(
 
 
 def unit_counts(mass: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
-    """Units of every segment, int64 ``[S]``, as :func:`~ztok_fast.ops.halting_units` counts them (mode "fire").
+    """Units of every segment, int64 ``[S]``, as `halting_units` counts them (mode "fire").
 
     Only the segments' sums are needed. On the op's fixed-point grid the sums are exact, and no row has more than the
     threshold, so as many rows end a unit as the threshold goes into the sum. The rows after them are one more unit.
@@ -105,7 +105,7 @@ def scale_to_budget(
     """Scale the mass of every section to the most units that are no more than tokens / ratio (one at least).
 
     The number of units grows with the scale, so a bisection finds it, for all sections at once and by
-    :func:`unit_counts` alone; the scale itself carries no gradient.
+    `unit_counts` alone; the scale itself carries no gradient.
 
     Args:
         mass: ``[T]`` raw mass in [1/max_unit_length, 1].
@@ -150,7 +150,7 @@ def scale_to_budget(
 def steps_before_stop(mass: torch.Tensor, threshold: float) -> torch.Tensor:
     """How many steps of each row come before the one at which it halts, int64 ``[B]``.
 
-    The halting mode "stop" of :func:`~ztok_fast.ops.halting_units`: the step whose end mass reaches the threshold is
+    The halting mode "stop" of `halting_units`: the step whose end mass reaches the threshold is
     end-of-Z itself; a row that never does runs to its last step.
 
     Args:

@@ -12,7 +12,7 @@ from ztok_fast.codec.adapters import AdaptedBase
 class DecodeCache:
     """Keys and values of every layer in buffers of a fixed capacity; rows share the write position.
 
-    Stands in for transformers' caches: the attention layers call :meth:`update`.
+    Stands in for transformers' caches: the attention layers call `update`.
     """
 
     def __init__(self, capacity: int) -> None:

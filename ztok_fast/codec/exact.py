@@ -2,7 +2,7 @@
 
 A stored token is written whatever the model says, and the model goes on from it, so corrections count the
 mistakes given the true prefix, not those of a run that has lost its way. A token whose logit leads by less
-than :data:`MARGIN` is stored too: rounding that differs with the batch or the machine cannot flip it.
+than `MARGIN` is stored too: rounding that differs with the batch or the machine cannot flip it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def join(corrections: list[dict[int, int]], lengths: list[int]) -> tuple[torch.T
 
 
 def split(corrections: Corrections | None, lengths: list[int]) -> list[dict[int, int]]:
-    """The inverse of :func:`join`: a mapping for every section."""
+    """The inverse of `join`: a mapping for every section."""
     sections: list[dict[int, int]] = [{} for _ in lengths]
     if corrections is None or not lengths:
         return sections

@@ -89,7 +89,7 @@ def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.T
 class ZTokModel(nn.Module):
     """Base, adapters and the codec's own small modules.
 
-    Everything a codec saves is in :meth:`codec_state`; the base's weights are never part of it.
+    Everything a codec saves is in `codec_state`; the base's weights are never part of it.
     """
 
     def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
@@ -197,7 +197,7 @@ class ZTokModel(nn.Module):
     def compressor_inputs(
         self, tokens, cu_segments, cu_documents, ratio
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs of text rows packed as in :meth:`encode`.
+        """Inputs of text rows packed as in `encode`.
 
         Returns:
             Embeddings ``[T, D]``, the same conditioned on the ratio, and the ratio asked of each row ``[T]``.
@@ -251,7 +251,7 @@ class ZTokModel(nn.Module):
         return rows, own[rows] + (config.context_segments - back) * config.segment_length, cu_prefix
 
     def decoder_inputs(self, embeddings, z: ZTokens, tokens, cu_segments) -> DecoderInputs:
-        """Teacher-forced decompressor inputs of packed segments (see :class:`DecoderInputs`).
+        """Teacher-forced decompressor inputs of packed segments (see `DecoderInputs`).
 
         Args:
             embeddings: ``[K, D]`` of the Z-tokens ``z``; tokens int64 ``[T]``, the text before each prediction;

@@ -76,7 +76,7 @@ def pack_tokens(documents: Sequence[Tokens], device) -> torch.Tensor:
 def _packed(
     model: ZTokModel, documents: Sequence[Tokens], ratio: float, levels: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """tokens, cu_segments, cu_documents, ratio and levels, as :meth:`ZTokModel.encode` takes them."""
+    """tokens, cu_segments, cu_documents, ratio and levels, as `ZTokModel.encode` takes them."""
     segments, counts = split_segments([len(d) for d in documents], model.config.segment_length)
     device = model.codebooks.device
     return (

@@ -80,7 +80,7 @@ def _cut(tokenizer, text: str) -> tuple[list[int], int] | None:
 
 
 def _first_distinct(preferred: Iterator[int], others: Sequence[int]) -> Iterator[int]:
-    """At most :data:`_TRIES` of the preferred, then as many of the others."""
+    """At most `_TRIES` of the preferred, then as many of the others."""
     for source in (preferred, iter(others)):
         for _, k in zip(range(_TRIES), source):
             yield k

@@ -39,7 +39,7 @@ class WeightsError(ValueError):
 
 
 def save_weights(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Write ``state``, cast to ``dtype`` if given, under :data:`WEIGHTS`."""
+    """Write ``state``, cast to ``dtype`` if given, under `WEIGHTS`."""
     tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 

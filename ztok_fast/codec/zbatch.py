@@ -61,7 +61,7 @@ class ZBatch(ZTokens):
 
     @property
     def rate_exact(self) -> float:
-        """As :attr:`rate`, with the bytes of exact mode's corrections."""
+        """As `rate`, with the bytes of exact mode's corrections."""
         stored = sum(d.corrections.stored_bytes for d in self.documents if d.corrections is not None)
         return self.rate + 8 * stored / self.tokens if self.tokens else math.nan
 
@@ -111,7 +111,7 @@ class ZBatch(ZTokens):
         )
 
     def check_codec(self, fingerprint: str) -> None:
-        """Raise :class:`ZBatchError` unless the codec with this fingerprint made the batch."""
+        """Raise `ZBatchError` unless the codec with this fingerprint made the batch."""
         if fingerprint != self.codec_fingerprint:
             raise ZBatchError(
                 f"codec: expected the one with fingerprint {self.codec_fingerprint[:16]}..., which compressed this, "
@@ -119,12 +119,12 @@ class ZBatch(ZTokens):
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.ztok`` file (see :mod:`ztok_fast.codec.zfile`)."""
+        """Write a ``.ztok`` file (see `ztok_fast.codec.zfile`)."""
         save_zfile(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> ZBatch:
-        """Read a ``.ztok`` file; :class:`~ztok_fast.codec.errors.ZFileError` says what is wrong with another."""
+        """Read a ``.ztok`` file; `ZFileError` says what is wrong with another."""
         return load_zfile(path, cls)
 
     def validate(self) -> ZBatch:

@@ -2,7 +2,7 @@
 
 String metadata holds the format and its version, the codec's fingerprint, ``num_codebooks`` (L), ``codebook_size``
 (V), ``max_unit_length``, ``content_sha256`` and ``documents``, a JSON list with one object for each document.
-The tensors, all ``uint8`` (packed by :mod:`ztok_fast.codec.bitpack`, documents one after another):
+The tensors, all ``uint8`` (packed by `ztok_fast.codec.bitpack`, documents one after another):
 
 =====================  ===========================================================================================
 ``codes``              of each document the ``[K, levels]`` codes that it uses, ceil(log2 V) bits each; its own bytes
@@ -14,8 +14,8 @@ The tensors, all ``uint8`` (packed by :mod:`ztok_fast.codec.bitpack`, documents 
 =====================  ===========================================================================================
 
 There is no parser here beyond safetensors, JSON and zlib, and nothing in a file is ever run. Loading checks the
-content's SHA-256, then every count, size and range, and last :meth:`ZBatch.validate`. The module is told which class to
-make of a file (:class:`~ztok_fast.codec.zbatch.ZBatch`), so that it need not import what imports it.
+content's SHA-256, then every count, size and range, and last `ZBatch.validate`. The module is told which class to
+make of a file (`ZBatch`), so that it need not import what imports it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def load_zfile(path: str | Path, make: type[ZBatch]) -> ZBatch:
     """Read and check a ``.ztok`` file.
 
     Args:
-        make: the class of the result, :class:`~ztok_fast.codec.zbatch.ZBatch`.
+        make: the class of the result, `ZBatch`.
 
     Raises:
         ZFileError: the file is missing, truncated, foreign, of another format version, altered or
@@ -160,7 +160,7 @@ def _check_format(metadata: dict[str, str]) -> None:
 
 
 def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make: type[ZBatch]) -> ZBatch:
-    """The inverse of :func:`to_tensors` with every check but that of the content's SHA-256."""
+    """The inverse of `to_tensors` with every check but that of the content's SHA-256."""
     settings = {}
     for name in _SETTINGS:
         value = metadata.get(name, "")

@@ -81,7 +81,7 @@ class ZSpaceHead(nn.Module):
 
         Args:
             hidden: ``[B, D]``; row_ids int64 ``[B]``, step: what the random bits of a row's draw depend on, with
-                ``seed``; temperature, top_p as in :func:`~ztok_fast.ops.z_select`.
+                ``seed``; temperature, top_p as in `z_select`.
             allow_end: let end-of-Z be drawn like a code.
 
         Returns:

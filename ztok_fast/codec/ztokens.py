@@ -16,7 +16,7 @@ class ZTokens:
 
     A document is cut into segments, a segment into units, and each unit has one Z-token. Where the context and the
     budget matter, the documents are *sections*: consecutive segments of a text that share a budget and nothing with
-    other sections (:meth:`sections`).
+    other sections (`sections`).
 
     Attributes:
         codes: int32 ``[K, L]``, the codes of all Z-tokens, document after document; -1 at levels that are not used.
@@ -92,7 +92,7 @@ class ZTokens:
         return ZTokens(self.codes, self.unit_lengths, self.cu_segments, cu_documents), counts
 
     def joined(self, counts: Sequence[int]) -> ZTokens:
-        """The inverse of :meth:`sections`: every ``counts[i]`` consecutive documents become one."""
+        """The inverse of `sections`: every ``counts[i]`` consecutive documents become one."""
         bounds = offsets(torch.tensor(counts, dtype=torch.int64, device=self.codes.device)).long()
         return ZTokens(self.codes, self.unit_lengths, self.cu_segments, self.cu_documents[bounds])
 

@@ -70,7 +70,7 @@ class SectionStream:
         rank, world: this process reads every ``world``-th row.
 
     Raises:
-        ValueError: a count out of range; when batches are drawn, :class:`DataError` for a file that cannot be read.
+        ValueError: a count out of range; when batches are drawn, `DataError` for a file that cannot be read.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class SectionStream:
         return make_batch(chosen, self.segment_length)
 
     def state(self) -> dict:
-        """What :meth:`load_state` needs to go on with exactly the next batch."""
+        """What `load_state` needs to go on with exactly the next batch."""
         return {
             "rows_read": self.rows_read,
             "random": self.random.getstate(),

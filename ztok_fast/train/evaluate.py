@@ -58,7 +58,7 @@ def evaluate(
     Args:
         documents: token lists, each cut to one section (see ``section_segments``).
         quantized: decode from the codes; otherwise from the continuous latents (before k-means).
-        fixed_units: one of the values of :data:`UNIT_KINDS`; ``None`` for units as configured.
+        fixed_units: one of the values of `UNIT_KINDS`; ``None`` for units as configured.
         levels: use only the first ``levels`` residual levels.
 
     Returns:

@@ -32,10 +32,10 @@ METRICS = "metrics.jsonl"
 
 
 class Trainer:
-    """Trains the codec of ``settings``; :meth:`run` begins, or goes on from the checkpoint in ``settings.out``.
+    """Trains the codec of ``settings``; `run` begins, or goes on from the checkpoint in ``settings.out``.
 
     Args:
-        settings: the run; base: a loaded :class:`~ztok_fast.codec.base_model.BaseModel` to use instead of
+        settings: the run; base: a loaded `BaseModel` to use instead of
             resolving ``settings.base``.
 
     Raises:

@@ -88,7 +88,7 @@ class PretrainConfig:
         return config
 
     def validate(self) -> None:
-        """Raise :class:`SettingsError` (a ``ValueError``) that names the first setting that is not right."""
+        """Raise `SettingsError` (a ``ValueError``) that names the first setting that is not right."""
         check_types(self, "pretrain setting")
         for name in (
             "vocab_size",

@@ -22,7 +22,7 @@ class TrainSettings:
 
     Attributes:
         base: base model, as ``load_base`` resolves it; out: folder for checkpoint, metrics and codec.
-        codec: codec settings (see :class:`ZTokConfig`); loss: the weights (see :class:`LossWeights`).
+        codec: codec settings (see `ZTokConfig`); loss: the weights (see `LossWeights`).
         train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.
         steps: optimiser steps; accumulation: batches per step; batch_tokens, section_tokens: text tokens.
         learning_rate: of the adapters; module_learning_rate: of projections, embeddings and heads (0 = the same).
@@ -171,7 +171,7 @@ _KINDS = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), 
 
 
 def check_types(settings, what: str) -> None:
-    """Raise :class:`SettingsError` unless every field of a dataclass read from YAML has its declared type."""
+    """Raise `SettingsError` unless every field of a dataclass read from YAML has its declared type."""
     for f in fields(settings):
         value, kinds = getattr(settings, f.name), _KINDS[str(f.type)]
         right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
