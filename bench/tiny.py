@@ -1,9 +1,13 @@
-"""A tiny random base model, a codec on it and a little text: what dry runs and tests of the scripts need."""
+"""A tiny random base model, a codec on it and a little text: what dry runs and tests of the scripts need.
+
+python -m bench.tiny FOLDER STEPS      the settings of a training run, with all that it needs; prints their path
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from ztok_fast.codec.base_model import load_base
@@ -16,7 +20,7 @@ CODEC = {
     "budgets": [2, 4], "lora_rank": 2, "lora_alpha": 2,
 }  # fmt: skip
 TRAINING = {
-    "base": "tiny", "out": "unused", "codec": CODEC, "batch_tokens": 256, "section_tokens": 64, "continuous_steps": 1,
+    "codec": CODEC, "batch_tokens": 256, "section_tokens": 64, "continuous_steps": 1,
     "blend_steps": 1, "surprisal_steps": 1, "sampling_start": 0.5, "sampling_every": 1, "warmup_steps": 1,
     "eval_documents": 2, "eval_tokens": 32, "kmeans_latents": 64, "threads": 1,
 }  # fmt: skip
@@ -63,3 +67,20 @@ def write_tiny_codec(folder: str | Path, texts: str | Path) -> Path:
     config = dataclasses.replace(ZTokConfig(**CODEC), base_model="tiny", base_fingerprint=base.fingerprint)
     ZTokCodec(base, config).save_pretrained(folder)
     return folder
+
+
+def write_tiny_run(folder: str | Path, steps: int) -> Path:
+    """The settings of a training run of a few steps, in a folder with its base and text."""
+    import yaml
+
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    texts = write_texts(folder / "texts.jsonl")
+    settings = {**TRAINING, "base": str(write_tiny_base(folder / "base", texts)), "out": str(folder / "run")}
+    settings |= {"train_files": [str(texts)], "dev_files": [str(texts)], "steps": steps}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder / "settings.yaml"
+
+
+if __name__ == "__main__":
+    print(write_tiny_run(sys.argv[1], int(sys.argv[2])))
