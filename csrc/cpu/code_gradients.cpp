@@ -77,7 +77,7 @@ int64_t rows_per_step(const Inputs& inputs) {
 }
 
 Tensor row_gradients(const Inputs& inputs, const ChosenCodes& chosen, const void* straight, float scale) {
-  Tensor gradients = with_huge_pages(torch::stable::new_empty(inputs.rows, {inputs.num_rows, inputs.width}));
+  Tensor gradients = with_huge_pages(new_tensor(inputs.rows, {inputs.num_rows, inputs.width}));
   void* target = gradients.mutable_data_ptr();
   share(inputs.num_rows, rows_per_step(inputs), nanoseconds(inputs), [&](int64_t begin, int64_t end) {
     ZTOK_SELECT(gradients_of_rows)(chosen, begin, end, straight, scale, target,
@@ -87,8 +87,8 @@ Tensor row_gradients(const Inputs& inputs, const ChosenCodes& chosen, const void
 }
 
 Tensor codebook_gradients(const Inputs& inputs, const ChosenCodes& chosen, float scale, ScalarType dtype) {
-  Tensor gradients = with_huge_pages(
-      torch::stable::new_empty(inputs.rows, {inputs.levels, inputs.size, inputs.width}, ScalarType::Float));
+  Tensor gradients =
+      with_huge_pages(new_tensor(inputs.rows, {inputs.levels, inputs.size, inputs.width}, ScalarType::Float));
   auto* sums = static_cast<float*>(gradients.mutable_data_ptr());
   const int64_t row_bytes = inputs.width * static_cast<int64_t>(sizeof(float));
   for_rows(inputs.levels * inputs.size, row_bytes,

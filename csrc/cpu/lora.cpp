@@ -85,7 +85,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     offset = packed(*bias);
     bias_data = offset.const_data_ptr();
   }
-  Tensor y = torch::stable::new_empty(x, {lora.rows, lora.out});
+  Tensor y = new_tensor(x, {lora.rows, lora.out});
   if (lora.rows == 0 || lora.out == 0) return y;
   if (lora.rows <= kFewRows && !lora.weight.transposed) {
     few_rows(lora, bias_data, y);

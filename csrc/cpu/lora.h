@@ -26,7 +26,7 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 inline Tensor new_floats(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+  return new_tensor(like, shape, ScalarType::Float);
 }
 
 // The weight is read in place both as it is and as the transpose of a contiguous tensor (GPT-2's layers).

@@ -86,7 +86,7 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
   ZTOK_CHECK(grad.scalar_type() == x.scalar_type(), kLoraOp, "grad: expected the dtype of x");
   const Tensor dy = packed(grad);
   auto make = [&](bool needed, const Tensor& like, std::vector<int64_t> shape) {
-    return torch::stable::new_empty(like, needed ? shape : std::vector<int64_t>{0});
+    return new_tensor(like, needed ? shape : std::vector<int64_t>{0});
   };
   Tensor dx = make(need_x, x, {lora.rows, lora.in}), dweight = make(need_weight, weight, {lora.out, lora.in});
   Tensor dbias = make(need_bias, weight, {lora.out}), dA = make(need_A, A, {lora.num_adapters, lora.rank, lora.in});

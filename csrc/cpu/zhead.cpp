@@ -177,8 +177,8 @@ std::tuple<Tensor, Tensor> z_select(const Tensor& hidden, const Tensor& codes, d
                                       row_ids->size(0) == hidden.size(0)),
              kOp, "row_ids: expected int64 [B]");
   const int64_t batch = hidden.size(0), width = hidden.size(1);
-  Tensor chosen = torch::stable::new_empty(hidden, {batch}, ScalarType::Int);
-  Tensor log_probs = torch::stable::new_empty(hidden, {batch}, ScalarType::Float);
+  Tensor chosen = new_tensor(hidden, {batch}, ScalarType::Int);
+  Tensor log_probs = new_tensor(hidden, {batch}, ScalarType::Float);
   const Tensor states = with_adjacent_elements(hidden), table = with_adjacent_elements(codes);
   Buffer<float> floats(batch * width);
   ZTOK_SELECT(to_floats)(matrix_of(kOp, "hidden", states), 0, batch, floats.get());

@@ -16,6 +16,7 @@
 
 #include "check.h"
 #include "lora_decode_kernel.cuh"
+#include "new_tensor.h"
 #include "stream.h"
 
 namespace ztok {
@@ -65,7 +66,7 @@ void launch(LoraDecode d, const Tensor& x, int32_t device, cudaStream_t stream) 
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
   const LoraPlan plan = lora_plan<Shape>(d.rows, d.in, d.out, d.rank, multiprocessors);
-  const Tensor scratch = torch::stable::new_empty(x, {plan.scratch_floats}, ScalarType::Float);
+  const Tensor scratch = new_tensor(x, {plan.scratch_floats}, ScalarType::Float);
   place_scratch(d, plan, static_cast<float*>(scratch.mutable_data_ptr()));
   if (d.float_adapters) {
     launch_shrink<T, float>(d, plan.tiles, stream);
@@ -141,7 +142,7 @@ Tensor lora_decode(const Tensor& x_, const Tensor& weight_, const std::optional<
   const Tensor x = with_dense_rows(x_), weight = with_dense_rows(weight_);
   const Tensor A = torch::stable::contiguous(A_), B = torch::stable::contiguous(B_);
   const Tensor scaling = torch::stable::contiguous(scaling_);
-  const Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  const Tensor y = new_tensor(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
 
   LoraDecode d = {};

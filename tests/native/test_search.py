@@ -192,7 +192,7 @@ def test_z_select_is_the_references_on_every_instruction_set_and_by_any_threads(
             parts = [
                 ops.z_select(hidden[i : i + 11], rows, *sampling, 3, torch.arange(i, i + 11)) for i in range(0, 55, 11)
             ]
-        results.append(ops.zhead.Selection(*(torch.cat(outputs) for outputs in zip(*parts, strict=True))))
+        results.append(ops.Selection(*(torch.cat(outputs) for outputs in zip(*parts, strict=True))))
         assert torch.equal(results[0].codes, expected.codes)
         torch.testing.assert_close(results[0].log_probs, expected.log_probs, rtol=3e-6, atol=3e-6)
         for result in results[1:]:

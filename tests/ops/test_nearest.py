@@ -286,7 +286,7 @@ def test_bad_input(backend, device, argument, value, message):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any call made."""
+    """Size of the largest tensor that any call made, in numbers of four bytes (the interpreter copies bytes)."""
 
     elements = 0
 
@@ -294,7 +294,7 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.elements = max(self.elements, tensor.numel() * tensor.element_size() // 4)
         return result
 
 
