@@ -75,9 +75,9 @@ def runs_text(found: dict) -> str:
 def op_part(subject, cases: list[dict]) -> str:
     """Heading, table and notes of one op."""
     entries = [(case, entry) for case in cases for entry in case["implementations"]]
-    backends = {entry["name"] for _, entry in entries if entry["kind"] == "backend"}
-    names = list(dict.fromkeys(entry["name"] for _, entry in entries if entry["status"] == "ok"))
-    names.sort(key=lambda name: name not in backends)  # backends first, otherwise as they came
+    timed = {entry["name"]: entry["kind"] for _, entry in entries if entry["status"] == "ok"}
+    known = {baseline.name for baseline in subject.baselines}
+    names = [name for name, kind in timed.items() if kind == "backend" or name in known]
     rows = []
     for case in cases:
         ours, best = results.default_backend(case), results.best_baseline(case)
@@ -92,8 +92,7 @@ def op_part(subject, cases: list[dict]) -> str:
         ])  # fmt: skip
     headers = [*cases[0]["shape"], "dtype", "pass", *names, "of roofline", "best baseline / ours"]
     parts = [f"### {subject.name}", table(headers, rows)]
-    kinds = {"mark": " (a mark)", "variant": " (our own ops)"}
-    notes = [f"- {b.name}{kinds.get(b.kind, '')}: {b.note}" for b in subject.baselines if b.name in names]
+    notes = [f"- {b.name}{' (a mark)' * (b.kind == 'mark')}: {b.note}" for b in subject.baselines if b.name in names]
     missing = sorted({f"{entry['name']} ({entry['reason']})" for _, entry in entries if entry["status"] == "missing"})
     notes += [f"- not measured: {name}" for name in missing]
     notes += [

@@ -52,8 +52,7 @@ class Baseline:
         read: (what the call returns) -> what `Subject.check_baseline` takes. None where the answer is not the op's by
             design (a mark, another random draw): it is not checked, and the results say so.
         package: package that must be importable; `distribution` is its name for pip, where that differs.
-        kind: "baseline"; "mark": it gives no answer that could replace the op's; "variant": the same from other ops of
-            this package.
+        kind: "baseline", or "mark": it gives no answer that could replace the op's.
         note: how it is used, for the document.
         devices: device types.
         max_sets: prepare at most so many input sets: what it reads itself exceeds the caches many times.

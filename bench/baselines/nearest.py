@@ -73,24 +73,9 @@ def _mm(case, inputs):
     return lambda: torch.mm(x, codes, out=out)
 
 
-def _mm_blocks(case, inputs):
-    x, codes = inputs["x"], inputs["codebook"].T
-    parts = blocks(case["M"], case["V"], x.device)
-    out = x.new_empty(parts[0].stop, case["V"])
-
-    def call():
-        for part in parts:
-            torch.mm(x[part], codes, out=out[: part.stop - part.start])
-
-    return call
-
-
-def _product_bytes(case):
-    return case["M"] * case["V"] * case.dtype.itemsize
-
-
 def _product_fits(case):
-    return "the product is above 256 MB" if _product_bytes(case) > 1 << 28 else forward_only(case)
+    size = case["M"] * case["V"] * case.dtype.itemsize
+    return "the product is above 256 MB" if size > 1 << 28 else forward_only(case)
 
 
 def _makes_product(case):
@@ -111,8 +96,6 @@ BASELINES = (
              refuses=forward_only, note="euclid_assign_triton, norms made beforehand"),
     Baseline("mm", _mm, kind="mark", refuses=_product_fits,
              note="the bare product x Cᵀ into memory that is there already"),
-    Baseline("mm in blocks", _mm_blocks, kind="mark", refuses=forward_only,
-             note="the same product in blocks of rows whose result stays in cache"),
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from bench.subject import Baseline, OpSubject, forward_float32, forward_only
 from ztok_fast import backend, ops
 from ztok_fast.ops.quantize import reference
 from ztok_fast.ops.quantize.residual_quantize import check_levels_searched
-from ztok_fast.ops.spec import BACKWARD, Mismatch
+from ztok_fast.ops.spec import Mismatch
 
 
 def _residual_vq(inputs):
@@ -44,27 +44,12 @@ def _addmm_levels(case, inputs):
     return call
 
 
-def _mm_levels(case, inputs):
-    latents, codebooks = inputs["latents"], inputs["codebooks"]
-    parts = blocks(case["M"], case["V"], latents.device)
-    out = latents.new_empty(parts[0].stop, case["V"])
-
-    def call():
-        for book in codebooks:
-            for part in parts:
-                torch.mm(latents[part], book.T, out=out[: part.stop - part.start])
-
-    return call
-
-
 RESIDUAL = (
     Baseline("vector-quantize-pytorch", _vector_quantize, lambda found: found[1][0], "vector_quantize_pytorch",
              "vector-quantize-pytorch", refuses=forward_only,
              note="ResidualVQ in eval mode, its codebooks overwritten"),
     Baseline("addmm+argmin by level", _addmm_levels, lambda found: found[0], refuses=forward_float32,
              note="in blocks of rows, norms made beforehand; codes and their sum, no losses or usage"),
-    Baseline("mm in blocks", _mm_levels, kind="mark", refuses=forward_only,
-             note="one bare product per level, in blocks of rows whose result stays in cache"),
 )  # fmt: skip
 
 
@@ -73,23 +58,6 @@ def _check_residual(inputs, codes):
 
 
 _ARGUMENTS = ("hidden", "mass", "cu_seqlens", "end_weight", "mean_weight", "codebooks")
-
-
-def _separate_ops(case, inputs):
-    hidden, mass, cu_seqlens, end_weight, mean_weight, codebooks = (inputs[name] for name in _ARGUMENTS)
-
-    def call():
-        units = ops.halting_units(mass, cu_seqlens)
-        means = ops.integrate_units(hidden, units, inputs["total_units"])
-        ends = hidden[units.ends]  # synchronises on CUDA: how many there are depends on the data
-        latents = (ends @ end_weight.T + means @ mean_weight.T).float()
-        latents = latents * torch.rsqrt(latents.square().mean(1, keepdim=True) + reference.RMS_EPS)
-        result = ops.residual_quantize(latents, codebooks)
-        if case.direction == BACKWARD:
-            inputs.gradients(result.quantized, latents, result.commitment, result.codebook_loss)
-        return result
-
-    return call
 
 
 def _loop(case, inputs):
@@ -129,9 +97,6 @@ def _check_ragged(inputs, codes):
 
 
 RAGGED = (
-    Baseline("separate ops", _separate_ops, lambda found: found.codes, kind="variant",
-             refuses=lambda case: None if case.dtype == torch.float32 else "projects in the dtype of the hidden states",
-             note="halting_units, integrate_units, two products and residual_quantize, each by its preferred backend"),
     Baseline("loop + ResidualVQ", _loop, lambda found: found[1], "vector_quantize_pytorch", "vector-quantize-pytorch",
              refuses=forward_float32,
              note="integrate and fire by a loop over sequences, then vector-quantize-pytorch in eval mode"),

@@ -58,7 +58,7 @@ def test_a_backend_that_is_wrong_gets_no_speed_and_fails_the_command(
     assert found["cuda"]["default"]  # it stands first, without any change to the registry
     assert found["cuda"]["status"] == status and reason in found["cuda"]["reason"]
     assert not {"seconds", "gflops", "gbs", "roofline"} & found["cuda"].keys()
-    assert found["reference"]["status"] == "ok" and found["mm in blocks"]["status"] == "ok"
+    assert found["reference"]["status"] == "ok" and found["addmm+argmin by level"]["status"] == "ok"
     captured = capsys.readouterr()
     assert f"WRONG {CASE}: cuda: {status}" in captured.err
     line = next(line for line in captured.out.splitlines() if line.startswith("| cuda"))
@@ -87,15 +87,15 @@ def test_a_baseline_that_is_not_installed_is_missing_and_no_error(tmp_path, monk
     assert (faiss["status"], faiss["reason"]) == ("missing", "faiss-cpu is not installed")
 
 
-MARK = ["--backends", "--baselines", "mm in blocks"]
+ONE = ["--backends", "--baselines", "addmm+argmin", "addmm+argmin by level"]
 
 
 def test_results_are_added_to_and_replaced_case_by_case(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
-    assert bench(tmp_path, "--ops", "residual_quantize", *MARK) == 0
+    assert bench(tmp_path, "--ops", "residual_quantize", *ONE) == 0
     first = results.load(tmp_path / "out.json")
-    assert bench(tmp_path, "--ops", "codebook_assign", *MARK) == 0
-    assert bench(tmp_path, "--ops", "residual_quantize", "--cases", CASE, *MARK, "addmm+argmin by level") == 0
+    assert bench(tmp_path, "--ops", "codebook_assign", *ONE) == 0
+    assert bench(tmp_path, "--ops", "residual_quantize", "--cases", CASE, *ONE) == 0
     found = results.load(tmp_path / "out.json")
     assert [case["op"] for case in found["cases"]].count("residual_quantize") == 2
     assert len(found["runs"]) >= 2 and set(found["runs"]) == {case["run"] for case in found["cases"]}
@@ -119,13 +119,13 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
         return real(*arguments, **options)
 
     monkeypatch.setattr(session, "measure", measure)
-    assert bench(tmp_path, "--ops", "residual_quantize", "codebook_assign", *MARK) == 130
+    assert bench(tmp_path, "--ops", "residual_quantize", "codebook_assign", *ONE) == 130
     assert len(results.load(tmp_path / "out.json")["cases"]) == 1
     assert "interrupted: 1 of 4 cases" in capsys.readouterr().err
 
 
 def test_a_time_limit_leaves_the_rest_out_and_the_list_shows_it(tmp_path, capsys):
-    assert bench(tmp_path, "--ops", "residual_quantize", "--limit", "0", *MARK) == 0
+    assert bench(tmp_path, "--ops", "residual_quantize", "--limit", "0", *ONE) == 0
     assert "2 of 2 cases were not started" in capsys.readouterr().out
     assert bench(tmp_path, "--list", "--ops", "residual_quantize") == 0
     assert CASE in capsys.readouterr().out.splitlines()

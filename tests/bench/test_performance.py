@@ -26,7 +26,6 @@ def nearest(M, ours, faiss):
             entry("cpp", "backend", ours, default=True, **{"with": {}}),
             entry("reference", "backend", 50.0, default=False, **{"with": {}}),
             entry("faiss", "baseline", faiss),
-            entry("separate ops", "variant", 0.1),
             entry("mm", "mark", 0.1),
             without_speed("cdist+argmin", "baseline", "wrong", "Mismatch: codes"),
             without_speed("vector-quantize-pytorch", "baseline", "missing", "it is not installed"),
@@ -49,7 +48,7 @@ def found():
 def test_the_document(found):
     text = performance.document({"cpu": found, "cuda": results.empty()})
     losing = next(line for line in text.splitlines() if line.startswith("|  256 | 1024 |  64"))
-    assert "**1**" in losing and "0.50× **slower**" in losing  # marks and variants are no baselines
+    assert "**1**" in losing and "0.50× **slower**" in losing  # a mark is no baseline
     winning = next(line for line in text.splitlines() if line.startswith("| 4096 | 1024 |  64"))
     assert "2.00×" in winning and "slower" not in winning
     assert "float32/forward: cdist+argmin: wrong: Mismatch: codes" in text
