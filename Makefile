@@ -15,6 +15,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
+# Test processes side by side, a thread each; WORKERS=0 runs the tests in one process.
+WORKERS ?= 2
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 PINS := requirements/constraints.txt requirements/runtime.txt
@@ -30,10 +33,10 @@ demo: $(VENV)/.demo $(VENV)/.built
 	$(PY) -m ztok_fast.demo $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.built
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(TEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test $(VENV)/.built
-	$(PY) -m pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
