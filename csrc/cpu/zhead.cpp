@@ -147,7 +147,7 @@ void select_rows(const float* hidden, int64_t first, int64_t count, const Matrix
       }
     });
   });
-  const auto settle_rows = [&](int64_t begin, int64_t end) {
+  const auto rerank_rows = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float* row = query.hidden + r * codes.width;
       Choice choice = kNone;
@@ -162,9 +162,9 @@ void select_rows(const float* hidden, int64_t first, int64_t count, const Matrix
   };
   // Worth a second round of threads only where whole rows are to be computed.
   if (exactly) {
-    torch::stable::parallel_for(0, count, 1, settle_rows);
+    torch::stable::parallel_for(0, count, 1, rerank_rows);
   } else {
-    settle_rows(0, count);
+    rerank_rows(0, count);
   }
 }
 

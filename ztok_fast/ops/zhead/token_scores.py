@@ -115,9 +115,10 @@ def check(inputs, result) -> None:
     close(result.surprisal, expected, checks.compute_dtype(inputs["hidden"]), 5, "surprisal")
     logits = hidden @ rows.T
     own = logits.gather(1, targets.clamp(min=0)[:, None])
-    slack = (hidden.shape[1] + 4) * torch.finfo(torch.float32).eps * (hidden.abs() @ rows.abs().T).amax(1, keepdim=True)
+    relative = (hidden.shape[1] + 4) * torch.finfo(torch.float32).eps
+    error_bound = relative * (hidden.abs() @ rows.abs().T).amax(1, keepdim=True)
     asked = targets >= 0
-    least, most = (logits > own + slack).sum(1), (logits >= own - slack).sum(1) - 1
+    least, most = (logits > own + error_bound).sum(1), (logits >= own - error_bound).sum(1) - 1
     if bool(((result.rank < least) | (result.rank > most))[asked].any()) or bool((result.rank[~asked] != -1).any()):
         raise Mismatch("rank: outside of what rounding of the logits allows")
 
