@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
     from ztok_fast.codec.config import ZTokConfig
+    from ztok_fast.codec.corpus import compress_corpus, read_corpus, write_corpus
     from ztok_fast.codec.zbatch import ZBatch
     from ztok_fast.ops.backends import backend
     from ztok_fast.patching import patch
@@ -21,10 +22,23 @@ _EXPORTS = {
     "ZTokCodec": "ztok_fast.codec.codec",
     "ZTokConfig": "ztok_fast.codec.config",
     "backend": "ztok_fast.ops.backends",
+    "compress_corpus": "ztok_fast.codec.corpus",
     "patch": "ztok_fast.patching",
+    "read_corpus": "ztok_fast.codec.corpus",
+    "write_corpus": "ztok_fast.codec.corpus",
 }
 
-__all__ = ["ZBatch", "ZTokCodec", "ZTokConfig", "__version__", "backend", "patch"]
+__all__ = [
+    "ZBatch",
+    "ZTokCodec",
+    "ZTokConfig",
+    "__version__",
+    "backend",
+    "compress_corpus",
+    "patch",
+    "read_corpus",
+    "write_corpus",
+]
 
 
 def __getattr__(name: str):

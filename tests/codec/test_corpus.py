@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.codec.documents import batches, example
-from ztok_fast.codec.corpus import read_corpus, write_corpus
+from ztok_fast.codec.corpus import compress_corpus, read_corpus, write_corpus
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.zbatch import ZBatch
 
@@ -144,3 +144,59 @@ def test_other_columns_are_refused(corpus, parquet):
     parquet.write_table(table.drop_columns(["unit_lengths"]), corpus)
     with pytest.raises(ZFileError, match="expected the columns"):
         list(read_corpus(corpus))
+
+
+TEXTS = ["A small text to compress; " * 4, "", "x", "Small texts learn merges: 東京 🙂.", "the end"]
+
+
+@pytest.fixture
+def texts(parquet, tmp_path):
+    """Writes a Parquet file of the columns given."""
+    import pyarrow
+
+    def write(**columns):
+        path = tmp_path / "texts.parquet"
+        parquet.write_table(pyarrow.table(columns), path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 64])
+def test_a_corpus_of_texts_is_compressed_row_by_row(codec, texts, tmp_path, rows_at_once):
+    source, target = texts(id=list("abcde"), text=TEXTS, other=[0] * 5), tmp_path / "z.parquet"
+    seen = []
+    totals = compress_corpus(codec, source, target, 2, exact=True, rows_at_once=rows_at_once, progress=seen.append)
+    rows = list(read_corpus(target))
+    assert [identifier for identifier, _ in rows] == list("abcde")
+    assert [codec.decompress(z)[0] for _, z in rows] == TEXTS
+    expected = codec.compress(TEXTS, 2)
+    assert totals == (5, expected.tokens, expected.ztokens) and sum(seen) == 2 * expected.tokens
+    assert [z.ztokens for _, z in rows] == expected.cu_ztokens.diff().tolist()
+
+
+def test_rows_without_identifiers_are_numbered_and_columns_can_be_named(codec, texts, tmp_path):
+    source, target = texts(body=TEXTS[:3]), tmp_path / "z.parquet"
+    compress_corpus(codec, source, target, text_column="body", rows_at_once=2)
+    assert [identifier for identifier, _ in read_corpus(target)] == ["0", "1", "2"]
+    numbered = texts(body=TEXTS[:2], key=[7, 9])
+    compress_corpus(codec, numbered, target, text_column="body", id_column="key", levels=1)
+    assert [(identifier, z.documents[0].levels) for identifier, z in read_corpus(target)] == [("7", 1), ("9", 1)]
+
+
+def test_sources_that_cannot_be_read_are_refused_and_leave_nothing(codec, texts, tmp_path):
+    target = tmp_path / "z.parquet"
+    with pytest.raises(ZFileError, match="expected an existing Parquet file"):
+        compress_corpus(codec, tmp_path / "none.parquet", target)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ZFileError, match="not a whole Parquet file"):
+        compress_corpus(codec, tmp_path / "broken.parquet", target)
+    with pytest.raises(ZFileError, match="expected a column 'text' with the texts, got"):
+        compress_corpus(codec, texts(body=TEXTS), target)
+    with pytest.raises(ZFileError, match="row 3: text: expected a string, got None"):
+        compress_corpus(codec, texts(text=[*TEXTS[:3], None]), target, rows_at_once=2)
+    with pytest.raises(ZFileError, match="rows_at_once: expected at least 1"):
+        compress_corpus(codec, texts(text=TEXTS), target, rows_at_once=0)
+    with pytest.raises(ZBatchError, match="expected at least one"):
+        compress_corpus(codec, texts(text=["a"][:0]), target)
+    assert not target.exists() and not list(tmp_path.glob(".ztok-*"))

@@ -208,8 +208,12 @@ def shows_progress() -> bool:
 
 
 @contextmanager
-def progress_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, on a terminal and once the work has taken a second; yields its ``update``."""
+def progress_bar(total: int | None, description: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, on a terminal and once the work has taken a second; yields its ``update``.
+
+    Args:
+        total: tokens of all the work; ``None`` where that is not known.
+    """
     from tqdm import tqdm
 
     with tqdm(

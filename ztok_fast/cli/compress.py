@@ -1,4 +1,4 @@
-"""``ztok compress``: files or stdin to one ``.ztok`` file."""
+"""``ztok compress``: files or stdin to one ``.ztok`` file, or a Parquet file of texts to one of codes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ def add_commands(commands) -> None:
         description="Compress text. Several files become the documents of one .ztok file. "
         "Without --exact, decompression gives an approximation of the text.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="text files; - reads stdin")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("files", nargs="*", default=[], metavar="FILE", help="text files; - reads stdin")
+    inputs.add_argument(
+        "--corpus", metavar="DOCS.parquet", help="a Parquet file with a text in each row, to a Parquet file of codes"
+    )
     parser.add_argument("-o", "--output", metavar="OUT.ztok", help="default: FILE.ztok beside a single FILE")
+    parser.add_argument(
+        "--text-column", default="text", metavar="NAME", help="with --corpus: the column of the texts (default: text)"
+    )
     parser.add_argument("-r", "--ratio", type=float, default=4.0, help="text tokens per Z-token (default: 4)")
     parser.add_argument("--exact", action="store_true", help="also store corrections, so that every byte is restored")
     parser.add_argument("--levels", type=int, metavar="N", help="residual quantizer levels to use (default: all)")
@@ -32,12 +39,14 @@ def add_commands(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.corpus is not None:
+        return _run_corpus(options)
     output = common.check_output(_output_name(options), suffix=".ztok", inputs=options.files)
     documents = [common.read_bytes(name) for name in options.files]
     codec = common.load_codec(options)
     total = 0
     if common.shows_progress():
-        total = sum(map(len, common.tokenize(codec, [d.decode("utf-8", "replace") for d in documents])))
+        total = sum(map(len, codec.tokenize([d.decode("utf-8", "replace") for d in documents])))
     # Exact mode decodes all that it has encoded.
     with (
         common.progress_bar(2 * total if options.exact else total, "compress") as progress,
@@ -64,6 +73,45 @@ def run(options: argparse.Namespace) -> int:
     sys.stdout.flush()
     for loss in losses:
         streams.say(_describe_loss(loss, options.files))
+    return 0
+
+
+def _run_corpus(options: argparse.Namespace) -> int:
+    if options.output is None:
+        raise common.UsageError("-o: expected a file name ending in .parquet for the Z-tokens of a corpus, got none")
+    output = common.check_output(options.output, suffix=".parquet", inputs=[options.corpus])
+    common.check_input(options.corpus)
+    from ztok_fast.cli.report import number
+    from ztok_fast.codec.corpus import compress_corpus
+
+    codec = common.load_codec(options)
+    with (
+        common.progress_bar(None, "compress") as progress,
+        common.collected_warnings(LossyTextWarning) as losses,
+    ):
+        try:
+            totals = compress_corpus(
+                codec,
+                options.corpus,
+                output,
+                options.ratio,
+                options.exact,
+                text_column=options.text_column,
+                levels=options.levels,
+                fixed_units=options.fixed_units,
+                progress=progress,
+            )
+        except ImportError as error:
+            raise common.UsageError(str(error)) from error
+    ratio = number(totals.tokens / totals.ztokens) if totals.ztokens else "-"
+    print(
+        f"{output}: {totals.documents:,} documents, {totals.tokens:,} tokens -> {totals.ztokens:,} Z-tokens, "
+        f"ratio {ratio}; {output.stat().st_size:,} bytes"
+    )
+    sys.stdout.flush()
+    if losses:
+        changed = sum(len(loss.documents) for loss in losses)
+        streams.say(f"ztok: warning: the tokenizer changes the text of {changed} documents; --exact keeps every byte")
     return 0
 
 

@@ -18,7 +18,7 @@ from ztok_fast.codec.continuation import answer_question, check_count, continue_
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.model import ZTokModel
-from ztok_fast.codec.passes import Progress, compress_documents, decompress_documents
+from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
 from ztok_fast.codec.text import detokenize, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
 from ztok_fast.codec.zbatch import ZBatch
@@ -28,10 +28,6 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 """Codecs that ship with the package, by folder name."""
 
 DEFAULT_CODEC = "ztok-mini"
-
-BATCH_TOKENS = 8192
-BATCH_SEGMENTS = 128
-"""Text tokens of one compression pass, and segments decoded side by side: what bounds the memory."""
 
 
 class ZTokCodec:

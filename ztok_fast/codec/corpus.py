@@ -1,9 +1,9 @@
 """A compressed corpus as Parquet: one row a document, so that any data tool reads it.
 
-Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``sha256``, ``byte_length`` as in
-`DocumentInfo`; ``codes``, the document's codes as one list, ``levels`` for each
-Z-token; ``unit_lengths``, one for each Z-token; ``segment_rows``, Z-tokens of each segment; ``corrections``, exact
-mode's (null without). What holds for all rows stands in the schema's metadata. Needs the package pyarrow.
+Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``sha256``, ``byte_length`` as in `DocumentInfo`; ``codes``, the
+document's codes as one list, ``levels`` for each Z-token; ``unit_lengths``, one for each Z-token; ``segment_rows``,
+Z-tokens of each segment; ``corrections``, exact mode's (null without). What holds for all rows stands in the schema's
+metadata. Needs the package pyarrow.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +23,98 @@ from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.exact_patch import Patch
 from ztok_fast.codec.zbatch import ZBatch
 
+if TYPE_CHECKING:
+    from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.passes import Progress
+
 FORMAT = "ztok-corpus"
 FORMAT_VERSION = 1
 _SETTINGS = ("num_codebooks", "codebook_size", "max_unit_length")
 _MAX_CODEBOOK = 1 << 16
+
+
+class CorpusTotals(NamedTuple):
+    """What `compress_corpus` has compressed: documents, their text tokens and their Z-tokens."""
+
+    documents: int
+    tokens: int
+    ztokens: int
+
+
+def compress_corpus(
+    codec: ZTokCodec,
+    source: str | Path,
+    target: str | Path,
+    ratio: float = 4,
+    exact: bool = False,
+    *,
+    text_column: str = "text",
+    id_column: str = "id",
+    levels: int | None = None,
+    fixed_units: bool | None = None,
+    rows_at_once: int = 64,
+    progress: Progress | None = None,
+) -> CorpusTotals:
+    """Compress the texts of a Parquet file into a Parquet file of codes, a row each and in their order.
+
+    Only ``rows_at_once`` texts are in memory at a time. `read_corpus` reads the result, and `ZTokCodec.decompress`
+    takes each of its rows.
+
+    Args:
+        codec: the codec; ratio, exact, levels, fixed_units, progress: as in `ZTokCodec.compress`.
+        source: Parquet file with one text a row; target: file to write, which appears once it is whole.
+        text_column: column with the texts.
+        id_column: column with an identifier of each row; where there is none, rows are numbered from 0.
+
+    Raises:
+        ZFileError: the source is missing, is no Parquet file, or lacks a text in a row.
+        ZBatchError: the source has no row.
+        ImportError: pyarrow is not installed.
+    """
+    documents = tokens = ztokens = 0
+
+    def rows() -> Iterator[tuple[str, ZBatch]]:
+        nonlocal documents, tokens, ztokens
+        for ids, texts in read_texts(source, text_column, id_column, rows_at_once):
+            z = codec.compress(texts, ratio, exact, levels=levels, fixed_units=fixed_units, progress=progress)
+            documents, tokens, ztokens = documents + len(z), tokens + z.tokens, ztokens + z.ztokens
+            yield from zip(ids, z)
+
+    write_corpus(target, rows())
+    return CorpusTotals(documents, tokens, ztokens)
+
+
+def read_texts(
+    path: str | Path, text_column: str = "text", id_column: str = "id", rows_at_once: int = 64
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Stream identifiers and texts of a Parquet file, ``rows_at_once`` at a time; arguments as in `compress_corpus`.
+
+    Raises:
+        ZFileError: the file is missing, is no Parquet file, or lacks a text in a row.
+        ImportError: pyarrow is not installed.
+    """
+    arrow, parquet = _arrow()
+    path, number = Path(path), 0
+    if rows_at_once < 1:
+        raise ZFileError(f"rows_at_once: expected at least 1, got {rows_at_once}")
+    if not path.is_file():
+        raise ZFileError(f"{path}: expected an existing Parquet file, got none")
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_column not in names:
+                raise ZFileError(f"{path}: expected a column {text_column!r} with the texts, got {names}")
+            columns = [text_column, id_column] if id_column in names else [text_column]
+            for batch in file.iter_batches(batch_size=rows_at_once, columns=columns):
+                texts = batch.column(text_column).to_pylist()
+                ids = batch.column(id_column).to_pylist() if id_column in names else range(number, number + len(texts))
+                for row, text in enumerate(texts, start=number):
+                    if not isinstance(text, str):
+                        raise ZFileError(f"{path}, row {row}: {text_column}: expected a string, got {text!r:.40}")
+                number += len(texts)
+                yield [str(own) for own in ids], texts
+    except (arrow.ArrowException, OSError) as error:
+        raise ZFileError(f"{path}: not a whole Parquet file: {error}") from error
 
 
 def write_corpus(path: str | Path, rows: Iterable[tuple[str, ZBatch]], rows_per_group: int = 1024) -> int:
@@ -89,7 +178,9 @@ def _arrow():
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("a compressed corpus needs the package pyarrow: pip install pyarrow") from error
+        raise ImportError(
+            "a compressed corpus needs the package pyarrow: pip install ztok-fast[corpus], or pip install pyarrow"
+        ) from error
     return pyarrow, pyarrow.parquet
 
 

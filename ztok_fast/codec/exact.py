@@ -14,7 +14,15 @@ import torch
 
 from ztok_fast.codec.corrections import Corrections
 from ztok_fast.codec.model import ZTokModel
-from ztok_fast.codec.passes import Progress, Tokens, batches, decompress_documents, pack_tokens, teacher_forced
+from ztok_fast.codec.passes import (
+    BATCH_TOKENS,
+    Progress,
+    Tokens,
+    batches,
+    decompress_documents,
+    pack_tokens,
+    teacher_forced,
+)
 from ztok_fast.codec.ztokens import ZTokens
 
 MARGIN = 0.01
@@ -29,7 +37,7 @@ def find_corrections(
     z: ZTokens,
     documents: Sequence[Tokens],
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> list[dict[int, int]]:
     """For every document the tokens to store, position → token; decoding with them is verified here.

@@ -19,6 +19,11 @@ from ztok_fast.codec.model import Encoding, ZTokModel
 from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
 from ztok_fast.ops import ragged_gather, ragged_layout
 
+BATCH_TOKENS = 4096
+BATCH_SEGMENTS = 128
+"""Text tokens of one compression pass, and segments decoded side by side: what bounds the memory. Passes twice as large
+are no faster on two cores."""
+
 Progress = Callable[[int], None]
 """Called with the number of text tokens just finished."""
 
@@ -96,7 +101,7 @@ def compress_documents(
     *,
     fixed_units: bool | None = None,
     levels: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> ZTokens:
     """Compress documents of at most one section, in batches; equal documents are compressed once.
@@ -126,7 +131,7 @@ def decode_segments(
     model: ZTokModel,
     z: ZTokens,
     forced: Sequence[dict[int, int] | None] | None = None,
-    batch_segments: int = 128,
+    batch_segments: int = BATCH_SEGMENTS,
     vectors: torch.Tensor | None = None,
 ) -> list[list[int]]:
     """Write the text tokens of every segment, many segments side by side.
@@ -197,7 +202,7 @@ def decompress_documents(
     z: ZTokens,
     forced: Sequence[dict[int, int] | None] | None = None,
     *,
-    batch_segments: int = 128,
+    batch_segments: int = BATCH_SEGMENTS,
     progress: Progress | None = None,
 ) -> list[array]:
     """The text tokens of every document, each at most one section long, in batches.

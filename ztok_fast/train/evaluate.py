@@ -8,6 +8,7 @@ import torch
 
 from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row, split_segments
 from ztok_fast.codec.passes import (
+    BATCH_TOKENS,
     batches,
     decode_segments,
     emit_documents,
@@ -51,7 +52,7 @@ def evaluate(
     quantized: bool = True,
     fixed_units: bool | None = None,
     levels: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, dict]:
     """Accuracy, ratio and rate at every budget.
 
