@@ -1,0 +1,23 @@
+// Exact products of int8 rows with uint8 panels: the integer part of every int8 linear layer.
+#pragma once
+
+#include <cstdint>
+
+namespace ztok {
+
+constexpr int64_t kPanelColumns = 16;  // output channels of one panel
+constexpr int64_t kDepthStep = 64;     // depth is padded to a multiple of this, in rows (with 0) and panels (with 128)
+
+// sums[r * sums_stride + c] = sum over k of rows[r * row_stride + k] * (weight[c][k]), for r < count and
+// c < num_panels * kPanelColumns.
+//   rows      int8, depth of them valid in each row; row_sums[r] is the sum of row r
+//   panels    uint8 [num_panels, depth / 4, kPanelColumns, 4]: weight + 128
+//   depth     a multiple of kDepthStep
+using Int8Products = void (*)(const int8_t* rows, int64_t row_stride, int64_t count, const int32_t* row_sums,
+                              const uint8_t* panels, int64_t depth, int64_t num_panels, int32_t* sums,
+                              int64_t sums_stride);
+
+// The best one for this processor, or the one that a test has forced.
+Int8Products int8_products();
+
+}  // namespace ztok
