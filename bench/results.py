@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ztok_fast.codec.atomic import replace_atomically
+from ztok_fast.files import replace_atomically
 
 SCHEMA = 2
 

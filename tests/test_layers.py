@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ztok_fast"
-LAYERS = ({"ops", "native", "sources"}, {"patching", "peft_lora"}, {"codec"}, {"train"}, {"cli", "doctor", "demo"})
+LAYERS = (
+    {"ops", "native", "sources", "files"},
+    {"patching", "peft_lora"},
+    {"engine"},
+    {"codec"},
+    {"train"},
+    {"cli", "doctor", "demo"},
+)
 """From the bottom: the first part of a module's name under the package."""
 
 

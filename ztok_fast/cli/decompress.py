@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         for data in documents:
             streams.write(data)
         return 0
-    from ztok_fast.codec.atomic import replace_atomically
+    from ztok_fast.files import replace_atomically
 
     # The output appears under its name only when it is complete.
     with replace_atomically(output) as temporary:

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     documents = _documents(codec, options)
     result = evaluate_variants(codec, documents, budgets)
     if output is not None:
-        from ztok_fast.codec.atomic import replace_atomically
+        from ztok_fast.files import replace_atomically
 
         with replace_atomically(output) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

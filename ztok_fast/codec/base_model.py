@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from ztok_fast.codec import gguf_base
-from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.errors import BaseModelError
+from ztok_fast.files import replace_atomically
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT_SECONDS = 5.0

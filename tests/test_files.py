@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from ztok_fast.codec.atomic import replace_atomically
+from ztok_fast.files import replace_atomically
 
 
 def test_a_file_takes_the_targets_place_at_the_end(tmp_path):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from ztok_fast.codec.atomic import replace_atomically
+from ztok_fast.files import replace_atomically
 
 as_root = pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
 

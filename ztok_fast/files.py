@@ -1,8 +1,9 @@
-"""Writing a file or folder so that others see all of it or nothing."""
+"""Files that the package keeps: the cache folder, and writing so that others see all of a file or nothing."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -12,6 +13,20 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that only writing gives: the disk is full, or the user's quota or the largest file size is reached."""
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/ztok_fast`` or ``~/.cache/ztok_fast``; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ztok_fast"
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes as 64 lower-case hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager
