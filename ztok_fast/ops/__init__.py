@@ -8,6 +8,11 @@ The registered ops (`torch.ops.ztok`) return differentiable outputs first, the p
 from ztok_fast.ops.backends import BackendUnavailable, backend
 from ztok_fast.ops.halting.halting_units import HaltingUnits, halting_units
 from ztok_fast.ops.halting.integrate_units import integrate_units
+from ztok_fast.ops.int8.fold_lora import fold_lora
+from ztok_fast.ops.int8.int8_linear import int8_linear
+from ztok_fast.ops.int8.int8_pack import Int8Panels, int8_pack
+from ztok_fast.ops.int8.ordered_linear import ordered_linear
+from ztok_fast.ops.int8.ordered_pack import ordered_pack
 from ztok_fast.ops.lora.lora_linear import lora_linear
 from ztok_fast.ops.nearest.codebook_assign import Assignment, codebook_assign
 from ztok_fast.ops.quantize.quantize_ragged import QuantizedUnits, quantize_ragged
@@ -24,6 +29,7 @@ __all__ = [
     "Assignment",
     "BackendUnavailable",
     "HaltingUnits",
+    "Int8Panels",
     "QuantizedUnits",
     "RaggedBatch",
     "RaggedLayout",
@@ -33,9 +39,14 @@ __all__ = [
     "autotune",
     "backend",
     "codebook_assign",
+    "fold_lora",
     "halting_units",
+    "int8_linear",
+    "int8_pack",
     "integrate_units",
     "lora_linear",
+    "ordered_linear",
+    "ordered_pack",
     "quantize_ragged",
     "ragged_gather",
     "ragged_layout",

@@ -43,6 +43,7 @@ class Tiles:
         key: arguments for whose values the comparison is made anew; it always is for other dtypes.
         writes: tensors that the kernel both reads and writes; they are restored after each timed run.
         adds: tensors that the kernel adds to; they are set to zero before each timed run.
+        fusion: whether the compiler may fuse a product and a sum, which rounds once instead of twice.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Tiles:
         key: tuple[str, ...] = (),
         writes: tuple[str, ...] = (),
         adds: tuple[str, ...] = (),
+        fusion: bool = True,
     ) -> None:
         self.kernel, self.configs = kernel, configs
         self._tuning = {"key": key, "writes": writes, "adds": adds}
         # fusion is said because its default differs between releases of Triton
-        self._options = {**configs[0].all_kwargs(), "enable_fp_fusion": True}
+        self._fusion = {"enable_fp_fusion": fusion}
+        self._options = {**configs[0].all_kwargs(), **self._fusion}
         self._smaller: dict[tuple, Tiles] = {}
         self._tuner: Any = None
 
@@ -76,12 +79,14 @@ class Tiles:
                 kwargs = {name: min(size, sizes.get(name, size)) for name, size in config.kwargs.items()}
                 small = Config(kwargs, num_warps=config.num_warps, num_stages=config.num_stages)
                 distinct.setdefault(tuple(small.all_kwargs().items()), small)
-            self._smaller[limits] = Tiles(self.kernel, *distinct.values(), **self._tuning)
+            self._smaller[limits] = Tiles(
+                self.kernel, *distinct.values(), **self._tuning, fusion=self._fusion["enable_fp_fusion"]
+            )
         return self._smaller[limits]
 
     def __getitem__(self, grid: tuple[int, ...] | Callable[[dict], tuple[int, ...]]) -> Callable:
         if _autotune and len(self.configs) > 1:
-            return self._tuned()[grid]
+            return functools.partial(self._tuned()[grid], **self._fusion)
         launch = self.kernel[grid(self.configs[0].kwargs) if callable(grid) else grid]
         return functools.partial(launch, **self._options)
 

@@ -1,0 +1,1 @@
+"""Linear layers of the inference engine: the same bits everywhere (docs/determinism.md)."""
