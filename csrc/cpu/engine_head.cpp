@@ -1,0 +1,213 @@
+// The engine's head on the CPU: logits, the greatest of them, or a draw. See docs/determinism.md.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "buffer.h"
+#include "engine_linear.h"
+#include "philox.h"
+
+namespace ztok {
+namespace {
+
+constexpr int64_t kBlockRows = 64, kBlockPanels = 32;
+
+// Hidden rows with their bias, quantised where the model is.
+class HeadRows {
+ public:
+  HeadRows(const char* op, const EngineModel& model, const Tensor& hidden, const std::optional<Tensor>& bias)
+      : count(hidden.dim() == 2 ? hidden.size(0) : -1),
+        width_(model.hidden),
+        floats_(bias.has_value() && count > 0 ? count * width_ : 0),
+        bytes_(model.is_int8 && count > 0 ? count * padded_depth(width_) : 0),
+        sums_(std::max<int64_t>(count, 0)),
+        scales_(std::max<int64_t>(count, 0)) {
+    check(op, "hidden", hidden);
+    if (bias.has_value()) check(op, "bias", *bias);
+    const auto* rows = hidden.const_data_ptr<float>();
+    const float* added = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+    all = {added == nullptr ? rows : floats_.get(),
+           width_,
+           {bytes_.get(), padded_depth(width_), sums_.get(), scales_.get()}};
+    share(count, kBlockRows, static_cast<double>(count) * width_ * 8 / kBytesPerNanosecond,
+          [&](int64_t begin, int64_t end) {
+            StandardArithmetic standard;
+            for (int64_t i = begin * width_; added != nullptr && i < end * width_; ++i) floats_[i] = rows[i] + added[i];
+            for (int64_t row = begin; model.is_int8 && row < end; ++row) {
+              ZTOK_SELECT(engine_quantise)(all.floats + row * width_, width_, all.quantised, row);
+            }
+          });
+  }
+
+  int64_t count;
+  EngineRows all;
+
+ private:
+  void check(const char* op, const char* name, const Tensor& tensor) const {
+    ZTOK_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 && tensor.is_contiguous() &&
+                   tensor.size(0) == count && tensor.size(1) == width_,
+               op, name, ": expected contiguous float32 [rows, ", width_, "]");
+  }
+
+  int64_t width_;
+  Buffer<float> floats_;
+  Buffer<int8_t> bytes_;
+  Buffer<int32_t> sums_;
+  Buffer<float> scales_;
+};
+
+// use(products, first row, first column, number of the block of columns), shared among threads.
+template <typename Use>
+void for_blocks(const EngineModel& model, const HeadRows& rows, const Use& use) {
+  const int64_t panels = model.head_linear.num_panels(), row_blocks = (rows.count + kBlockRows - 1) / kBlockRows;
+  const int64_t column_blocks = (panels + kBlockPanels - 1) / kBlockPanels;
+  const double nanoseconds = static_cast<double>(rows.count) * model.vocabulary * model.hidden / kProductsPerNanosecond;
+  share(row_blocks * column_blocks, 1, nanoseconds, [&](int64_t begin, int64_t end) {
+    StandardArithmetic standard;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / row_blocks, first = item % row_blocks * kBlockRows;
+      engine_products(model.head_linear, rows.all, first, std::min(kBlockRows, rows.count - first),
+                      block * kBlockPanels, std::min(panels, (block + 1) * kBlockPanels),
+                      [&](const Products& products, int64_t column) { use(products, first, column, block); });
+    }
+  });
+}
+
+Tensor logits_of(const EngineModel& model, const Tensor& hidden, const HeadRows& rows) {
+  Tensor logits = new_tensor(hidden, {rows.count, model.vocabulary});
+  auto* out = logits.mutable_data_ptr<float>();
+  for_blocks(model, rows, [&](const Products& products, int64_t first, int64_t column, int64_t) {
+    ZTOK_SELECT(engine_store)(products, out + first * model.vocabulary + column, model.vocabulary);
+  });
+  return logits;
+}
+
+Tensor engine_logits(const Tensor& weights, const Tensor& layout, const Tensor& hidden,
+                     const std::optional<Tensor>& bias) {
+  const EngineModel model("engine_logits", weights, layout);
+  return logits_of(model, hidden, HeadRows("engine_logits", model, hidden, bias));
+}
+
+Tensor engine_argmax(const Tensor& weights, const Tensor& layout, const Tensor& hidden,
+                     const std::optional<Tensor>& bias) {
+  const EngineModel model("engine_argmax", weights, layout);
+  const HeadRows rows("engine_argmax", model, hidden, bias);
+  const int64_t blocks = (model.head_linear.num_panels() + kBlockPanels - 1) / kBlockPanels;
+  std::vector<float> best(blocks * rows.count, -std::numeric_limits<float>::infinity());
+  std::vector<int64_t> index(blocks * rows.count, -1);
+  for_blocks(model, rows, [&](const Products& products, int64_t first, int64_t column, int64_t block) {
+    const int64_t at = block * rows.count + first;
+    ZTOK_SELECT(engine_best)(products, column, best.data() + at, index.data() + at);
+  });
+  Tensor result = new_tensor(hidden, {rows.count}, ScalarType::Long);
+  auto* out = result.mutable_data_ptr<int64_t>();
+  for (int64_t row = 0; row < rows.count; ++row) {
+    float greatest = -std::numeric_limits<float>::infinity();
+    out[row] = -1;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float value = best[block * rows.count + row];
+      ZTOK_CHECK(!std::isnan(value), "engine_argmax", "row ", row, ": expected finite logits, got NaN");
+      if (value > greatest) {
+        greatest = value;
+        out[row] = index[block * rows.count + row];
+      }
+    }
+    ZTOK_CHECK(std::isfinite(greatest), "engine_argmax", "row ", row, ": expected finite logits, got ", greatest);
+  }
+  return result;
+}
+
+// A token that may be drawn; the order of the sampling rule.
+struct Candidate {
+  int64_t weight;
+  int32_t token;
+
+  bool operator<(const Candidate& other) const {  // a heap has the greatest first
+    return weight != other.weight ? weight < other.weight : token > other.token;
+  }
+};
+
+int64_t draw(const int64_t* weights, int64_t count, double top_p, uint64_t random, std::vector<Candidate>& heap) {
+  heap.clear();
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    total += weights[i];
+    if (weights[i] > 0) heap.push_back({weights[i], static_cast<int32_t>(i)});
+  }
+  std::make_heap(heap.begin(), heap.end());
+  // The kept prefix ends up at the back, in rising order of weight.
+  auto end = heap.end();
+  int64_t kept = 0;
+  while (end != heap.begin() && (kept == 0 || static_cast<double>(kept) < top_p * static_cast<double>(total))) {
+    std::pop_heap(heap.begin(), end--);
+    kept += end->weight;
+  }
+  const auto place = static_cast<int64_t>(static_cast<unsigned __int128>(random) * static_cast<uint64_t>(kept) >> 64);
+  int64_t sum = 0;
+  for (auto it = heap.end(); it != end;) {
+    --it;
+    sum += it->weight;
+    if (sum > place) return it->token;
+  }
+  return -1;  // not reached: sum ends at kept, which is above place
+}
+
+Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& hidden,
+                     const std::optional<Tensor>& bias, double temperature, double top_p, int64_t seed,
+                     const Tensor& row_ids, const Tensor& steps) {
+  constexpr const char* kOp = "engine_sample";
+  const EngineModel model(kOp, weights, layout);
+  ZTOK_CHECK(temperature > 0 && std::isfinite(temperature), kOp, "temperature: expected a positive number, got ",
+             temperature);
+  ZTOK_CHECK(top_p > 0 && top_p <= 1, kOp, "top_p: expected a number in (0, 1], got ", top_p);
+  const HeadRows rows(kOp, model, hidden, bias);
+  for (const Tensor* ids : {&row_ids, &steps}) {
+    ZTOK_CHECK(
+        ids->scalar_type() == ScalarType::Long && ids->dim() == 1 && ids->size(0) == rows.count && ids->is_contiguous(),
+        kOp, "row_ids, steps: expected contiguous int64 vectors of ", rows.count, " elements");
+  }
+  const Tensor logits = logits_of(model, hidden, rows);
+  Tensor result = new_tensor(hidden, {rows.count}, ScalarType::Long);
+  const auto* logit = logits.const_data_ptr<float>();
+  const auto *ids = row_ids.const_data_ptr<int64_t>(), *step = steps.const_data_ptr<int64_t>();
+  auto* out = result.mutable_data_ptr<int64_t>();
+  const int64_t count = model.vocabulary;
+  share(rows.count, 1, static_cast<double>(rows.count) * count * 10, [&](int64_t begin, int64_t end) {
+    StandardArithmetic standard;
+    std::vector<int64_t> weight(count);
+    std::vector<Candidate> heap;
+    for (int64_t row = begin; row < end; ++row) {
+      const bool finite =
+          ZTOK_SELECT(engine_weights)(logit + row * count, count, static_cast<float>(temperature), weight.data());
+      uint32_t words[4];
+      draw_words<1>(draw_key(seed, ids[row], step[row]), 0, words);
+      const uint64_t random = words[0] | static_cast<uint64_t>(words[1]) << 32;
+      out[row] = finite ? draw(weight.data(), count, top_p, random, heap) : -1;
+    }
+  });
+  for (int64_t row = 0; row < rows.count; ++row) {
+    ZTOK_CHECK(out[row] >= 0, kOp, "row ", row, ": expected finite logits, got others");
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace ztok
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
+  m.def("engine_logits(Tensor weights, Tensor layout, Tensor hidden, Tensor? bias) -> Tensor");
+  m.def("engine_argmax(Tensor weights, Tensor layout, Tensor hidden, Tensor? bias) -> Tensor");
+  m.def(
+      "engine_sample(Tensor weights, Tensor layout, Tensor hidden, Tensor? bias, float temperature, float top_p, "
+      "int seed, Tensor row_ids, Tensor steps) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
+  m.impl("engine_logits", TORCH_BOX(&ztok::engine_logits));
+  m.impl("engine_argmax", TORCH_BOX(&ztok::engine_argmax));
+  m.impl("engine_sample", TORCH_BOX(&ztok::engine_sample));
+}

@@ -1,0 +1,327 @@
+#include "engine_kernel.h"
+
+#include "lanes.h"
+
+namespace ztok {
+namespace ZTOK_ISA {
+namespace {
+
+// Registers of partial results: enough chains to hide the latency of fma.
+#if defined(__AVX512F__)
+constexpr int kKeyBlocks = 8, kValueSlices = 4;
+#else
+constexpr int kKeyBlocks = 4, kValueSlices = 1;
+#endif
+constexpr int kChains = 4;
+
+// Lanes of a block of products, scaled and with bias.
+struct Scaler {
+  const Products& products;
+
+  ZTOK_LANES Lanes at(int64_t row, int64_t column) const {
+    const int64_t place = row * products.stride + column;
+    Lanes y;
+    if (products.weight_scales == nullptr) {
+      y = load16(static_cast<const float*>(products.sums) + place);
+    } else {
+      y = from_ints16(static_cast<const int32_t*>(products.sums) + place) * load16(products.weight_scales + column) *
+          splat(products.row_scales[row]);
+    }
+    return products.bias == nullptr ? y : y + load16(products.bias + column);
+  }
+};
+
+// sums[b] = scores of keys 16 b ... 16 b + 15 from `keys` on
+template <int kBlocks>
+ZTOK_LANES void key_scores(const float* query, const float* keys, int64_t width, Lanes* sums) {
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) sums[b] = splat(0.0f);
+  for (int64_t i = 0; i < width; ++i) {
+    const Lanes q = splat(query[i]);
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlocks; ++b) {
+      sums[b] = fma(q, load16(keys + (b * width + i) * kLaneCount), sums[b]);
+    }
+  }
+}
+
+template <int kBlocks>
+ZTOK_LANES Lanes store_scores(const float* query, const float* keys, int64_t width, Lanes scale, Lanes largest,
+                              float* scores) {
+  Lanes sums[kBlocks];
+  key_scores<kBlocks>(query, keys, width, sums);
+#pragma GCC unroll 8
+  for (int b = 0; b < kBlocks; ++b) {
+    const Lanes scaled = sums[b] * scale;
+    largest = larger(largest, scaled);
+    store16(scores + b * kLaneCount, scaled);
+  }
+  return largest;
+}
+
+template <int kSlices>
+ZTOK_LANES void weigh_values(const float* weights, const float* values, int64_t width, int64_t count, Lanes total,
+                             float* out) {
+  Lanes sums[kChains][kSlices];
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSlices; ++s) sums[c][s] = splat(0.0f);
+  }
+  int64_t j = 0;
+  for (; j + kChains <= count; j += kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const Lanes p = splat(weights[j + c]);
+#pragma GCC unroll 4
+      for (int s = 0; s < kSlices; ++s) {
+        sums[c][s] = fma(p, load16(values + (j + c) * width + s * kLaneCount), sums[c][s]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains - 1; ++c) {
+    if (j + c >= count) break;
+    const Lanes p = splat(weights[j + c]);
+#pragma GCC unroll 4
+    for (int s = 0; s < kSlices; ++s) {
+      sums[c][s] = fma(p, load16(values + (j + c) * width + s * kLaneCount), sums[c][s]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kSlices; ++s) {
+    store16(out + s * kLaneCount, ((sums[0][s] + sums[2][s]) + (sums[1][s] + sums[3][s])) / total);
+  }
+}
+
+constexpr double kSine[6] = {-1.66666666666666324348e-01, 8.33333333332248946124e-03,  -1.98412698298579493134e-04,
+                             2.75573137070700676789e-06,  -2.50507602534068634195e-08, 1.58969099521155010221e-10};
+constexpr double kCosine[6] = {4.16666666666666019037e-02,  -1.38888888888741095749e-03, 2.48015872894767294178e-05,
+                               -2.75573143513906633035e-07, 2.08757232129817482790e-09,  -1.13596475577881948265e-11};
+
+void sine_and_cosine(double x, float* sine, float* cosine) {
+  const double k = __builtin_rint(x * 0.63661977236758134308);
+  const double r =
+      ((x - k * 1.57079632673412561417e+00) - k * 6.07710050630396597660e-11) - k * 2.02226624879595063154e-21;
+  const double z = r * r;
+  const double of_sine = kSine[0] + z * (kSine[1] + z * (kSine[2] + z * (kSine[3] + z * (kSine[4] + z * kSine[5]))));
+  const double of_cosine =
+      kCosine[0] + z * (kCosine[1] + z * (kCosine[2] + z * (kCosine[3] + z * (kCosine[4] + z * kCosine[5]))));
+  const double s = r + (r * z) * of_sine, c = (1 - z * 0.5) + (z * z) * of_cosine;
+  switch (static_cast<int64_t>(k) & 3) {
+    case 0:
+      *sine = static_cast<float>(s);
+      *cosine = static_cast<float>(c);
+      return;
+    case 1:
+      *sine = static_cast<float>(c);
+      *cosine = static_cast<float>(-s);
+      return;
+    case 2:
+      *sine = static_cast<float>(-s);
+      *cosine = static_cast<float>(-c);
+      return;
+    default:
+      *sine = static_cast<float>(-c);
+      *cosine = static_cast<float>(s);
+  }
+}
+
+}  // namespace
+
+void engine_norm(const float* x, const float* weight, int64_t width, float eps, float* out) {
+  Lanes sums = splat(0.0f);
+  for (int64_t i = 0; i < width; i += kLaneCount) sums = fma(load16(x + i), load16(x + i), sums);
+  const float scale = 1.0f / __builtin_sqrtf(tree_sum(sums) / static_cast<float>(width) + eps);
+  for (int64_t i = 0; i < width; i += kLaneCount) {
+    store16(out + i, (load16(x + i) * splat(scale)) * load16(weight + i));
+  }
+}
+
+void engine_quantise(const float* x, int64_t width, const QuantisedRows& rows, int64_t row) {
+  Lanes largest = splat(0.0f), checked = splat(0.0f);
+  for (int64_t i = 0; i < width; i += kLaneCount) {
+    const Lanes a = magnitude(load16(x + i));
+    largest = larger(largest, a);
+    checked = checked + a * splat(0.0f);  // NaN for what is not finite
+  }
+  const float most = tree_max(largest);
+  const bool finite = tree_sum(checked) == 0.0f;
+  int8_t* values = rows.values + row * rows.stride;
+  for (int64_t i = width; i < rows.stride; ++i) values[i] = 0;
+  if (!finite || most < 0x1p-100f) {
+    for (int64_t i = 0; i < width; ++i) values[i] = 0;
+    rows.sums[row] = 0;
+    rows.scales[row] = finite ? 0.0f : __builtin_nanf("");
+    return;
+  }
+  const Lanes inverse = splat(127.0f / most), rounder = splat(kRounder);
+  Lanes total = splat(0.0f);  // exact: at most 127 * 2^16
+  for (int64_t i = 0; i < width; i += kLaneCount) {
+    const Lanes shifted = load16(x + i) * inverse + rounder;
+    total = total + (shifted - rounder);
+    store_bytes16(values + i, shifted);
+  }
+  rows.sums[row] = static_cast<int32_t>(tree_sum(total));
+  rows.scales[row] = most / 127.0f;
+}
+
+void engine_store(const Products& products, float* out, int64_t out_stride) {
+  const Scaler scaler{products};
+  for (int64_t r = 0; r < products.rows; ++r) {
+    for (int64_t c = 0; c < products.columns; c += kLaneCount) {
+      const Lanes y = scaler.at(r, c);
+      if (c + kLaneCount <= products.columns) {
+        store16(out + r * out_stride + c, y);
+      } else {  // the end of the vocabulary
+        float lanes[kLaneCount];
+        store16(lanes, y);
+        for (int64_t i = c; i < products.columns; ++i) out[r * out_stride + i] = lanes[i - c];
+      }
+    }
+  }
+}
+
+void engine_add(const Products& products, float* out, int64_t out_stride) {
+  const Scaler scaler{products};
+  for (int64_t r = 0; r < products.rows; ++r) {
+    for (int64_t c = 0; c < products.columns; c += kLaneCount) {
+      float* place = out + r * out_stride + c;
+      store16(place, load16(place) + scaler.at(r, c));
+    }
+  }
+}
+
+void engine_gate(const Products& products, float* out, int64_t out_stride) {
+  const Scaler scaler{products};
+  for (int64_t r = 0; r < products.rows; ++r) {
+    for (int64_t c = 0; c < products.columns; c += 2 * kLaneCount) {
+      store16(out + r * out_stride + c / 2, silu16(scaler.at(r, c)) * scaler.at(r, c + kLaneCount));
+    }
+  }
+}
+
+void engine_best(const Products& products, int64_t first, float* best, int64_t* index) {
+  const Scaler scaler{products};
+  for (int64_t r = 0; r < products.rows; ++r) {
+    float greatest = best[r];
+    int64_t at = index[r];
+    for (int64_t c = 0; c < products.columns; c += kLaneCount) {
+      float lanes[kLaneCount];
+      const Lanes y = scaler.at(r, c);
+      const int64_t valid = products.columns - c < kLaneCount ? products.columns - c : kLaneCount;
+      store16(lanes, y);
+      // Most blocks have nothing greater, which the vectorised loop finds. Comparisons with NaN are false.
+      bool lower = true;
+      for (int64_t i = 0; i < kLaneCount; ++i) lower &= (i >= valid) | (lanes[i] <= greatest);
+      if (lower || greatest != greatest) continue;
+      for (int64_t i = 0; i < valid && greatest == greatest; ++i) {
+        if (!(lanes[i] <= greatest)) {
+          greatest = lanes[i];
+          at = first + c + i;
+        }
+      }
+    }
+    best[r] = greatest;
+    index[r] = at;
+  }
+}
+
+void engine_angles(float position, const float* frequencies, int64_t half, float* cosines, float* sines) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float angle = position * frequencies[i];
+    sine_and_cosine(static_cast<double>(angle), sines + i, cosines + i);
+  }
+}
+
+void engine_rotate(float* head, int64_t half, const float* cosines, const float* sines) {
+  for (int64_t i = 0; i < half; i += kLaneCount) {
+    // Half a head may be 8 wide.
+    const int64_t n = half - i;
+    float low[kLaneCount], high[kLaneCount], c[kLaneCount], s[kLaneCount], negative[kLaneCount];
+    const int64_t used = n < kLaneCount ? n : kLaneCount;
+    for (int64_t k = 0; k < kLaneCount; ++k) {
+      low[k] = k < used ? head[i + k] : 0.0f;
+      high[k] = k < used ? head[half + i + k] : 0.0f;
+      c[k] = k < used ? cosines[i + k] : 0.0f;
+      s[k] = k < used ? sines[i + k] : 0.0f;
+      negative[k] = -s[k];
+    }
+    const Lanes x = load16(low), y = load16(high), cosine = load16(c);
+    store16(low, fma(x, cosine, y * load16(negative)));
+    store16(high, fma(y, cosine, x * load16(s)));
+    for (int64_t k = 0; k < used; ++k) {
+      head[i + k] = low[k];
+      head[half + i + k] = high[k];
+    }
+  }
+}
+
+void engine_cache(const float* key, const float* value, const HeadCache& cache, int64_t row) {
+  float* column = cache.keys + row / kLaneCount * kLaneCount * cache.width + row % kLaneCount;
+  for (int64_t i = 0; i < cache.width; ++i) column[i * kLaneCount] = key[i];
+  __builtin_memcpy(cache.values + row * cache.width, value, sizeof(float) * cache.width);
+}
+
+void engine_attend(const float* query, const HeadCache& cache, int64_t count, float scale, float* scores, float* out) {
+  const int64_t width = cache.width, whole = count / kLaneCount, blocks = (count + kLaneCount - 1) / kLaneCount;
+  const Lanes scales = splat(scale);
+  Lanes most = splat(-__builtin_inff());
+  int64_t b = 0;
+  for (; b + kKeyBlocks <= whole; b += kKeyBlocks) {
+    most = store_scores<kKeyBlocks>(query, cache.keys + b * width * kLaneCount, width, scales, most,
+                                    scores + b * kLaneCount);
+  }
+  for (; b + 2 <= whole; b += 2) {
+    most = store_scores<2>(query, cache.keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
+  }
+  for (; b < whole; ++b) {
+    most = store_scores<1>(query, cache.keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
+  }
+  float largest = tree_max(most);
+  if (whole < blocks) {  // keys past `count` may hold anything
+    Lanes sums[1];
+    key_scores<1>(query, cache.keys + whole * width * kLaneCount, width, sums);
+    float* last = scores + whole * kLaneCount;
+    store16(last, sums[0] * scales);
+    for (int64_t i = 0; i < count - whole * kLaneCount; ++i) largest = largest > last[i] ? largest : last[i];
+  }
+  Lanes sums = splat(0.0f);
+  for (int64_t k = 0; k < blocks; ++k) {
+    const Lanes p = first_lanes(exp16(load16(scores + k * kLaneCount) - splat(largest)), count - k * kLaneCount);
+    sums = sums + p;
+    store16(scores + k * kLaneCount, p);
+  }
+  const Lanes total = splat(tree_sum(sums));
+  int64_t i = 0;
+  for (; i + kValueSlices * kLaneCount <= width; i += kValueSlices * kLaneCount) {
+    weigh_values<kValueSlices>(scores, cache.values + i, width, count, total, out + i);
+  }
+  for (; i + 2 * kLaneCount <= width; i += 2 * kLaneCount) {
+    weigh_values<2>(scores, cache.values + i, width, count, total, out + i);
+  }
+  for (; i < width; i += kLaneCount) weigh_values<1>(scores, cache.values + i, width, count, total, out + i);
+}
+
+bool engine_weights(const float* logits, int64_t count, float temperature, int64_t* weights) {
+  const float infinite = __builtin_inff();
+  float largest = -infinite;
+  for (int64_t i = 0; i < count; ++i) {
+    const float z = logits[i] / temperature;
+    if (!(z > -infinite && z < infinite)) return false;
+    largest = largest > z ? largest : z;
+  }
+  for (int64_t i = 0; i < count; i += kLaneCount) {
+    float lanes[kLaneCount];
+    const int64_t valid = count - i < kLaneCount ? count - i : kLaneCount;
+    for (int64_t k = 0; k < kLaneCount; ++k) lanes[k] = k < valid ? logits[i + k] / temperature : largest;
+    store16(lanes, exp16(load16(lanes) - splat(largest)));
+    for (int64_t k = 0; k < valid; ++k) {
+      weights[i + k] = static_cast<int64_t>(__builtin_rint(static_cast<double>(lanes[k]) * 0x1p30));
+    }
+  }
+  return true;
+}
+
+}  // namespace ZTOK_ISA
+}  // namespace ztok

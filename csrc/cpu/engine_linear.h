@@ -1,0 +1,87 @@
+// Rows on their way through a linear layer of the engine.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "engine_kernel.h"
+#include "engine_model.h"
+#include "ordered_products_kernel.h"
+#include "share.h"
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+namespace ztok {
+
+// Rounding to nearest and subnormal numbers kept, whatever the program has set in this thread.
+class StandardArithmetic {
+ public:
+#if defined(__SSE2__)
+  StandardArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~StandardArithmetic() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  StandardArithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~StandardArithmetic() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
+inline int64_t padded_depth(int64_t width) { return (width + kDepthStep - 1) / kDepthStep * kDepthStep; }
+
+// Input rows of a linear layer: as floats, and in int8 where the model is.
+struct EngineRows {
+  const float* floats;
+  int64_t width;
+  QuantisedRows quantised;
+};
+
+inline Scratch& product_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+constexpr int64_t kMostPanels = 4;  // of one block of products
+
+// use(products, first column) for the columns of panels [begin, end) and `count` rows from `first` on. Products of a
+// few columns at a time stay in the cache.
+template <typename Use>
+void engine_products(const EngineLinear& linear, const EngineRows& rows, int64_t first, int64_t count, int64_t begin,
+                     int64_t end, const Use& use) {
+  constexpr int64_t kStride = kMostPanels * kPanelColumns;
+  float* memory = product_scratch().get(count * kStride);
+  for (int64_t panel = begin; panel < end; panel += kMostPanels) {
+    const int64_t panels = std::min(kMostPanels, end - panel), column = panel * kPanelColumns;
+    Products products{memory,
+                      kStride,
+                      count,
+                      std::min(panels * kPanelColumns, linear.columns - column),
+                      nullptr,
+                      nullptr,
+                      linear.bias == nullptr ? nullptr : linear.bias + column};
+    if (linear.scales != nullptr) {
+      const QuantisedRows& q = rows.quantised;
+      const int64_t depth = padded_depth(linear.depth);
+      int8_products()(q.values + first * q.stride, q.stride, count, q.sums + first, linear.panels + column * depth,
+                      depth, panels, reinterpret_cast<int32_t*>(memory), kStride);
+      products.weight_scales = linear.scales + column;
+      products.row_scales = q.scales + first;
+    } else {
+      ZTOK_SELECT(ordered_products)
+      (rows.floats + first * rows.width, rows.width, count,
+       reinterpret_cast<const float*>(linear.panels) + column * linear.depth, linear.depth, panels, memory, kStride);
+    }
+    use(products, column);
+  }
+}
+
+}  // namespace ztok
