@@ -52,6 +52,8 @@ class Settings:
     """Frequencies of the rotary positions, each a correctly rounded float; half the head's width of them."""
     window: int | None
     """Most rows that a sequence may have, where the model's attention is limited to a sliding window."""
+    end_tokens: tuple[int, ...]
+    """The model's own end-of-text tokens."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def read(model: nn.Module, adapters: str | Sequence[str | None] | None = None) -
         EngineUnsupported: the model computes something that the engine does not; the message says what.
         ValueError: an adapter that the model does not have, or one named twice.
     """
-    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    bare: Any = model if unwrap is None else unwrap()
     kind = type(bare).__name__
     if MODELS.get(kind) != type(bare).__module__:
         unsupported("model class", f"one of {', '.join(MODELS)}", f"{type(bare).__module__}.{kind}")
@@ -207,6 +210,7 @@ def _settings(model: Any) -> Settings:
             unsupported("attention of a layer", "full_attention or sliding_attention", strange[0])
         if "sliding_attention" not in kinds:
             window = None
+    end = config.eos_token_id
     return Settings(
         kind=type(model).__name__,
         layers=config.num_hidden_layers,
@@ -220,6 +224,7 @@ def _settings(model: Any) -> Settings:
         head_norm=type(model).__name__.startswith("Qwen3"),
         frequencies=frequencies(head_width, config.rope_parameters),
         window=window,
+        end_tokens=() if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,),
     )
 
 
