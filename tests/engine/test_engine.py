@@ -1,0 +1,437 @@
+"""The engine against the oracle, bit for bit, whatever the batch, the chunking, the threads and the instruction set."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.engine import oracle
+from tests.engine.conftest import instruction_sets
+from tests.engine.models import FAMILIES, oracle_of, random_model
+from ztok_fast.engine import Engine, EngineUnsupported
+
+ADAPTERS = ("base", "first", "second")
+V, D = 50, 32
+
+
+def make(precision="int8", family="llama", seed=0, adapters=(), slots=4, capacity=64, **settings):
+    """An engine whose arenas hold NaN wherever nothing was written, and its model."""
+    model = random_model(family, seed, adapters, **settings)
+    engine = Engine.from_model(model, (None, *adapters), precision, slots, capacity, cache=False)
+    engine.keys.fill_(torch.nan)
+    engine.values.fill_(torch.nan)
+    return engine, model
+
+
+def read_in_parts(engine, rows, schedule, slots):
+    """Hidden states of sequences that are read in passes; `schedule[p][b]` rows of sequence b in pass p.
+
+    `rows` is a list of (tokens, positions, vectors or None, adapter index).
+    """
+    starts, parts = [0] * len(rows), [[] for _ in rows]
+    for counts in schedule:
+        index = [b for b in range(len(rows)) if counts[b]]
+        cut = {b: slice(starts[b], starts[b] + counts[b]) for b in index}
+        hidden = engine.forward(
+            torch.cat([rows[b][0][cut[b]] for b in index]),
+            torch.cat([rows[b][1][cut[b]] for b in index]),
+            torch.tensor([0, *np.cumsum([counts[b] for b in index])], dtype=torch.int32),
+            torch.tensor([slots[b] for b in index], dtype=torch.int32),
+            torch.tensor([starts[b] for b in index], dtype=torch.int32),
+            torch.tensor([rows[b][3] for b in index], dtype=torch.int32),
+            None if rows[0][2] is None else torch.cat([rows[b][2][cut[b]] for b in index]),
+        )
+        for b, part in zip(index, hidden.split([counts[b] for b in index])):
+            parts[b].append(part)
+            starts[b] += counts[b]
+    return [torch.cat(part) for part in parts]
+
+
+def random_rows(draw: torch.Generator, lengths, vocabulary, hidden, vectors, variants):
+    rows = []
+    for length in lengths:
+        tokens = torch.randint(-1 if vectors else 0, vocabulary, (length,), generator=draw)
+        positions = torch.randint(1, 40, (length,), generator=draw).cumsum(0) - 1
+        added = torch.randn(length, hidden, generator=draw) if vectors else None
+        rows.append((tokens, positions, added, int(torch.randint(variants, (), generator=draw))))
+    return rows
+
+
+def random_schedule(draw: torch.Generator, lengths, largest):
+    """Passes of 0 to `largest` rows of each sequence, until all are read."""
+    left, schedule = list(lengths), []
+    while any(left):
+        counts = [min(n, int(torch.randint(0, largest + 1, (), generator=draw))) for n in left]
+        if any(counts):
+            schedule.append(counts)
+            left = [n - c for n, c in zip(left, counts)]
+    return schedule
+
+
+@st.composite
+def models(draw):
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2), (5, 1), (6, 2)]))
+    return draw(st.sampled_from(sorted(FAMILIES))), {
+        "hidden_size": 16 * heads,
+        "head_dim": draw(st.sampled_from([16, 32, 48])),
+        "intermediate_size": draw(st.sampled_from([16, 48, 80])),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "vocab_size": draw(st.integers(3, 70)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model=models(),
+    precision=st.sampled_from(["int8", "float32"]),
+    lengths=st.lists(st.integers(1, 37), min_size=1, max_size=4),
+    largest=st.sampled_from([1, 3, 20, 40]),
+    vectors=st.booleans(),
+    isa=st.sampled_from(instruction_sets()),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 10**6),
+)
+def test_a_row_has_the_oracles_bits(machine, model, precision, lengths, largest, vectors, isa, threads, seed):
+    family, sizes = model
+    if family == "qwen2":  # the width of its heads follows from the other sizes
+        sizes = {name: size for name, size in sizes.items() if name != "head_dim"}
+    machine(max(instruction_sets()), threads)
+    engine, hf = make(precision, family, seed, ("first",), **sizes)
+    machine(isa, threads)
+    draw = torch.Generator().manual_seed(seed)
+    rows = random_rows(draw, lengths, hf.config.vocab_size, hf.config.hidden_size, vectors, 2)
+    slots = torch.randperm(4, generator=draw)[: len(rows)].tolist()
+    got = read_in_parts(engine, rows, random_schedule(draw, lengths, largest), slots)
+    biases = torch.randn(len(rows), hf.config.hidden_size, generator=draw) if vectors else None
+    logits = engine.logits(torch.stack([g[-1] for g in got]), biases)
+    best = engine.argmax(torch.stack([g[-1] for g in got]), biases)
+    for b, (tokens, positions, added, variant) in enumerate(rows):
+        ours = oracle_of(hf, precision, (None, "first")[variant])
+        expected = ours.forward(tokens.numpy(), None if added is None else added.numpy(), positions.numpy())
+        assert np.array_equal(got[b].numpy(), expected)
+        of_last = ours.logits(expected[-1:], None if biases is None else biases[b : b + 1].numpy())[0]
+        assert np.array_equal(logits[b].numpy(), of_last) and int(best[b]) == int(of_last.argmax())
+
+
+@functools.cache
+def shared(precision):
+    """An engine with two adapters for tests that do not change it, its model and its oracles."""
+    engine, model = make(precision, "qwen3", 7, ("first", "second"), slots=8, capacity=128)
+    return engine, [oracle_of(model, precision, name if name != "base" else None) for name in ADAPTERS]
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_chunks_steps_and_neighbours_change_no_bit(precision, machine):
+    """Long sequences, without the oracle: all ways of reading agree with reading each alone, whole."""
+    engine, _ = shared(precision)
+    draw = torch.Generator().manual_seed(3)
+    lengths = [100, 1, 65, 16, 17, 3]
+    rows = random_rows(draw, lengths, V, D, True, 3)
+    alone = [read_in_parts(engine, [row], [[len(row[0])]], [5])[0] for row in rows]
+    for largest in (1, 2, 7, 16, 33, 100):
+        for isa in instruction_sets():
+            machine(isa, 1 + largest % 3)
+            got = read_in_parts(engine, rows, random_schedule(draw, lengths, largest), [3, 0, 7, 2, 1, 6])
+            for one, other in zip(got, alone, strict=True):
+                assert torch.equal(one, other), (largest, isa)
+
+
+def test_the_first_layers_alone():
+    engine, oracles = shared("int8")
+    tokens = torch.arange(5)
+    for layers in (1, 2):
+        got = engine.forward(
+            tokens,
+            tokens,
+            torch.tensor([0, 5]).int(),
+            torch.tensor([0]).int(),
+            torch.tensor([0]).int(),
+            None,
+            None,
+            layers,
+        )
+        assert np.array_equal(got.numpy(), oracles[0].forward(tokens.numpy(), layers=layers))
+
+
+def test_rows_that_are_read_again_replace_the_old_ones():
+    engine, oracles = shared("float32")
+    slot, new = torch.tensor([1]).int(), torch.tensor([9, 8, 7])
+    read = functools.partial(engine.forward, slots=slot)
+    read(torch.arange(6), torch.arange(6), torch.tensor([0, 6]).int(), starts=torch.tensor([0]).int())
+    got = read(new, torch.arange(3) + 2, torch.tensor([0, 3]).int(), starts=torch.tensor([2]).int())
+    assert np.array_equal(got.numpy(), oracles[0].forward([0, 1, 9, 8, 7])[2:])
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_prefill_and_step(precision):
+    engine, oracles = shared(precision)
+    prompts = [[1, 2, 3], torch.tensor([4]), range(5, 25)]
+    sequences = engine.prefill(prompts, ["second", "base", "first"])
+    assert len(sequences) == 3 and engine.slots.free == 5
+    written = [list(map(int, prompt)) for prompt in prompts]
+    order = [2, 0, 1]
+    for step in range(4):
+        for b, row in enumerate(written):
+            assert np.array_equal(sequences.hidden[b].numpy(), oracles[order[b]].forward(row)[-1])
+            row.append((7 * b + step) % V)
+        engine.step(sequences, torch.tensor([row[-1] for row in written]))
+    assert sequences.lengths.tolist() == [7, 5, 24] == sequences.positions.tolist()
+    hidden = sequences.hidden
+    sequences = engine.keep(sequences, torch.tensor([True, False, True]))
+    assert len(sequences) == 2 and engine.slots.free == 6 and torch.equal(sequences.hidden, hidden[[0, 2]])
+    vectors = torch.randn(2, D)
+    engine.step(sequences, torch.tensor([-1, 3]), vectors)
+    added = torch.zeros(25, D)
+    added[24] = vectors[1]
+    assert np.array_equal(sequences.hidden[1].numpy(), oracles[1].forward([*written[2], 3], added.numpy())[-1])
+    engine.release(sequences)
+    assert engine.slots.free == 8
+
+
+def test_prefill_with_vectors_and_positions():
+    engine, oracles = shared("int8")
+    vectors, positions = torch.randn(5, D), torch.tensor([3, 4, 5, 0, 9])
+    sequences = engine.prefill([[1, 2, 3], [4, 5]], "first", vectors, positions)
+    for b, rows in enumerate((slice(0, 3), slice(3, 5))):
+        expected = oracles[1].forward(np.arange(1, 6)[rows], vectors[rows].numpy(), positions[rows].numpy())[-1]
+        assert np.array_equal(sequences.hidden[b].numpy(), expected)
+    assert sequences.positions.tolist() == [6, 10] and sequences.lengths.tolist() == [3, 2]
+    engine.release(sequences)
+
+
+def test_larger_arenas_hold_what_the_smaller_held():
+    engine, model = make(seed=3, slots=2, capacity=16)
+    ours = oracle_of(model)
+    sequences = engine.prefill([[1, 2, 3], [4, 5, 6, 7]])
+    engine.reserve(slots=5, capacity=40)
+    assert engine.slots.free == 3 and engine.capacity == 40 and engine.values.shape[3] == 48
+    engine.reserve(1, 8)
+    assert engine.capacity == 40 and engine.slots.count == 5
+    for token in range(20):
+        engine.step(sequences, torch.tensor([token, token]))
+    for b, prompt in enumerate(([1, 2, 3], [4, 5, 6, 7])):
+        assert np.array_equal(sequences.hidden[b].numpy(), ours.forward([*prompt, *range(20)])[-1])
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_samples_are_the_oracles(precision, machine):
+    engine, oracles = shared(precision)
+    draw = torch.Generator().manual_seed(5)
+    hidden, bias = torch.randn(12, D, generator=draw), torch.randn(12, D, generator=draw)
+    ids = torch.tensor([0, 1, 5, 2**40, -1, 7, 7, 7, 3, 2, 11, 12])
+    steps = torch.tensor([0, 1, 5, 9, 2, 0, 1, 2, 3, 2**31, 1, 0])
+    logits = oracles[0].logits(hidden.numpy(), bias.numpy())
+    for isa in instruction_sets():
+        machine(isa, 2)
+        for temperature, top_p, seed in (
+            (1.0, 1.0, 0),
+            (0.7, 0.9, -1),
+            (3.5, 0.3, 2**63 - 1),
+            (0.01, 1.0, 5),
+            (1, 1e-9, 1),
+        ):
+            got = engine.sample(hidden, temperature, top_p, seed, ids, steps, bias)
+            rows = zip(logits, ids.tolist(), steps.tolist())
+            assert got.tolist() == [oracle.sample(row, temperature, top_p, seed, i, s) for row, i, s in rows]
+    some = [7, 2, 9]
+    alone = engine.sample(hidden[some], 0.7, 0.9, -1, ids[some], steps[some], bias[some])
+    assert alone.tolist() == engine.sample(hidden, 0.7, 0.9, -1, ids, steps, bias)[some].tolist()
+
+
+def test_ties_go_to_the_lowest_token():
+    model = random_model(seed=6, tie_word_embeddings=False)
+    model.lm_head.weight[30] = model.lm_head.weight[10]
+    engine = Engine.from_model(model, cache=False)
+    hidden = model.lm_head.weight[30:31].float().contiguous() * 50
+    logits = engine.logits(hidden)[0]
+    assert logits[10] == logits[30] == logits.max() and int(engine.argmax(hidden)) == 10
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    engine, oracles = shared("int8")
+    tokens = torch.tensor([1, 2, 3, 4])
+    vectors = torch.zeros(4, D)
+    vectors[1, 3] = torch.inf
+    cu_rows, slots = torch.tensor([0, 2, 4]).int(), torch.tensor([0, 1]).int()
+    hidden = engine.forward(tokens, torch.tensor([0, 1, 0, 1]), cu_rows, slots, torch.zeros(2).int(), None, vectors)
+    assert hidden[1].isnan().all()
+    assert np.array_equal(hidden[0].numpy(), oracles[0].forward([1])[0])
+    assert np.array_equal(hidden[2:].numpy(), oracles[0].forward([3, 4]))
+    assert engine.logits(hidden)[1].isnan().all()
+
+
+def test_close_to_transformers():
+    model = random_model("mistral", seed=8)
+    engine = Engine.from_model(model, precision="float32", cache=False)
+    tokens = torch.arange(20)
+    sequences = engine.prefill([tokens])
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0, -1]
+    torch.testing.assert_close(engine.logits(sequences.hidden)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+ROW = {
+    "tokens": torch.tensor([1]),
+    "positions": torch.tensor([0]),
+    "cu_rows": torch.tensor([0, 1]).int(),
+    "slots": torch.tensor([0]).int(),
+    "starts": torch.tensor([0]).int(),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.tensor([1, 2])}, "tokens: expected a tensor int64 \\[1\\] on cpu, got int64 \\[2\\]"),
+        ({"tokens": torch.tensor([1.0])}, "tokens: expected .* got float32"),
+        ({"tokens": torch.tensor([True])}, "tokens: expected .* got bool"),
+        ({"positions": torch.tensor([[0]])}, "positions: expected .* got int64 \\[1, 1\\]"),
+        ({"positions": [0]}, "positions: expected .* got list"),
+        ({"cu_rows": torch.tensor([0, 1])}, "cu_rows: expected a tensor int32 \\[2\\]"),
+        ({"vectors": torch.zeros(1, D + 1)}, f"vectors: expected a tensor float32 \\[1, {D}\\]"),
+        ({"layers": True}, "layers: expected an integer of at least 1, got True"),
+        ({"layers": 0}, "layers: expected an integer of at least 1, got 0"),
+        ({"adapters": torch.tensor([0, 0]).int()}, "adapters: expected a tensor int32 \\[1\\]"),
+    ],
+)
+def test_arguments_of_a_pass_that_do_not_fit(change, message):
+    engine, _ = shared("int8")
+    with pytest.raises(ValueError, match=message):
+        engine.forward(**(ROW | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": torch.tensor([V])},
+        {"tokens": torch.tensor([-2])},
+        {"positions": torch.tensor([-1])},
+        {"cu_rows": torch.tensor([0, 2]).int()},
+        {"slots": torch.tensor([8]).int()},
+        {"slots": torch.tensor([-1]).int()},
+        {"starts": torch.tensor([128]).int()},
+        {"starts": torch.tensor([-1]).int()},
+        {"adapters": torch.tensor([3]).int()},
+        {"layers": 3},
+    ],
+    ids=lambda change: next(f"{name}={value}" for name, value in change.items()),
+)
+def test_values_out_of_range_in_a_pass(change):
+    """C++ looks at values; the message names what is wrong."""
+    engine, _ = shared("int8")
+    with pytest.raises(RuntimeError, match="engine_forward.*expected"):
+        engine.forward(**(ROW | change))
+
+
+def test_a_slot_twice_in_a_pass():
+    engine, _ = shared("int8")
+    two = {name: torch.cat([value, value]) for name, value in ROW.items()} | {"cu_rows": torch.tensor([0, 1, 2]).int()}
+    with pytest.raises(RuntimeError, match="slots"):
+        engine.forward(**two)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "prompts\\[0\\]: expected at least one token"),
+        ([[1], [2, V]], f"prompts\\[1\\]: expected tokens from 0 to {V - 1}, got {V}"),
+        ([[-1]], "got -1"),
+        ([[2**70]], "got larger ones"),
+        ([[True]], "expected token ids, got bool True"),
+        ([[1.0]], "expected token ids, got float"),
+        (["text"], "expected a sequence of token ids, got str"),
+        ("text", "prompts: expected a list of token sequences, got str"),
+        (torch.tensor([1, 2]), "expected a list of token sequences, got Tensor"),
+        ([torch.tensor([[1]])], "expected int64 \\[n\\] on cpu, got int64 \\[1, 1\\]"),
+        ([torch.tensor([1.5])], "got float32"),
+        ([[1]] * 9, "at most 8 sequences, the free ones of 8 slots, got 9"),
+        ([[1] * 129], "expected at most 128 tokens, the capacity, got 129"),
+    ],
+)
+def test_prompts_that_cannot_be_read(prompts, message):
+    engine, _ = shared("int8")
+    with pytest.raises(ValueError, match=message):
+        engine.prefill(prompts)
+    assert engine.slots.free == 8
+
+
+def test_other_misuse():
+    engine, _ = shared("int8")
+
+    def refuses(message, call, *args, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            call(*args, **kwargs)
+        assert engine.slots.free == 8
+
+    refuses("adapter: expected one of \\['base', 'first', 'second'\\], got 'third'", engine.prefill, [[1]], "third")
+    refuses("adapter: expected one name, or 1 of them, got 2", engine.prefill, [[1]], ["first", "second"])
+    refuses("vectors: expected", engine.prefill, [[1]], vectors=torch.zeros(2, D))
+    refuses("positions: expected", engine.prefill, [[1]], positions=torch.tensor([1, 2]))
+    refuses("release: expected slots that are taken, got \\[3\\]", engine.slots.release, torch.tensor([3]))
+    refuses("slots: expected an integer of at least 1, got 0", engine.reserve, 0)
+    refuses("capacity: expected an integer of at least 1, got True", engine.reserve, capacity=True)
+    refuses("hidden: expected a tensor float32 \\[any, 32\\]", engine.logits, torch.zeros(D))
+    refuses("bias: expected a tensor float32 \\[2, 32\\]", engine.argmax, torch.zeros(2, D), torch.zeros(D))
+    ids = torch.tensor([0])
+    for temperature, top_p, seed, message in (
+        (0, 1, 0, "temperature: expected a finite number above 0, got 0"),
+        (float("nan"), 1, 0, "temperature"),
+        (True, 1, 0, "temperature"),
+        (1, 0, 0, "top_p: expected a number above 0 and at most 1, got 0"),
+        (1, 1.1, 0, "top_p"),
+        (1, 1, 2**63, "seed: expected an integer of 64 bits"),
+        (1, 1, 0.5, "seed"),
+    ):
+        refuses(message, engine.sample, torch.zeros(1, D), temperature, top_p, seed, ids, ids)
+    refuses("steps: expected a tensor int64 \\[1\\]", engine.sample, torch.zeros(1, D), 1, 1, 0, ids, ids.int())
+    taken = engine.slots.acquire(2)
+    with pytest.raises(ValueError, match="one of them twice"):
+        engine.slots.release(taken[[0, 0]])
+    engine.slots.release(taken)
+    with pytest.raises(ValueError, match="not taken"):
+        engine.slots.release(taken)
+
+
+def test_a_full_slot():
+    engine, _ = make(slots=1, capacity=16)
+    sequences = engine.prefill([range(16)])
+    with pytest.raises(RuntimeError, match="engine_forward.*expected"):
+        engine.step(sequences, torch.tensor([1]))
+    assert sequences.lengths.tolist() == [16]
+
+
+def test_the_capacity_ends_at_the_sliding_window():
+    model = random_model("mistral", sliding_window=48)
+    engine = Engine.from_model(model, capacity=48, slots=1, cache=False)
+    with pytest.raises(ValueError, match="at most the sliding window of 48, got 49"):
+        engine.reserve(capacity=49)
+
+
+def test_adapters_by_default():
+    model = random_model(adapters=("first", "second"))
+    assert Engine.from_model(model, "second", cache=False).variant(None) == 0
+    assert Engine.from_model(model, ("second", None), cache=False).variant(None) == 1
+    with pytest.raises(ValueError, match="expected one of \\['first', 'second'\\], got None"):
+        Engine.from_model(model, ("first", "second"), cache=False).variant(None)
+
+
+def test_a_processor_without_fma(machine, monkeypatch):
+    machine(0, 1)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(EngineUnsupported, match="processor: expected AVX2 and FMA"):
+        Engine.from_model(random_model(), cache=False)
+
+
+def test_without_the_compiled_library(monkeypatch):
+    from ztok_fast import native
+
+    absent = native.PartStatus("cpu", False, "not built: why", native.LIBRARY_DIR)
+    monkeypatch.setattr(native, "status", lambda name: absent)
+    with pytest.raises(EngineUnsupported, match="compiled library for the CPU, got none: not built: why"):
+        Engine.from_model(random_model(), cache=False)

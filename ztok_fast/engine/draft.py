@@ -1,0 +1,179 @@
+"""Writing texts of known length: one token per pass, or drafted whole and verified in blocks (block Jacobi).
+
+Both give the same tokens. A pass over several rows has the bits of steps, so a guess that the model confirms is what
+steps would have written. Where the text is nearly fixed by what the sequence holds already, most guesses are right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ztok_fast.engine import checks
+from ztok_fast.engine.engine import Engine
+from ztok_fast.engine.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts: int64 `tokens` [B, L], -1 past a text's end; int64 `passes` [B], in how many passes each had rows."""
+
+    tokens: Tensor
+    passes: Tensor
+
+
+class _Texts:
+    """What both ways of writing share: checked arguments, input rows of columns and tokens from hidden states.
+
+    The row of column c is that of its token; its hidden state predicts column c + 1.
+    """
+
+    def __init__(self, engine, sequences, lengths, vectors, biases, forced) -> None:
+        count, hidden = len(sequences), engine.settings.hidden
+        checks.tensor("lengths", lengths, (count,), torch.int64)
+        longest = int(lengths.max()) if count else 0
+        for name, value in (("vectors", vectors), ("biases", biases)):
+            if value is not None:
+                checks.tensor(name, value, (count, longest, hidden), torch.float32)
+        if forced is not None:
+            checks.tensor("forced", forced, (count, longest), torch.int64)
+        if count and int(lengths.min()) < 0:
+            raise ValueError(f"engine: lengths: expected at least 0, got {int(lengths.min())}")
+        needed = sequences.lengths + lengths - 1  # the last token is written and not read
+        if count and int(needed.max()) > engine.capacity:
+            raise ValueError(
+                f"engine: lengths: expected texts that fit {engine.capacity} rows, the capacity, got one that needs "
+                f"{int(needed.max())}; call reserve(capacity=...)"
+            )
+        self.engine, self.sequences, self.lengths = engine, sequences, lengths
+        self.vectors, self.biases, self.forced = vectors, biases, forced
+        self.tokens = torch.full((count, longest), -1)
+        self.passes = torch.zeros(count, dtype=torch.int64)
+
+    def forward(self, texts: Tensor, firsts: Tensor, counts: Tensor, tokens: Tensor, columns: Tensor) -> Tensor:
+        """Read `counts` rows of each of `texts`, from column `firsts` on; `tokens` and `columns` are packed."""
+        s, rows = self.sequences, texts.repeat_interleave(counts)
+        self.passes[texts] += 1
+        return self.engine.forward(
+            tokens,
+            s.positions[rows] + columns,
+            torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
+            s.slots[texts],
+            s.lengths[texts] + firsts.int(),
+            s.adapters[texts],
+            None if self.vectors is None else self.vectors[rows, columns + 1],
+        )
+
+    def choose(self, hidden: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+        """The tokens of columns from the hidden states that predict them."""
+        tokens = self.engine.argmax(hidden, None if self.biases is None else self.biases[texts, columns])
+        if self.forced is None:
+            return tokens
+        forced = self.forced[texts, columns]
+        return torch.where(forced >= 0, forced, tokens)
+
+    def first(self) -> None:
+        """Column 0, which the hidden states of the sequences predict."""
+        texts = (self.lengths > 0).nonzero()[:, 0]
+        if len(texts):
+            self.tokens[texts, 0] = self.choose(self.sequences.hidden[texts], texts, torch.zeros_like(texts))
+
+    def finish(self) -> Written:
+        columns = torch.arange(self.tokens.shape[1])
+        return Written(self.tokens.masked_fill(columns >= self.lengths[:, None], -1), self.passes)
+
+
+@torch.inference_mode()
+def write_steps(
+    engine: Engine,
+    sequences: Sequences,
+    lengths: Tensor,
+    vectors: Tensor | None = None,
+    biases: Tensor | None = None,
+    forced: Tensor | None = None,
+) -> Written:
+    """Write `lengths[b]` tokens after each sequence, those with the highest logits, one per pass.
+
+    The sequences stay as they are; rows past their lengths in their slots are overwritten.
+
+    Args:
+        sequences: their hidden states predict the first column.
+        lengths: int64 [B], L the largest.
+        vectors: float32 [B, L, D]; that of column c is added to the input row that predicts column c, so that of
+            column 0 is not used.
+        biases: float32 [B, L, D], added to the hidden state that predicts a column.
+        forced: int64 [B, L], tokens to write instead of the model's own; -1 where there is none.
+    """
+    text = _Texts(engine, sequences, lengths, vectors, biases, forced)
+    text.first()
+    for column in range(text.tokens.shape[1] - 1):
+        texts = (lengths > column + 1).nonzero()[:, 0]
+        columns = torch.full_like(texts, column)
+        hidden = text.forward(texts, columns, torch.ones_like(texts), text.tokens[texts, column], columns)
+        text.tokens[texts, column + 1] = text.choose(hidden, texts, columns + 1)
+    return text.finish()
+
+
+@torch.inference_mode()
+def write_blocks(
+    engine: Engine,
+    sequences: Sequences,
+    lengths: Tensor,
+    vectors: Tensor | None = None,
+    biases: Tensor | None = None,
+    forced: Tensor | None = None,
+    block: int = 16,
+    draft: Tensor | None = None,
+) -> Written:
+    """What `write_steps` writes, in fewer passes where guesses are right; the arguments are the same.
+
+    A first pass reads rows without tokens, their vectors alone, and so drafts the whole text. Each further pass reads
+    up to `block` tokens after the last one that is certain. Those that the model confirms stay, and one more is certain
+    then; the rest of the block is guessed anew from this pass.
+
+    Args:
+        block: rows that a sequence has in a pass at most; 1 is step by step.
+        draft: int64 [B, L], guesses to begin with; None makes them with the first pass.
+    """
+    checks.integer("block", block, 1)
+    text = _Texts(engine, sequences, lengths, vectors, biases, forced)
+    text.first()
+    certain = lengths.clamp(max=1)
+    if draft is not None:
+        checks.tensor("draft", draft, tuple(text.tokens.shape), torch.int64)
+        text.tokens[:, 1:] = draft[:, 1:].clamp(0, engine.settings.vocabulary - 1)
+    elif text.tokens.shape[1] > 1 and block > 1:
+        certain = _draft(text, certain)
+    offsets = torch.arange(block)
+    while True:
+        texts = (certain < lengths).nonzero()[:, 0]
+        if not len(texts):
+            return text.finish()
+        firsts = certain[texts] - 1
+        counts = (lengths - certain)[texts].clamp(max=block)
+        inside = offsets < counts[:, None]
+        rows, columns = texts.repeat_interleave(counts), (firsts[:, None] + offsets)[inside]
+        hidden = text.forward(texts, firsts, counts, text.tokens[rows, columns], columns)
+        # Row i of a block predicts the token that row i + 1 has read.
+        guesses = torch.full(inside.shape, -1)
+        guesses[inside] = text.tokens[rows, columns + 1]
+        found = torch.full_like(guesses, -1)
+        found[inside] = tokens = text.choose(hidden, rows, columns + 1)
+        right = ((guesses == found) & inside).cumprod(1).sum(1)
+        text.tokens[rows, columns + 1] = tokens
+        certain[texts] += torch.minimum(right + 1, counts)
+
+
+def _draft(text: _Texts, certain: Tensor) -> Tensor:
+    """Guess all columns from one pass over rows without tokens but the first; returns how many columns are certain."""
+    texts = (text.lengths > 1).nonzero()[:, 0]
+    counts = text.lengths[texts] - 1
+    offsets = torch.arange(int(counts.max()))
+    inside = offsets < counts[:, None]
+    rows, columns = texts.repeat_interleave(counts), offsets.expand(len(texts), -1)[inside]
+    tokens = torch.where(columns == 0, text.tokens[rows, columns], -1)
+    hidden = text.forward(texts, torch.zeros_like(texts), counts, tokens, columns)
+    text.tokens[rows, columns + 1] = text.choose(hidden, rows, columns + 1)
+    return certain + (text.lengths > 1).long()  # the first row had its token, so column 1 is right
