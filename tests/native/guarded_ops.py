@@ -148,6 +148,7 @@ def main(isa: int) -> None:
     torch.manual_seed(0)
     wanted = compiled_ops()
     torch.ops.ztok.isa_native(isa)
+    variants = [i for i in range(6) if torch.ops.ztok.int8_isa_native(i) == i]
     for name in wanted & OPS.keys():
         OPS[name]._compiled = GuardedKernel(OPS[name])
     with ztok_fast.backend("cpp", ops=sorted(wanted & OPS.keys())):
@@ -156,8 +157,10 @@ def main(isa: int) -> None:
                 dtypes = next(backend.dtypes for backend in op.backends if backend.name == "cpp")
                 for dtype in op.spec.dtypes:
                     if dtype in dtypes:
-                        for inputs in inputs_of(op, dtype):
-                            backward(op.spec.outputs(op.spec.public(**inputs)))
+                        for variant in variants if op.name == "int8_linear" else (-1,):
+                            torch.ops.ztok.int8_isa_native(variant)
+                            for inputs in inputs_of(op, dtype):
+                                backward(op.spec.outputs(op.spec.public(**inputs)))
     assert wanted == CALLED, f"never called: {wanted - CALLED}"
     print("done")
 

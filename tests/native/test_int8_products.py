@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.native.test_simd import CMAKE, CPU, CXX, ROOT, X86, isa_flags
+from tests.native.test_simd import CMAKE, CPU, CXX, ROOT, X86, compile_cpu, isa_flags, shared_symbols
 
 # the file's suffix -> its compiler flags beyond those of an instruction set
 VARIANTS = {
@@ -65,6 +66,15 @@ def test_amx_compiles(tmp_path):
     subprocess.run([CXX, "-std=c++17", "-O2", *AMX, f"-I{CPU}", "-c", source, "-o", target], check=True)
     listing = subprocess.run(["objdump", "-d", str(target)], capture_output=True, text=True, check=True).stdout
     assert "tdpbsud" in listing
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm was not found")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_share_no_inline_functions(tmp_path, name):
+    isa, more = VARIANTS[name]
+    target = tmp_path / "variant.o"
+    compile_cpu(CPU / f"int8_products_{name}.cpp", target, isa, *more, "-O0", "-c")
+    assert shared_symbols(target, isa) == []
 
 
 def test_the_build_uses_these_flags():

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks
-from ztok_fast.ops.backends import UP_TO_FLOAT32, Backend
+from ztok_fast.ops.backends import UP_TO_FLOAT32
 from ztok_fast.ops.int8 import reference
+from ztok_fast.ops.int8.int8_pack import backends_of_torch
 from ztok_fast.ops.int8.ordered_linear import ORDERED_LINEAR
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Spec, Work, close, equal, randn
@@ -98,9 +99,6 @@ FOLD_LORA = Op(
     "fold_lora(Tensor weight, Tensor A, Tensor B, float scale) -> Tensor",
     reference=reference.fold_lora,
     fake=_fake,
-    backends=tuple(
-        Backend(product.name, _by_best_product, product.device_type, UP_TO_FLOAT32, product.library)
-        for product in ORDERED_LINEAR.backends[:-1]
-    ),
+    backends=backends_of_torch(_by_best_product),
     spec=SPEC,
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks
-from ztok_fast.ops.backends import UP_TO_FLOAT32
+from ztok_fast.ops.backends import UP_TO_FLOAT32, Backend
 from ztok_fast.ops.int8 import reference
 from ztok_fast.ops.int8.reference import COLUMNS, DEPTH, round_up
 from ztok_fast.ops.op import Op
@@ -66,6 +67,14 @@ def _fake(weight):
     return panels, weight.new_empty(*lead, count * COLUMNS, dtype=torch.float32)
 
 
+def backends_of_torch(function: Callable) -> tuple[Backend, ...]:
+    """C++ and Triton backends that are PyTorch operations: one forced for a whole program leaves weights packed."""
+    return (
+        Backend("cpp", function, "cpu", UP_TO_FLOAT32, "cpu"),
+        Backend("triton", function, "cuda", UP_TO_FLOAT32, "triton", (8, 0)),
+    )
+
+
 # --- specification
 
 
@@ -115,4 +124,10 @@ SPEC = Spec(
     flops_of_reference=4.0,
 )
 
-INT8_PACK = Op("int8_pack(Tensor weight) -> (Tensor, Tensor)", reference=reference.int8_pack, fake=_fake, spec=SPEC)
+INT8_PACK = Op(
+    "int8_pack(Tensor weight) -> (Tensor, Tensor)",
+    reference=reference.int8_pack,
+    fake=_fake,
+    backends=backends_of_torch(reference.int8_pack),
+    spec=SPEC,
+)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32
 from ztok_fast.ops.int8 import reference
+from ztok_fast.ops.int8.int8_pack import backends_of_torch
 from ztok_fast.ops.int8.reference import COLUMNS, round_up
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Mismatch, Spec, Work, randn
@@ -74,4 +75,10 @@ SPEC = Spec(
     work=_work,
 )
 
-ORDERED_PACK = Op("ordered_pack(Tensor weight) -> Tensor", reference=reference.ordered_pack, fake=_fake, spec=SPEC)
+ORDERED_PACK = Op(
+    "ordered_pack(Tensor weight) -> Tensor",
+    reference=reference.ordered_pack,
+    fake=_fake,
+    backends=backends_of_torch(reference.ordered_pack),
+    spec=SPEC,
+)
