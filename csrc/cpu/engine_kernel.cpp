@@ -139,14 +139,16 @@ void engine_norm(const float* x, const float* weight, int64_t width, float eps, 
 }
 
 void engine_quantise(const float* x, int64_t width, const QuantisedRows& rows, int64_t row) {
-  Lanes largest = splat(0.0f), checked = splat(0.0f);
-  for (int64_t i = 0; i < width; i += kLaneCount) {
-    const Lanes a = magnitude(load16(x + i));
-    largest = larger(largest, a);
-    checked = checked + a * splat(0.0f);  // NaN for what is not finite
+  Lanes largest = splat(0.0f), second = splat(0.0f);
+  int64_t k = 0;
+  for (; k + 2 * kLaneCount <= width; k += 2 * kLaneCount) {
+    largest = larger_bits(largest, magnitude(load16(x + k)));
+    second = larger_bits(second, magnitude(load16(x + k + kLaneCount)));
   }
+  for (; k < width; k += kLaneCount) largest = larger_bits(largest, magnitude(load16(x + k)));
+  largest = larger_bits(largest, second);
+  const bool finite = all_finite(largest);
   const float most = tree_max(largest);
-  const bool finite = tree_sum(checked) == 0.0f;
   int8_t* values = rows.values + row * rows.stride;
   for (int64_t i = width; i < rows.stride; ++i) values[i] = 0;
   if (!finite || most < 0x1p-100f) {
@@ -156,12 +158,20 @@ void engine_quantise(const float* x, int64_t width, const QuantisedRows& rows, i
     return;
   }
   const Lanes inverse = splat(127.0f / most), rounder = splat(kRounder);
-  Lanes total = splat(0.0f);  // exact: at most 127 * 2^16
-  for (int64_t i = 0; i < width; i += kLaneCount) {
-    const Lanes shifted = load16(x + i) * inverse + rounder;
-    total = total + (shifted - rounder);
-    store_bytes16(values + i, shifted);
+  Lanes total = splat(0.0f), other = splat(0.0f);  // exact: whole numbers below 2^24
+  for (k = 0; k + 2 * kLaneCount <= width; k += 2 * kLaneCount) {
+    const Lanes a = load16(x + k) * inverse + rounder, b = load16(x + k + kLaneCount) * inverse + rounder;
+    total = total + (a - rounder);
+    other = other + (b - rounder);
+    store_bytes16(values + k, a);
+    store_bytes16(values + k + kLaneCount, b);
   }
+  for (; k < width; k += kLaneCount) {
+    const Lanes a = load16(x + k) * inverse + rounder;
+    total = total + (a - rounder);
+    store_bytes16(values + k, a);
+  }
+  total = total + other;
   rows.sums[row] = static_cast<int32_t>(tree_sum(total));
   rows.scales[row] = most / 127.0f;
 }
@@ -235,25 +245,17 @@ void engine_angles(float position, const float* frequencies, int64_t half, float
 }
 
 void engine_rotate(float* head, int64_t half, const float* cosines, const float* sines) {
-  for (int64_t i = 0; i < half; i += kLaneCount) {
-    // Half a head may be 8 wide.
-    const int64_t n = half - i;
-    float low[kLaneCount], high[kLaneCount], c[kLaneCount], s[kLaneCount], negative[kLaneCount];
-    const int64_t used = n < kLaneCount ? n : kLaneCount;
-    for (int64_t k = 0; k < kLaneCount; ++k) {
-      low[k] = k < used ? head[i + k] : 0.0f;
-      high[k] = k < used ? head[half + i + k] : 0.0f;
-      c[k] = k < used ? cosines[i + k] : 0.0f;
-      s[k] = k < used ? sines[i + k] : 0.0f;
-      negative[k] = -s[k];
-    }
-    const Lanes x = load16(low), y = load16(high), cosine = load16(c);
-    store16(low, fma(x, cosine, y * load16(negative)));
-    store16(high, fma(y, cosine, x * load16(s)));
-    for (int64_t k = 0; k < used; ++k) {
-      head[i + k] = low[k];
-      head[half + i + k] = high[k];
-    }
+  int64_t i = 0;
+  for (; i + kLaneCount <= half; i += kLaneCount) {
+    const Lanes x = load16(head + i), y = load16(head + half + i), cosine = load16(cosines + i),
+                sine = load16(sines + i);
+    store16(head + i, fma(x, cosine, y * negated(sine)));
+    store16(head + half + i, fma(y, cosine, x * sine));
+  }
+  for (; i < half; ++i) {  // heads of 16 or 48
+    const float x = head[i], y = head[half + i];
+    head[i] = __builtin_fmaf(x, cosines[i], y * -sines[i]);
+    head[half + i] = __builtin_fmaf(y, cosines[i], x * sines[i]);
   }
 }
 

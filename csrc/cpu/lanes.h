@@ -2,9 +2,10 @@
 // everywhere. Included by kernel files only (see isa.h).
 //
 //   load16, store16, splat, + - * /, fma (rounded once), square_root
-//   larger(a, b): a > b ? a : b       smaller_of(a, b): a < b ? a : b
+//   larger(a, b): a > b ? a : b       smaller_of(a, b): a < b ? a : b       negated, magnitude: of the sign alone
 //   first_lanes(a, n): the n first lanes of a, 0 in the others
 //   tree_sum, tree_max: over the lanes
+//   larger_bits(a, b): of magnitudes by their bits, so that what is not finite is the largest; all_finite(magnitudes)
 //   exp16, silu16: as specified
 #pragma once
 
@@ -37,9 +38,16 @@ ZTOK_LANES Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b
 ZTOK_LANES Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 ZTOK_LANES Lanes smaller_of(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
 ZTOK_LANES Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.v)}; }
+ZTOK_LANES Lanes negated(Lanes a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
 ZTOK_LANES Lanes first_lanes(Lanes a, int64_t n) {
   const auto mask = static_cast<__mmask16>(n >= kLaneCount ? 0xffff : n <= 0 ? 0 : (1u << n) - 1u);
   return {_mm512_maskz_mov_ps(mask, a.v)};
+}
+ZTOK_LANES Lanes larger_bits(Lanes a, Lanes b) {
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+ZTOK_LANES bool all_finite(Lanes a) {
+  return _mm512_cmpge_epi32_mask(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7f800000)) == 0;
 }
 // 0 where x < limit, else a
 ZTOK_LANES Lanes zero_below(Lanes x, float limit, Lanes a) {
@@ -83,11 +91,23 @@ ZTOK_LANES Lanes magnitude(Lanes x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+ZTOK_LANES Lanes negated(Lanes x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_xor_ps(x.a, sign), _mm256_xor_ps(x.b, sign)};
+}
 ZTOK_LANES Lanes first_lanes(Lanes x, int64_t n) {
   const __m256i count = _mm256_set1_epi32(static_cast<int>(n > kLaneCount ? kLaneCount : n < 0 ? 0 : n));
   const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm256_and_ps(x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, low))),
           _mm256_and_ps(x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, high)))};
+}
+ZTOK_LANES Lanes larger_bits(Lanes x, Lanes y) {
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(y.a))),
+          _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x.b), _mm256_castps_si256(y.b)))};
+}
+ZTOK_LANES bool all_finite(Lanes x) {
+  const __m256i most = _mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
+  return _mm256_testz_si256(_mm256_cmpgt_epi32(most, _mm256_set1_epi32(0x7f7fffff)), _mm256_set1_epi32(-1)) != 0;
 }
 ZTOK_LANES Lanes zero_below(Lanes x, float limit, Lanes y) {
   const __m256 bound = _mm256_set1_ps(limit);
@@ -165,8 +185,19 @@ ZTOK_LANES Lanes smaller_of(Lanes a, Lanes b) {
 ZTOK_LANES Lanes magnitude(Lanes a) {
   return each([&](int i) { return float_of(word_of(a.v[i]) & 0x7fffffffu); });
 }
+ZTOK_LANES Lanes negated(Lanes a) {
+  return each([&](int i) { return -a.v[i]; });
+}
 ZTOK_LANES Lanes first_lanes(Lanes a, int64_t n) {
   return each([&](int i) { return i < n ? a.v[i] : 0.0f; });
+}
+ZTOK_LANES Lanes larger_bits(Lanes a, Lanes b) {
+  return each([&](int i) { return word_of(a.v[i]) > word_of(b.v[i]) ? a.v[i] : b.v[i]; });
+}
+ZTOK_LANES bool all_finite(Lanes a) {
+  bool finite = true;
+  for (int i = 0; i < kLaneCount; ++i) finite &= word_of(a.v[i]) < 0x7f800000u;
+  return finite;
 }
 ZTOK_LANES Lanes zero_below(Lanes x, float limit, Lanes a) {
   return each([&](int i) { return x.v[i] < limit ? 0.0f : a.v[i]; });
@@ -185,23 +216,41 @@ ZTOK_LANES void store_bytes16(int8_t* p, Lanes shifted) {
 
 #endif
 
+// Halves are combined until one lane is left: lane l with lane l + 8, then 4, 2, 1.
+#if defined(__AVX2__)
+template <typename Combine8, typename Combine4>
+ZTOK_LANES float tree(Lanes x, Combine8&& combine8, Combine4&& combine4) {
+#if defined(__AVX512F__)
+  const __m256 eight = combine8(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+  const __m256 eight = combine8(x.a, x.b);
+#endif
+  const __m128 four = combine4(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = combine4(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(combine4(two, _mm_movehdup_ps(two)));
+}
+ZTOK_LANES float tree_sum(Lanes x) {
+  return tree(
+      x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); }, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+ZTOK_LANES float tree_max(Lanes x) {
+  return tree(
+      x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); }, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
+#else
 ZTOK_LANES float tree_sum(Lanes a) {
-  float lanes[kLaneCount];
-  store16(lanes, a);
   for (int half = kLaneCount / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] + lanes[i + half];
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] + a.v[i + half];
   }
-  return lanes[0];
+  return a.v[0];
 }
-
 ZTOK_LANES float tree_max(Lanes a) {
-  float lanes[kLaneCount];
-  store16(lanes, a);
   for (int half = kLaneCount / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
   }
-  return lanes[0];
+  return a.v[0];
 }
+#endif
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
 
