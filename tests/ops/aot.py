@@ -32,6 +32,7 @@ REPORT = {
     "spill_loads": r"(\d+) bytes spill loads",
 }
 INSTRUCTIONS = ("wgmma", "mma.sync", "tcgen05.mma")
+ARITHMETIC = re.compile(r"\b(?:fma|mad|mul|add|sub|div|ex2)[\w.]*\.f32\b")
 # a product of 16-bit numbers in Triton's own representation: rows and type of the left operand
 PRODUCT = re.compile(r"tt\.dot .*?: tensor<(\d+)x\d+x(?:bf16|f16)")
 
@@ -221,6 +222,7 @@ def compile_launch(launch: Launch, target) -> dict:
         # what a warp group multiplies has 64 rows
         "wants_wgmma": bool(rows) and min(rows) >= 64 and launch.options["num_warps"] >= 4,
         "instructions": [i for i in INSTRUCTIONS if i in ptx],
+        "arithmetic": sorted(set(ARITHMETIC.findall(ptx))),
         "target": re.search(r"\.target (\w+)", ptx)[1],
         "cubin_bytes": len(compiled.asm["cubin"]),
     }

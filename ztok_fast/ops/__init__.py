@@ -6,6 +6,11 @@ The registered ops (`torch.ops.ztok`) return differentiable outputs first, the p
 """
 
 from ztok_fast.ops.backends import BackendUnavailable, backend
+from ztok_fast.ops.entropy.decode_symbols import DecodedSymbols, decode_symbols
+from ztok_fast.ops.entropy.decode_tokens import DecodedTokens, decode_tokens
+from ztok_fast.ops.entropy.range_encode import Streams, range_decoder, range_encode
+from ztok_fast.ops.entropy.symbol_intervals import symbol_intervals
+from ztok_fast.ops.entropy.token_intervals import Intervals, token_intervals
 from ztok_fast.ops.halting.halting_units import HaltingUnits, halting_units
 from ztok_fast.ops.halting.integrate_units import integrate_units
 from ztok_fast.ops.int8.fold_lora import fold_lora
@@ -28,17 +33,23 @@ from ztok_fast.ops.zhead.z_select import Selection, z_select
 __all__ = [
     "Assignment",
     "BackendUnavailable",
+    "DecodedSymbols",
+    "DecodedTokens",
     "HaltingUnits",
     "Int8Panels",
+    "Intervals",
     "QuantizedUnits",
     "RaggedBatch",
     "RaggedLayout",
     "ResidualCodes",
     "Selection",
+    "Streams",
     "TokenScores",
     "autotune",
     "backend",
     "codebook_assign",
+    "decode_symbols",
+    "decode_tokens",
     "fold_lora",
     "halting_units",
     "int8_linear",
@@ -53,7 +64,11 @@ __all__ = [
     "ragged_pack",
     "ragged_scatter_add",
     "ragged_unpack",
+    "range_decoder",
+    "range_encode",
     "residual_quantize",
+    "symbol_intervals",
+    "token_intervals",
     "token_scores",
     "z_select",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ztok_fast.ops.arithmetic import fma
 from ztok_fast.ops.segments import sequence_of
 
 COLUMNS, DEPTH = 16, 64
@@ -68,23 +69,6 @@ def int8_linear(x, panels, scales, out_features, bias, adapters, cu_seqlens) -> 
         sums = (q[rows].double() @ weight.double().T).to(torch.int32).float()  # by way of integers, which have no -0
         y[rows] = sums * scales[i, :out_features] * row_scales[rows, None]
     return y if bias is None else y + bias
-
-
-def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of float32 tensors, rounded once.
-
-    The product is exact in float64. The sum is rounded to odd there (Boldo and Melquiond, "Emulation of FMA and
-    correctly rounded sums", 2008): where it is not exact and its last bit is even, it becomes its neighbour on the
-    side of the exact sum. Rounding that to float32 is rounding the exact sum.
-    """
-    product, addend = a.double() * b.double(), c.double()
-    total = product + addend
-    part = total - product
-    error = (product - (total - part)) + (addend - part)
-    even = (total.view(torch.int64) & 1) == 0
-    neighbour = torch.nextafter(total, torch.where(error > 0, torch.inf, -torch.inf).to(total))
-    odd = torch.where(total.isfinite() & (error != 0) & even, neighbour, total)
-    return odd.float()
 
 
 def ordered_pack(weight: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Entropy coding: intervals of symbols from logits or tables, and a range coder of many streams."""
