@@ -177,6 +177,34 @@ def test_vmap_gives_the_reference():
     torch.testing.assert_close(found, expected)
 
 
+def test_a_forced_backend_has_no_forward_mode():
+    """Neither of the public op nor of both registered ones: each would run the reference without a word."""
+    x, codebook, raw = torch.randn(3, 4), torch.randn(5, 4), torch.ops.ztok.codebook_assign
+    calls = {
+        "public": lambda x: ops.codebook_assign(x, codebook).distances,
+        "default": lambda x: raw(x, codebook, "l2")[0],
+        "chosen": lambda x: raw.backend(x, codebook, "l2", "")[0],
+        "named": lambda x: raw.backend(x, codebook, "l2", "cpp")[0],
+        "reference": lambda x: raw.backend(x, codebook, "l2", "reference")[0],
+    }
+    message = "codebook_assign: forward-mode .* run the reference, but cpp is forced"
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangents = {}
+        for name, call in calls.items():
+            if name == "named":
+                with pytest.raises(BackendUnavailable, match=message):
+                    call(dual)
+            else:
+                tangents[name] = torch.autograd.forward_ad.unpack_dual(call(dual)).tangent
+            if name in ("public", "default", "chosen"):
+                with ztok_fast.backend("cpp"), pytest.raises(BackendUnavailable, match=message):
+                    call(dual)
+    for tangent in tangents.values():
+        assert tangent.abs().min() > 0
+        torch.testing.assert_close(tangent, tangents["public"])
+
+
 def test_strided_input_gives_what_the_fake_kernels_say():
     x, codebooks = torch.randn(4, 6).T, torch.randn(4, 5, 2).permute(2, 1, 0)
     result = torch.ops.ztok.residual_quantize(x, codebooks, None)

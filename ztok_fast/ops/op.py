@@ -201,7 +201,8 @@ class Op:
 
         def kernel(keyset, *args):
             if _forward_mode():
-                return self._run_transformed(None, args[:-1] if named else args)
+                name = args[-1] if named else ""
+                return self._run_transformed(name or forced_backend(self.name), args[:-1] if named else args)
             flat = _flatten(args) if self.has_lists else args
 
             def below(args):
