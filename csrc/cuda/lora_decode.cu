@@ -110,9 +110,11 @@ void check_on_device(const char* name, const Tensor& t, int32_t device) {
 // Shapes and dtypes are checked by the op that calls this; here is what would make the kernels read out of bounds.
 void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& A,
                      const Tensor& B, const Tensor& scaling) {
+  ZTOK_CHECK(x.dim() == 2, kOp, "x: expected [M, in], got ", x.dim(), " dimensions");
+  // torch.ops.ztok.lora_linear comes here with any number of rows; the public op does not.
+  ZTOK_CHECK(x.size(0) <= kLoraMaxRows, kOp, "x: this kernel takes at most ", kLoraMaxRows, " rows, got ", x.size(0),
+             "; ztok_fast.ops.lora_linear and torch.ops.ztok.lora_linear.backend choose another for more");
   ZTOK_CHECK(x.is_cuda(), kOp, "x: expected a CUDA tensor");
-  ZTOK_CHECK(x.dim() == 2 && x.size(0) <= kLoraMaxRows, kOp, "x: this backend takes [M, in] of at most ", kLoraMaxRows,
-             " rows");
   ZTOK_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.scalar_type() == x.scalar_type(), kOp,
              "weight: expected [out, in] of the width and dtype of x");
   ZTOK_CHECK(A.dim() == 3 && A.numel() > 0 && A.size(2) == x.size(1), kOp, "A: expected [n, r, in], not empty");

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.ops.conftest import dtypes_of
 from tests.ops.tolerances import DTYPES, assert_close
-from ztok_fast import ops
+from ztok_fast import native, ops
 from ztok_fast.ops.lora.lora_linear import LORA_LINEAR, LORA_LINEAR_BACKWARD
 
 NAMES = ("x", "weight", "bias", "A", "B")
@@ -296,6 +296,18 @@ def test_few_rows_go_to_the_decode_kernel_unless_the_weight_is_transposed():
         True, False, False,
     ]  # fmt: skip
     assert [b.name for b in LORA_LINEAR.backends] == ["cpp", "cuda", "triton", "reference"]
+
+
+@pytest.mark.skipif(not native.status("cuda").available, reason="no compiled CUDA library")
+def test_the_registered_cuda_kernel_says_what_takes_more_rows():
+    """Its host code looks at the number of rows first, so that tensors of the CPU will do."""
+    kernel, on_cuda = torch.ops.ztok.lora_linear.default, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for rows, message in (
+        (64, "lora_linear: x: expected a CUDA tensor"),
+        (65, r"lora_linear: x: .* at most 64 rows, got 65; ztok_fast\.ops\.lora_linear and .* choose another"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernel.redispatch(on_cuda, *layer(num_rows=rows).values(), None)
 
 
 @pytest.mark.op("lora_linear")
