@@ -11,13 +11,19 @@ namespace {
 
 constexpr int64_t kAhead = 1024;  // bytes that are asked for before they are needed
 
+// Asks for what is read once a call and should not drive the caller's own data out of the caches.
+template <typename T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0, 0);
+}
+
 template <typename T>
 inline __attribute__((always_inline)) Vec squared_differences(const float* row, const T* code, int64_t width) {
   Vec sum = zeros(), other = zeros();
   int64_t k = 0;
   for (; k + 2 * kWidth <= width; k += 2 * kWidth) {
-    __builtin_prefetch(reinterpret_cast<const char*>(code + k) + kAhead, 0, 3);
-    __builtin_prefetch(reinterpret_cast<const char*>(code + k + kWidth) + kAhead, 0, 3);
+    prefetch(code + k);
+    prefetch(code + k + kWidth);
     const Vec left = load(row + k) - load(code + k), right = load(row + k + kWidth) - load(code + k + kWidth);
     sum = fma(left, left, sum);
     other = fma(right, right, other);

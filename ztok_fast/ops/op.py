@@ -29,6 +29,10 @@ OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library("ztok", "FRAGMENT")
 # What an op's arguments may be in a plain call: tensor subclasses dispatch for themselves.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+# What every call asks, looked up once.
+_is_grad_enabled, _any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_forward_ad, _Functionalize = torch.autograd.forward_ad, torch._C._functorch.TransformType.Functionalize
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _OUTSIDE = torch._C._dispatch_tls_local_exclude_set()  # autocast's keys, while it is off
 with _below_autograd():
@@ -101,9 +105,9 @@ class Op:
         if _transforms():
             return self._run_transformed(name, args)
         flat = _flatten(args) if self.has_lists else args
-        if not _PLAIN.issuperset(map(type, flat)) or torch._C._len_torch_dispatch_stack():
+        if not _PLAIN.issuperset(map(type, flat)) or _modes():
             return self.by_name(*args, name or "")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+        if _is_grad_enabled() and _any_requires_grad(*flat):
             return self._differentiable(name, args, flat)
         return self.run(self.choose(args, name, flat), args)
 
@@ -209,7 +213,7 @@ class Op:
                 with _below_autograd():
                     return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-            if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*flat)):
+            if not (_is_grad_enabled() and _any_requires_grad(*flat)):
                 return below(args)
             forced = forced_backends()
             if named and args[-1]:
@@ -279,7 +283,7 @@ def vjp(function: Callable, args: tuple, grads: tuple, needs=None) -> list[Tenso
         needs: which of the flattened arguments need a gradient; None for all floating-point tensors.
     """
     flat = _flatten(args)
-    again = torch.is_grad_enabled() and torch._C._any_requires_grad(*flat, *grads)
+    again = _is_grad_enabled() and _any_requires_grad(*flat, *grads)
     with torch.enable_grad(), _with_autograd():
         inputs = list(flat)
         for i, a in enumerate(flat):
@@ -306,15 +310,13 @@ def _with_autograd():
 
 
 def _forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
+    return _forward_ad._current_level >= 0
 
 
 def _transforms() -> bool:
     """Whether forward-mode differentiation or a `torch.func` transform is at work; functionalisation is none."""
-    if _forward_mode():
-        return True
-    top = torch._C._functorch.peek_interpreter_stack()
-    return top is not None and top.key() != torch._C._functorch.TransformType.Functionalize
+    top = _transform()
+    return _forward_ad._current_level >= 0 or top is not None and top.key() != _Functionalize
 
 
 def _flatten(args) -> list[Any]:
