@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ztok_fast
-from ztok_fast import ops
+from ztok_fast import engine, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs/api").glob("*.md"))
@@ -41,7 +41,7 @@ def test_what_a_page_names_has_a_docstring(name):
     assert inspect.getdoc(find(name))
 
 
-@pytest.mark.parametrize("module", [ztok_fast, ops], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [ztok_fast, engine, ops], ids=lambda m: m.__name__)
 def test_every_public_name_is_on_a_page(module):
     on_a_page = documented()
     missing = [n for n in module.__all__ if n != "__version__" and id(getattr(module, n)) not in on_a_page]

@@ -18,6 +18,7 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.iterdir() if path.name != "__pycache__"} == {
         "README.md",
         "compress_corpus.py",
+        "engine_generate.py",
         "ops_backend.py",
         "patch_peft_model.py",
         "tour.ipynb",
@@ -34,6 +35,12 @@ def test_ops_backend(backend):
 def test_patch_peft_model():
     before, after = run("patch_peft_model.py")["main"]()
     assert after < before
+
+
+def test_engine_generate(capsys):
+    texts = run("engine_generate.py")["main"]()
+    assert len(texts) == 6 and all(texts)
+    assert "bit for bit" in capsys.readouterr().out
 
 
 def test_compress_corpus(tmp_path, capsys):
