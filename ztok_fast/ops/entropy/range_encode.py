@@ -31,7 +31,7 @@ class Streams(NamedTuple):
 
     def to_bytes(self) -> list[bytes]:
         """Each stream."""
-        data, ends = bytes(self.data[: int(self.cu_bytes[-1])].tolist()), self.cu_bytes.tolist()
+        data, ends = self.data[: int(self.cu_bytes[-1])].cpu().numpy().tobytes(), self.cu_bytes.tolist()
         return [data[begin:end] for begin, end in zip(ends, ends[1:])]
 
     @staticmethod
@@ -45,8 +45,8 @@ class Streams(NamedTuple):
 def range_encode(start: Tensor, size: Tensor, total: Tensor, cu_symbols: Tensor) -> Streams:
     """Range-code the symbols of each stream; `decode_tokens` and `decode_symbols` are the inverse.
 
-    A stream has -Σ log2(size / total) bits and at most 2 bytes more, plus what totals close to the limit lose: the
-    share of a symbol is rounded down by total / 2^56 at most. Symbols may come from `token_intervals`, from
+    A stream has -Σ log2(size / total) bits and at most 2 bytes more, plus what large totals lose: the share of a symbol
+    is rounded down by a fraction of total / 2^56 at most. Symbols may come from `token_intervals`, from
     `symbol_intervals` or from anywhere else, mixed within a stream. Zero bytes at the end are left out, and a decoder
     reads zeros past the end: whoever keeps the stream keeps its length.
 

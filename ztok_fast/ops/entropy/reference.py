@@ -62,7 +62,7 @@ def decode_tokens(logits: Tensor, state: Tensor, data: Tensor) -> tuple[Tensor, 
     if logits.shape[0] == 0:
         return state.new_empty(0), state.new_empty(state.shape)
     sums = token_counts(logits).cumsum(1)
-    totals, stream = sums[:, -1].tolist(), bytes(data.tolist())
+    totals, stream = sums[:, -1].tolist(), data.cpu().numpy().tobytes()
     if min(totals) == 0:
         checks.fail("decode_tokens", "logits", "finite", "NaN or infinity in it")
     decoders = [RangeDecoder.from_row(row) for row in state.tolist()]
@@ -121,7 +121,7 @@ def symbol_intervals(symbols: Tensor, counts: Tensor, cu_symbols: Tensor, increm
 
 def decode_symbols(counts: Tensor, state: Tensor, data: Tensor, cu_symbols: Tensor, total: int, increment: int):
     """See `ztok_fast.ops.decode_symbols`."""
-    offsets, stream, symbols, rows = cu_symbols.tolist(), bytes(data.tolist()), [], []
+    offsets, stream, symbols, rows = cu_symbols.tolist(), data.cpu().numpy().tobytes(), [], []
     models = _models(counts, len(offsets) - 1, increment)
     for model, row, first, last in zip(models, state.tolist(), offsets, offsets[1:]):
         decoder = RangeDecoder.from_row(row)
