@@ -177,7 +177,8 @@ def test_frequencies_of_longer_contexts():
 def test_nearest_float_rounds_once():
     import decimal
 
-    with decimal.localcontext(prec=60):
+    with decimal.localcontext() as context:
+        context.prec = 60
         half = decimal.Decimal(1) + decimal.Decimal(2) ** -24  # between two floats, the lower of which is even
         tiny = decimal.Decimal(2) ** -80  # binary64 does not see it beside 1
         assert [architecture.nearest_float(half + d) for d in (-tiny, 0 * tiny, tiny)] == [1, 1, 1 + 2**-23]

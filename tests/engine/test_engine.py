@@ -159,6 +159,14 @@ def test_the_first_layers_alone():
         assert np.array_equal(got.numpy(), oracles[0].forward(tokens.numpy(), layers=layers))
 
 
+def test_positions_that_are_large_or_fall():
+    engine, oracles = shared("float32")
+    positions = torch.tensor([2**24 - 1, 7, 0, 10**6, 123456, 2**20])
+    one, cu_rows = torch.tensor([0]).int(), torch.tensor([0, 6]).int()
+    got = engine.forward(torch.arange(6), positions, cu_rows, one, one)
+    assert np.array_equal(got.numpy(), oracles[0].forward(np.arange(6), positions=positions.numpy()))
+
+
 def test_rows_that_are_read_again_replace_the_old_ones():
     engine, oracles = shared("float32")
     slot, new = torch.tensor([1]).int(), torch.tensor([9, 8, 7])
@@ -183,7 +191,7 @@ def test_prefill_and_step(precision):
         engine.step(sequences, torch.tensor([row[-1] for row in written]))
     assert sequences.lengths.tolist() == [7, 5, 24] == sequences.positions.tolist()
     hidden = sequences.hidden
-    sequences = engine.keep(sequences, torch.tensor([True, False, True]))
+    assert engine.keep(sequences, torch.tensor([True, False, True])) is sequences
     assert len(sequences) == 2 and engine.slots.free == 6 and torch.equal(sequences.hidden, hidden[[0, 2]])
     vectors = torch.randn(2, D)
     engine.step(sequences, torch.tensor([-1, 3]), vectors)
@@ -191,7 +199,9 @@ def test_prefill_and_step(precision):
     added[24] = vectors[1]
     assert np.array_equal(sequences.hidden[1].numpy(), oracles[1].forward([*written[2], 3], added.numpy())[-1])
     engine.release(sequences)
-    assert engine.slots.free == 8
+    assert engine.slots.free == 8 and len(sequences) == 0
+    with pytest.raises(ValueError, match="tokens: expected a tensor int64 \\[0\\]"):
+        engine.step(sequences, torch.tensor([1, 2]))  # their slots may be others' by now
 
 
 def test_prefill_with_vectors_and_positions():
@@ -312,6 +322,7 @@ def test_arguments_of_a_pass_that_do_not_fit(change, message):
         {"tokens": torch.tensor([V])},
         {"tokens": torch.tensor([-2])},
         {"positions": torch.tensor([-1])},
+        {"positions": torch.tensor([2**24])},
         {"cu_rows": torch.tensor([0, 2]).int()},
         {"slots": torch.tensor([8]).int()},
         {"slots": torch.tensor([-1]).int()},
@@ -390,6 +401,7 @@ def test_other_misuse():
     ):
         refuses(message, engine.sample, torch.zeros(1, D), temperature, top_p, seed, ids, ids)
     refuses("steps: expected a tensor int64 \\[1\\]", engine.sample, torch.zeros(1, D), 1, 1, 0, ids, ids.int())
+    refuses("slots: expected a number of at least 0, got -1", engine.slots.acquire, -1)
     taken = engine.slots.acquire(2)
     with pytest.raises(ValueError, match="one of them twice"):
         engine.slots.release(taken[[0, 0]])

@@ -140,6 +140,8 @@ def test_the_cache_gives_the_same_bytes_without_packing(monkeypatch, cache_folde
     again = pack(found)
     assert torch.equal(again.blob, packed.blob) and torch.equal(again.layout, packed.layout)
     assert again.blob.data_ptr() % 64 == 0 and again.blob.data_ptr() != packed.blob.data_ptr()
+    ranges = [line.split(" ")[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
+    assert any(int(low, 16) <= again.blob.data_ptr() < int(high, 16) for low, high in ranges), "mapped, not copied"
 
 
 def test_fingerprints_tell_models_apart():

@@ -140,7 +140,7 @@ class Engine:
 
         Args:
             tokens: int64 [R]; -1, or None for all: a row without an embedding.
-            positions: int64 [R], at least 0.
+            positions: int64 [R], from 0 to 2²⁴ − 1, which floats hold exactly.
             cu_rows: int32 [B + 1].
             slots, starts: int32 [B]; the slots are distinct.
             adapters: int32 [B], of `variants`; None is `variant(None)` for all.
@@ -256,14 +256,16 @@ class Engine:
         return sequences.hidden
 
     def keep(self, sequences: Sequences, going: Tensor) -> Sequences:
-        """The sequences where bool [B] `going` is set; the slots of the others are released."""
+        """Keep the sequences where bool [B] `going` is set, in place; the slots of the others are released."""
         checks.tensor("going", going, (len(sequences),), torch.bool)
         self.slots.release(sequences.slots[~going])
-        return Sequences(*(value[going] for value in vars(sequences).values()))
+        for name, value in vars(sequences).items():
+            setattr(sequences, name, value[going])
+        return sequences
 
     def release(self, sequences: Sequences) -> None:
-        """Give the slots of sequences back."""
-        self.slots.release(sequences.slots)
+        """Give the slots of all sequences back; none is left then."""
+        self.keep(sequences, torch.zeros(len(sequences), dtype=torch.bool))
 
     def generate(
         self,

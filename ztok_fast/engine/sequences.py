@@ -57,6 +57,8 @@ class Slots:
         Raises:
             ValueError: fewer are free.
         """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"engine: slots: expected a number of at least 0, got {count!r}")
         if count > len(self._free):
             raise ValueError(
                 f"engine: slots: expected at most {len(self._free)} sequences, the free ones of {self.count} slots, "
