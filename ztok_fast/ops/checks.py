@@ -45,13 +45,25 @@ def check_tensor(
     value: Any,
     layout: str,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    on: tuple[str, torch.Tensor] | None = None,
 ) -> None:
-    """A tensor of one of `dtypes` whose rank is one that `layout` names, such as "[M, d]" or "[V, d] or [L, V, d]"."""
+    """A tensor of one of `dtypes` whose rank is one that `layout` names, such as "[M, d]" or "[V, d] or [L, V, d]".
+
+    `on`: the name and value of another argument, whose device it must be on.
+    """
     if not isinstance(value, torch.Tensor) or value.ndim not in _ranks(layout):
         fail(op, argument, f"a tensor {layout}", describe(value))
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         fail(op, argument, f"of dtype {names}", describe(value))
+    if on is not None:
+        check_same_device(op, argument, value, *on)
+
+
+def check_same_dtype(op: str, argument: str, value: torch.Tensor, other_argument: str, other: torch.Tensor) -> None:
+    """Two tensors of one dtype."""
+    if value.dtype != other.dtype:
+        fail(op, argument, f"of the dtype of {other_argument} ({other.dtype})", describe(value))
 
 
 def check_same_device(op: str, argument: str, value: torch.Tensor, other_argument: str, other: torch.Tensor) -> None:
@@ -101,6 +113,19 @@ def check_cu_seqlens(op: str, argument: str, value: Any, main_argument: str, mai
 def value_checks(value: torch.Tensor) -> bool:
     """Whether values on this tensor's device are to be checked."""
     return value.device.type == "cpu" or os.environ.get("ZTOK_DEBUG_CHECKS", "0") not in ("", "0")
+
+
+def check_range_values(op: str, argument: str, value: torch.Tensor, low: int, high: int, expected: str) -> None:
+    """Integers in [low, high]; `expected` says so with what the bounds mean."""
+    if value.numel() == 0 or not value_checks(value):
+        return
+    if value.numel() <= 64:  # a list of Python integers is cheaper than three tensor ops
+        values = value.tolist()
+        least, greatest = min(values), max(values)
+    else:
+        least, greatest = (int(v) for v in value.aminmax())
+    if least < low or greatest > high:
+        fail(op, argument, expected, least if least < low else greatest)
 
 
 def check_cu_seqlens_values(

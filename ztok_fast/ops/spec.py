@@ -69,6 +69,25 @@ class Case:
         return self.sizes[name]
 
 
+class CaseTable:
+    """Cases in the making: call it with the sizes that `names` names, the smallest set that has the case, and any other
+    fields of `Case`. Of two that differ in their sets alone the first stays.
+    """
+
+    def __init__(self, *names: str, **fields: Any) -> None:
+        self.names, self.fields = names, fields
+        self.found: dict[tuple, Case] = {}
+
+    def __call__(self, *values: Any, **fields: Any) -> None:
+        *sizes, smallest = values
+        case = Case(dict(zip(self.names, sizes, strict=True)), set=smallest, **{**self.fields, **fields})
+        self.found.setdefault((*sizes, case.dtype, case.direction), case)
+
+    def cases(self) -> tuple[Case, ...]:
+        """Those found so far, in their order."""
+        return tuple(self.found.values())
+
+
 @dataclass(frozen=True)
 class Spec:
     """What tests and benchmarks need to know of an op.
@@ -116,6 +135,11 @@ def mixed_lengths(sequences: int, longest: int, generator: torch.Generator) -> l
     draws = torch.rand(sequences, generator=generator, device=generator.device).tolist()
     lengths = [max(1, round(longest * draw**1.5)) for draw in draws]
     return [longest, *lengths[1:]]
+
+
+def lengths_of(sizes: dict[str, Any], generator: torch.Generator) -> list[int]:
+    """The sizes' own `lengths`, or those of `B` mixed sequences of at most `S` rows."""
+    return list(sizes["lengths"]) if "lengths" in sizes else mixed_lengths(sizes["B"], sizes["S"], generator)
 
 
 def offsets(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -33,6 +33,13 @@ def _untimed(call: Callable, quantiles: tuple[float, ...]) -> list[float]:
     return [0.0] * len(quantiles)
 
 
+def parts_of(tiles: int, blocks: int, full: int, most: int) -> tuple[int, int]:
+    """How many parts, `most` at most, `tiles` of columns are cut into so that `blocks` of rows by parts make about
+    `full` programs; and the tiles of a part."""
+    in_part = -(-tiles // max(1, min(tiles, most, full // blocks)))
+    return -(-tiles // in_part), in_part
+
+
 class Tiles:
     """A kernel with its tile sizes: `tiles[grid](...)` launches it, `tiles.BM` is a size that its grid depends on.
 
@@ -62,6 +69,17 @@ class Tiles:
         self._options = {**configs[0].all_kwargs(), **self._fusion}
         self._smaller: dict[tuple, Tiles] = {}
         self._tuner: Any = None
+
+    @classmethod
+    def of(cls, kernel: Any, names: str, *rows: tuple[int, ...], **tuning) -> Tiles:
+        """The same from a row of numbers per configuration: the sizes that `names` names, warps, stages."""
+        from triton import Config
+
+        sizes = names.split()
+        configs = [
+            Config(dict(zip(sizes, row)), **dict(zip(("num_warps", "num_stages"), row[len(sizes) :]))) for row in rows
+        ]
+        return cls(kernel, *configs, **tuning)
 
     def __getattr__(self, name: str) -> int:
         if name.isupper() and name in self.configs[0].kwargs:

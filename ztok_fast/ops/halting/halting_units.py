@@ -13,7 +13,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import FLOATS, cpp, triton
 from ztok_fast.ops.halting import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, equal, mixed_lengths, offsets
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, close, equal, lengths_of, offsets
 
 MODES = ("fire", "stop")
 
@@ -108,11 +108,6 @@ def _backward(args, outputs, grads, needs):
 # --- specification
 
 
-def lengths_of(sizes, generator) -> list[int]:
-    """The sizes' own `lengths`, or those of `B` mixed sequences of at most `S` rows."""
-    return list(sizes["lengths"]) if "lengths" in sizes else mixed_lengths(sizes["B"], sizes["S"], generator)
-
-
 def some_mass(rows, dtype, generator, sizes) -> Tensor:
     """Mass of about a quarter per row, so that a unit has four rows; multiples of 2⁻¹⁴, or of 2⁻⁷ in half precision,
     off the multiples of the threshold. `mass`: one value instead. In [0, threshold]."""
@@ -150,22 +145,18 @@ def check_units_found(units, mass, cu_seqlens, threshold, mode) -> None:
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(B, S, smallest, direction=FORWARD, devices=("cpu", "cuda")):
-        found.setdefault((B, S, direction), Case({"B": B, "S": S}, torch.float32, direction, smallest, devices))
-
+    add = CaseTable("B", "S")
     add(3, 20, "tiny")
-    add(3, 20, "tiny", BACKWARD)
+    add(3, 20, "tiny", direction=BACKWARD)
     add(16, 512, "quick")
     for B, S in ((1, 64), (1, 65536), (16, 512), (256, 512)):
         add(B, S, "default")
-    add(16, 512, "default", BACKWARD)
-    add(256, 512, "default", BACKWARD)
+    add(16, 512, "default", direction=BACKWARD)
+    add(256, 512, "default", direction=BACKWARD)
     for direction in (FORWARD, BACKWARD):
-        add(1024, 4096, "default", direction, ("cuda",))
+        add(1024, 4096, "default", direction=direction, devices=("cuda",))
     add(1024, 4096, "full")
-    return tuple(found.values())
+    return add.cases()
 
 
 def _work(case, inputs):

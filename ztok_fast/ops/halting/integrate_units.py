@@ -9,9 +9,9 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import FLOATS, cpp, triton
 from ztok_fast.ops.halting import reference
-from ztok_fast.ops.halting.halting_units import HaltingUnits, lengths_of, some_mass
+from ztok_fast.ops.halting.halting_units import HaltingUnits, some_mass
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, lengths_of, offsets, randn
 
 _LAYOUTS = {
     "ends": ("[T]", (torch.bool,)),
@@ -52,8 +52,7 @@ def check_units(op: str, units: object, rows: Tensor, main: str = "rows") -> Non
         checks.fail(op, "units", "HaltingUnits", type(units).__name__)
     for field, (layout, dtypes) in _LAYOUTS.items():
         value = getattr(units, field)
-        checks.check_tensor(op, f"units.{field}", value, layout, dtypes)
-        checks.check_same_device(op, f"units.{field}", value, main, rows)
+        checks.check_tensor(op, f"units.{field}", value, layout, dtypes, (main, rows))
         if field != "cu_units":
             checks.check_size(op, f"units.{field}", value, 0, rows.shape[0], main)
     checks.check_size(op, "units.weights", units.weights, 1, 2, "own and carried share")
@@ -103,18 +102,13 @@ def _from_parts(rows, weights, unit, ends, cu_units, total_units):
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(B, S, D, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
-        sizes = {"B": B, "S": S, "D": D}
-        found.setdefault((*sizes.values(), direction, dtype), Case(sizes, dtype, direction, smallest, devices))
-
+    add = CaseTable("B", "S", "D")
     add(3, 9, 8, "tiny")
-    add(3, 9, 8, "tiny", BACKWARD)
+    add(3, 9, 8, "tiny", direction=BACKWARD)
     for direction in (FORWARD, BACKWARD):
-        add(16, 256, 576, "default", direction)
-        add(64, 1024, 1024, "default", direction, torch.bfloat16, ("cuda",))
-    return tuple(found.values())
+        add(16, 256, 576, "default", direction=direction)
+        add(64, 1024, 1024, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
+    return add.cases()
 
 
 def _work(case, inputs):

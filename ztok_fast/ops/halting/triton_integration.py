@@ -78,17 +78,9 @@ def unit_means_kernel(
 
 @triton.jit(do_not_specialize=["B", "total_units"])
 def unit_totals_kernel(
-    weights,
-    first_rows,
-    end_rows,
-    cu_units,
-    inverse,
-    B,
-    total_units,
-    WIDE: tl.constexpr,
-    BU: tl.constexpr,
-    BR: tl.constexpr,
-):
+    weights, first_rows, end_rows, cu_units, inverse, B, total_units,
+    WIDE: tl.constexpr, BU: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """inverse [total_units]: 1 / sum of weights of BU units, 0 where there is none."""
     unit = tl.program_id(0).to(tl.int64) * BU + tl.arange(0, BU)
     there = unit < tl.minimum(tl.load(cu_units + B), total_units)

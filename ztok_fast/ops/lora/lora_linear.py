@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks
-from ztok_fast.ops.backends import FLOATS, UP_TO_FLOAT32, cpp, cuda, triton
+from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, cuda, triton
 from ztok_fast.ops.lora import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Mismatch, Spec, Work, close, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, close, randn
 
 OP = "lora_linear"
 # dtype of x -> those that A and B may have, for the commonest kinds of call
@@ -149,20 +149,17 @@ def _check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _check_adapters(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor) -> None:
     accumulate = checks.compute_dtype(x)
-    checks.check_tensor(OP, "A", A, "[n, r, in]", FLOATS)
+    checks.check_tensor(OP, "A", A, "[n, r, in]", on=("x", x))
     checks.check_not_empty(OP, "A", A)
     checks.check_size(OP, "A", A, 2, x.shape[1], "width of x")
-    checks.check_same_device(OP, "A", A, "x", x)
     _check_dtype("A", A, (x.dtype, accumulate), "that of x or the one it accumulates in")
-    checks.check_tensor(OP, "B", B, "[n, out, r]", FLOATS)
+    checks.check_tensor(OP, "B", B, "[n, out, r]", on=("x", x))
     checks.check_size(OP, "B", B, 0, A.shape[0], "adapters of A")
     checks.check_size(OP, "B", B, 1, weight.shape[0], "rows of weight")
     checks.check_size(OP, "B", B, 2, A.shape[1], "rank of A")
-    checks.check_same_device(OP, "B", B, "x", x)
     _check_dtype("B", B, (A.dtype,), "that of A")
-    checks.check_tensor(OP, "scaling", scaling, "[n]", (accumulate, torch.float32))
+    checks.check_tensor(OP, "scaling", scaling, "[n]", (accumulate, torch.float32), ("x", x))
     checks.check_size(OP, "scaling", scaling, 0, A.shape[0], "adapters of A")
-    checks.check_same_device(OP, "scaling", scaling, "x", x)
     if scaling.requires_grad:
         checks.fail(OP, "scaling", "a constant", "a tensor that requires a gradient")
 
@@ -174,8 +171,7 @@ def _check_choice_of_adapters(x: Tensor, A: Tensor, adapters: Tensor | None, cu_
         if cu_seqlens is not None:
             checks.fail(OP, "cu_seqlens", "None where adapters is None", checks.describe(cu_seqlens))
         return
-    checks.check_tensor(OP, "adapters", adapters, "[M]" if cu_seqlens is None else "[B]", (torch.int32,))
-    checks.check_same_device(OP, "adapters", adapters, "x", x)
+    checks.check_tensor(OP, "adapters", adapters, "[M]" if cu_seqlens is None else "[B]", (torch.int32,), ("x", x))
     if cu_seqlens is None:
         checks.check_size(OP, "adapters", adapters, 0, x.shape[0], "rows of x")
         return
@@ -186,12 +182,9 @@ def _check_choice_of_adapters(x: Tensor, A: Tensor, adapters: Tensor | None, cu_
 def _check_values(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> None:
     if cu_seqlens is not None:
         checks.check_cu_seqlens_values(OP, "cu_seqlens", cu_seqlens, x.shape[0])
-    if adapters is None or adapters.numel() == 0 or not checks.value_checks(adapters):
-        return
-    num_adapters, low, high = A.shape[0], int(adapters.min()), int(adapters.max())
-    if low < -1 or high >= num_adapters:
-        expected = f"in [-1, {num_adapters}) (-1 = none, else an adapter)"
-        checks.fail(OP, "adapters", expected, low if low < -1 else high)
+    if adapters is not None:
+        expected = f"in [-1, {A.shape[0]}) (-1 = none, else an adapter)"
+        checks.check_range_values(OP, "adapters", adapters, -1, A.shape[0] - 1, expected)
 
 
 def _few_rows(x, weight, *_) -> bool:
@@ -290,13 +283,11 @@ _SMOLLM2, _QWEN3, _LLAMA_7B, _LLAMA_8B = (576, 1536), (1024, 3072), (4096, 11008
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
+    table = CaseTable("M", "in", "out", "r", "n")
 
-    def add(M, width, out, r, smallest, n=1, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda"), tags=()):
-        sizes = {"M": M, "in": width, "out": out, "r": r, "n": n}
+    def add(M, width, out, r, smallest, n=1, **fields):
         # The weights of a decode step come from memory: a model has many layers.
-        case = Case(sizes, dtype, direction, smallest, devices, M < 64, tags)
-        found.setdefault((*sizes.values(), dtype, direction), case)
+        table(M, width, out, r, n, smallest, cold=M < 64, **fields)
 
     half = torch.bfloat16
     small, middle, large = _SMOLLM2, _QWEN3, _LLAMA_7B
@@ -328,7 +319,7 @@ def _cases() -> tuple[Case, ...]:
     for r in (16, 64, 128):
         add(8192, *large, r, "default", direction=BACKWARD, dtype=half, devices=("cuda",))
     add(8192, *large, 16, "default", n=3, direction=BACKWARD, dtype=half, devices=("cuda",))
-    return tuple(found.values())
+    return table.cases()
 
 
 def _work(case, inputs):

@@ -6,6 +6,8 @@ sequence, and in the backward pass partial sums of dA and dB, together at most h
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -15,34 +17,20 @@ from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.lora import triton_kernels as kernels
 from ztok_fast.ops.triton_launch import Tiles
 
-
-def _linear_tiles(*tiles: tuple[int, int, int, int, int, int]) -> Tiles:
-    # GROUP: row blocks that share the columns of the weight in L2
-    configs = [
-        Config({"BM": BM, "BN": BN, "BK": BK, "BR": BR, "GROUP": 8}, num_warps=warps, num_stages=stages)
-        for BM, BN, BK, BR, warps, stages in tiles
-    ]
-    return Tiles(kernels.lora_linear_kernel, *configs, key=("N", "K", "R"))
-
-
 # every step through the inner dimension divides this
 EVEN = 64
+# GROUP: row blocks that share the columns of the weight in L2
+_linear_tiles = functools.partial(Tiles.of, kernels.lora_linear_kernel, "BM BN BK BR GROUP", key=("N", "K", "R"))
 LINEAR = _linear_tiles(
-    (128, 128, 32, 32, 8, 4), (64, 128, 64, 32, 4, 4), (128, 256, 64, 32, 8, 3), (64, 64, 64, 32, 4, 4)
+    (128, 128, 32, 32, 8, 8, 4), (64, 128, 64, 32, 8, 4, 4), (128, 256, 64, 32, 8, 8, 3), (64, 64, 64, 32, 8, 4, 4)
 )  # fmt: skip
 # several adapters need room for a second accumulator
-LINEAR_SEVERAL = _linear_tiles((128, 64, 32, 32, 8, 4), (64, 128, 64, 32, 8, 4), (128, 128, 64, 32, 8, 3))
+LINEAR_SEVERAL = _linear_tiles((128, 64, 32, 32, 8, 8, 4), (64, 128, 64, 32, 8, 8, 4), (128, 128, 64, 32, 8, 8, 3))
 # float32 is multiplied without tensor cores, in registers
-LINEAR_FLOAT32 = _linear_tiles((64, 64, 32, 16, 8, 3))
+LINEAR_FLOAT32 = _linear_tiles((64, 64, 32, 16, 8, 8, 3))
 # the inner dimension is long and the ranks are few: many row blocks are needed to occupy the device
-SHRINK = Tiles(
-    kernels.shrink_kernel,
-    *(
-        Config({"BM": BM, "BR": 64, "BK": 64}, num_warps=4, num_stages=stages)
-        for BM, stages in ((16, 4), (64, 3), (32, 4))
-    ),
-    key=("K", "R"),
-)
+_SHRINKS = (16, 64, 64, 4, 4), (64, 64, 64, 4, 3), (32, 64, 64, 4, 4)
+SHRINK = Tiles.of(kernels.shrink_kernel, "BM BR BK", *_SHRINKS, key=("K", "R"))
 OUTER = Tiles(kernels.outer_kernel, Config({"BM": 32, "BN": 64, "BR": 64, "CHUNK": 512}, num_warps=4, num_stages=3))
 ROW_ADAPTERS = Tiles(kernels.row_adapters_kernel, Config({"BM": 256}, num_warps=4))
 
@@ -126,16 +114,7 @@ def _outer(low_rank: Tensor, right: Tensor, adapters: Tensor | None, out: Tensor
         out.copy_(sums.sum(0))
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: Tensor,
-    adapters: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def lora_linear(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> Tensor:
     """As `ztok_fast.ops.lora_linear`: two launches (three with `cu_seqlens`), y written once."""
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(x.shape[0], weight.shape[0])
@@ -146,17 +125,7 @@ def lora_linear(
         return _linear(x, weight.T, None if bias is None else bias.contiguous(), low_rank, B.mT, chosen)
 
 
-def lora_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: Tensor,
-    adapters: Tensor | None,
-    cu_seqlens: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lora_linear_backward(grad, x, weight, A, B, scaling, adapters, cu_seqlens, needs) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias, A and B; one that `needs` does not ask for is an empty tensor.
 
     dx = g W + s (g B) A has the form of the forward pass and its kernels. Nothing of the size of the weight is made

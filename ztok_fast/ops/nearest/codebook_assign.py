@@ -13,7 +13,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.nearest import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Mismatch, Spec, Work, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, randn
 
 METRICS = ("l2", "cosine", "dot")
 
@@ -89,8 +89,7 @@ def _check(x, codebook, metric) -> None:
 
 def check_codebook(op: str, argument: str, codebook: Any, layout: str, main_argument: str, main: Tensor) -> None:
     """A codebook that is not empty, as wide as `main` and on its device."""
-    checks.check_tensor(op, argument, codebook, layout)
-    checks.check_same_device(op, argument, codebook, main_argument, main)
+    checks.check_tensor(op, argument, codebook, layout, on=(main_argument, main))
     checks.check_not_empty(op, argument, codebook)
     checks.check_size(op, argument, codebook, -1, main.shape[-1], f"the width of {main_argument}")
 
@@ -177,16 +176,9 @@ def some_rows(rows: int, products_per_row: int, device) -> Tensor:
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(M, V, d, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
-        # the smallest set that names a case comes first
-        found.setdefault(
-            (M, V, d, direction, dtype), Case({"M": M, "V": V, "d": d}, dtype, direction, smallest, devices)
-        )
-
+    add = CaseTable("M", "V", "d")
     add(33, 50, 12, "tiny")
-    add(17, 9, 5, "tiny", BACKWARD)
+    add(17, 9, 5, "tiny", direction=BACKWARD)
     for M, V, d in ((256, 1024, 128), (256, 4096, 64), (4096, 1024, 128)):
         add(M, V, d, "quick")
     for d in (16, 64, 96, 128, 576, 1024):  # 96: the shipped codec on SmolLM2
@@ -199,7 +191,7 @@ def _cases() -> tuple[Case, ...]:
         add(4096, 4096, d, "default")
         add(1, 4096, d, "default")
     add(256, 4096, 128, "default", dtype=torch.bfloat16)
-    add(4096, 1024, 128, "default", BACKWARD)
+    add(4096, 1024, 128, "default", direction=BACKWARD)
     for M in (4096, 65536):
         for V in (1024, 4096, 65536):
             for d in (64, 128, 576, 1024):
@@ -208,7 +200,7 @@ def _cases() -> tuple[Case, ...]:
         for V in (1024, 4096, 65536):
             for d in (16, 64, 128, 576, 1024):
                 add(M, V, d, "full")
-    return tuple(found.values())
+    return add.cases()
 
 
 def _work(case, inputs):

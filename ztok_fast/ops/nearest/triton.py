@@ -17,7 +17,7 @@ from triton import Config
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest import triton_kernels as kernels
 from ztok_fast.ops.nearest.triton_bound import error_bound
-from ztok_fast.ops.triton_launch import Tiles
+from ztok_fast.ops.triton_launch import Tiles, parts_of
 
 # fewer blocks of rows than this leave multiprocessors idle: the codebook is split until there are about as many
 FULL_BLOCKS = 128
@@ -27,11 +27,9 @@ _KEY = ("D", "METRIC", "ROW_TERMS", "CODE_TERMS", "LEVELS", "QUANTIZE")
 
 
 def _search_tiles(*tiles: tuple[int, int, int, int, int]) -> Tiles:
-    configs = [
-        Config({"BM": BM, "BN": BN, "BD": BD, "BV": 64, "BK": 16}, num_warps=warps, num_stages=stages)
-        for BM, BN, BD, warps, stages in tiles
-    ]
-    return Tiles(kernels.residual_search_kernel, *configs, key=_KEY, writes=("residual",), adds=("usage",))
+    rows = [(BM, BN, BD, 64, 16, warps, stages) for BM, BN, BD, warps, stages in tiles]
+    tuning = {"key": _KEY, "writes": ("residual",), "adds": ("usage",)}
+    return Tiles.of(kernels.residual_search_kernel, "BM BN BD BV BK", *rows, **tuning)
 
 
 PREPARE = Tiles(kernels.prepare_codes_kernel, Config({"BV": 32, "BK": 64}, num_warps=4))
@@ -39,14 +37,8 @@ PREPARE = Tiles(kernels.prepare_codes_kernel, Config({"BV": 32, "BK": 64}, num_w
 LANES = 64
 SEARCH_LANES = _search_tiles((64, 32, 64, 8, 2), (64, 64, 64, 8, 2), (64, 32, 64, 4, 2))
 SEARCH = _search_tiles((128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3))
-SCAN = Tiles(
-    kernels.scan_kernel,
-    *(
-        Config({"BM": 64, "BN": 64, "BK": BK}, num_warps=warps, num_stages=stages)
-        for BK, warps, stages in ((32, 4, 3), (64, 4, 3), (64, 4, 4), (32, 8, 3))
-    ),
-    key=_KEY[:-1],
-)
+_SCANS = (64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 32, 8, 3)
+SCAN = Tiles.of(kernels.scan_kernel, "BM BN BK", *_SCANS, key=_KEY[:-1])
 RERANK = Tiles(kernels.rerank_kernel, Config({"BM": 16, "BK": 64, "BV": 32}, num_warps=4))
 SUM_CODES = Tiles(kernels.sum_codes_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
 MEAN_ERROR = Tiles(kernels.mean_error_kernel, Config({"BP": 1024}, num_warps=4))
@@ -163,9 +155,7 @@ def _by_level(source, codebook, prepared, metric, row_levels, found, sums, bound
     rows, width = source.shape
     levels, size, _ = codebook.shape
     blocks, tiles = triton.cdiv(rows, SCAN.BM), triton.cdiv(size, SCAN.BN)
-    parts = max(1, min(tiles, MOST_PARTS, FULL_BLOCKS // blocks))
-    tiles_per_part = triton.cdiv(tiles, parts)
-    parts = triton.cdiv(tiles, tiles_per_part)
+    parts, tiles_per_part = parts_of(tiles, blocks, FULL_BLOCKS, MOST_PARTS)
     scores, indices = _part_scores(parts, source)
     options = {"D": width, "METRIC": metric, "LEVELS": row_levels is not None}
     grid = (triton.cdiv(rows, rerank.BM),)

@@ -178,21 +178,9 @@ def candidate_scores(
 
 @triton.jit
 def rerank(
-    x,
-    rows,
-    used,
-    found,
-    book,
-    longest,
-    M,
-    V,
-    BOUND: tl.constexpr,
-    D: tl.constexpr,
-    METRIC: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BK: tl.constexpr,
-):
+    x, rows, used, found, book, longest, M, V,
+    BOUND: tl.constexpr, D: tl.constexpr, METRIC: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Codes int32 [BM] and distances float64 [BM] of rows of x from what the scan found, see the head of this file.
 
     Rows with NaN or infinity get code 0 and distance NaN. `longest` is the length of the longest code. Only rows that

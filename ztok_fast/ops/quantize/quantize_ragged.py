@@ -12,7 +12,6 @@ from ztok_fast.ops.halting.halting_units import (
     HaltingUnits,
     check_units_found,
     halting_units,
-    lengths_of,
     some_mass,
 )
 from ztok_fast.ops.halting.integrate_units import check_unit_values, check_units
@@ -23,10 +22,12 @@ from ztok_fast.ops.quantize.residual_quantize import (
     check_level_values,
     check_levels,
     check_levels_searched,
-    check_usage,
+    check_losses_and_usage,
     fake_codes,
+    some_codebooks,
+    some_levels,
 )
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, close, lengths_of, offsets, randn
 
 _NAME = "quantize_ragged"
 
@@ -97,15 +98,13 @@ def quantize_ragged(
     checks.check_tensor(_NAME, "end_weight", end_weight, "[d, D]")
     check_codebook(_NAME, "codebooks", codebooks, "[L, V, d]", "end_weight", end_weight.T)
     for argument, weight in (("end_weight", end_weight), ("mean_weight", mean_weight)):
-        checks.check_tensor(_NAME, argument, weight, "[d, D]")
-        checks.check_same_device(_NAME, argument, weight, "hidden", hidden)
+        checks.check_tensor(_NAME, argument, weight, "[d, D]", on=("hidden", hidden))
         checks.check_size(_NAME, argument, weight, 0, codebooks.shape[2], "the width of codebooks")
         checks.check_size(_NAME, argument, weight, 1, hidden.shape[1], "the width of hidden")
     if units is None:
         if mass is None or cu_seqlens is None:
             checks.fail(_NAME, "units", "given where mass or cu_seqlens is not", "None")
-        checks.check_tensor(_NAME, "mass", mass, "[T]")
-        checks.check_same_device(_NAME, "mass", mass, "hidden", hidden)
+        checks.check_tensor(_NAME, "mass", mass, "[T]", on=("hidden", hidden))
         checks.check_size(_NAME, "mass", mass, 0, hidden.shape[0], "rows of hidden")
         units = halting_units(mass, cu_seqlens, threshold, mode)
     else:
@@ -156,25 +155,21 @@ def make(sizes, dtype, generator):
 
     `spare`: rows past the last unit; `levels`: dtype of residual levels per sequence.
     """
-    D, d, L, V = (sizes[name] for name in ("D", "d", "L", "V"))
-    lengths, device, mode = lengths_of(sizes, generator), generator.device, sizes.get("mode", "fire")
+    D, d = sizes["D"], sizes["d"]
+    lengths, mode = lengths_of(sizes, generator), sizes.get("mode", "fire")
     T = sum(lengths)
-    shrink = 0.6 ** torch.arange(L, device=device)[:, None, None]
     inputs = {
         "hidden": randn(generator, T, D, dtype=dtype),
         "mass": some_mass(T, torch.promote_types(dtype, torch.float32), generator, sizes),
-        "cu_seqlens": offsets(lengths, device),
+        "cu_seqlens": offsets(lengths, generator.device),
         "end_weight": randn(generator, d, D, scale=D**-0.5, dtype=dtype),
         "mean_weight": randn(generator, d, D, scale=D**-0.5, dtype=dtype),
-        "codebooks": (randn(generator, L, V, d) * shrink).to(dtype),
+        "codebooks": some_codebooks(sizes, dtype, generator),
         "mode": mode,
     }
     cu_units = halting_reference.halting_units(inputs["mass"], inputs["cu_seqlens"], 1.0, mode)[4]
     inputs["total_units"] = int(cu_units[-1]) + sizes.get("spare", 0)
-    if sizes.get("levels"):
-        levels = torch.randint(0, L + 1, (len(lengths),), generator=generator, device=device)
-        inputs["levels"] = levels.to(sizes["levels"])
-    return inputs
+    return inputs | some_levels(sizes, len(lengths), generator)
 
 
 def check(inputs, result) -> None:
@@ -191,30 +186,22 @@ def check(inputs, result) -> None:
     close(result.latents, exact[1], dtype, 20, "latents")
     total = check_levels_searched(result.latents, codebooks, result.codes)
     close(result.quantized, total, dtype, what="quantized")
-    losses = reference.quantized_and_losses(result.latents.detach().double(), codebooks.double(), result.codes)[1:]
-    for name, loss in zip(("commitment", "codebook_loss"), losses):
-        close(getattr(result, name), loss, dtype, 5, name)
-    check_usage(result.codes, result.usage)
+    check_losses_and_usage(result.latents.detach(), codebooks, result, dtype)
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(B, S, D, d, L, V, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
-        sizes = {"B": B, "S": S, "D": D, "d": d, "L": L, "V": V}
-        found.setdefault((*sizes.values(), direction, dtype), Case(sizes, dtype, direction, smallest, devices))
-
+    add = CaseTable("B", "S", "D", "d", "L", "V")
     add(3, 9, 8, 5, 2, 11, "tiny")
-    add(3, 9, 8, 5, 2, 11, "tiny", BACKWARD)
+    add(3, 9, 8, 5, 2, 11, "tiny", direction=BACKWARD)
     add(16, 256, 256, 128, 4, 1024, "quick")  # ztok-mini
     add(16, 256, 576, 96, 4, 4096, "default")  # the codec on SmolLM2
-    add(16, 256, 576, 96, 4, 4096, "default", BACKWARD)
+    add(16, 256, 576, 96, 4, 4096, "default", direction=BACKWARD)
     add(1, 64, 576, 96, 4, 4096, "default")
     add(16, 256, 1024, 128, 4, 4096, "full")
     for direction in (FORWARD, BACKWARD):
-        add(64, 1024, 1024, 128, 4, 4096, "default", direction, torch.bfloat16, ("cuda",))
-        add(64, 1024, 576, 96, 4, 4096, "default", direction, devices=("cuda",))
-    return tuple(found.values())
+        add(64, 1024, 1024, 128, 4, 4096, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
+        add(64, 1024, 576, 96, 4, 4096, "default", direction=direction, devices=("cuda",))
+    return add.cases()
 
 
 def _work(case, inputs):

@@ -15,7 +15,7 @@ from ztok_fast.ops.nearest.codebook_assign import check_codebook, check_codes
 from ztok_fast.ops.nearest.reference import take_codes
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.quantize import reference
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, close, equal, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Spec, Work, close, equal, randn
 
 
 class ResidualCodes(NamedTuple):
@@ -70,18 +70,15 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
 
 def check_levels(op, levels, layout, size, meaning, main_argument, main) -> None:
     """Integer levels, one per row or sequence, on the device of `main`."""
-    checks.check_tensor(op, "levels", levels, layout, checks.INDICES)
-    checks.check_same_device(op, "levels", levels, main_argument, main)
+    checks.check_tensor(op, "levels", levels, layout, checks.INDICES, (main_argument, main))
     checks.check_size(op, "levels", levels, 0, size, meaning)
 
 
 def check_level_values(op: str, levels: Tensor | None, num_levels: int) -> None:
     """Levels in [0, L]."""
-    if levels is None or not checks.value_checks(levels) or levels.numel() == 0:
-        return
-    low, high = int(levels.min()), int(levels.max())
-    if low < 0 or high > num_levels:
-        checks.fail(op, "levels", f"in [0, {num_levels}] (the number of codebooks)", low if low < 0 else high)
+    if levels is not None:
+        expected = f"in [0, {num_levels}] (the number of codebooks)"
+        checks.check_range_values(op, "levels", levels, 0, num_levels, expected)
 
 
 def _check_values(latents: Tensor, codebooks: Tensor, levels: Tensor | None) -> None:
@@ -112,16 +109,23 @@ def _backward(args, outputs, grads, needs):
 
 def make(sizes, dtype, generator):
     """Codebooks whose levels shrink as trained ones do, so that every level's residual is of its codes' size."""
-    M, L, V, d = (sizes[name] for name in ("M", "L", "V", "d"))
-    shrink = 0.6 ** torch.arange(L, device=generator.device)[:, None, None]
-    inputs = {
-        "latents": randn(generator, M, d, dtype=dtype),
-        "codebooks": (randn(generator, L, V, d) * shrink).to(dtype),
-    }
-    if sizes.get("levels"):
-        levels = torch.randint(0, L + 1, (M,), generator=generator, device=generator.device)
-        inputs["levels"] = levels.to(sizes["levels"])
-    return inputs
+    latents = randn(generator, sizes["M"], sizes["d"], dtype=dtype)
+    books = some_codebooks(sizes, dtype, generator)
+    return {"latents": latents, "codebooks": books, **some_levels(sizes, sizes["M"], generator)}
+
+
+def some_codebooks(sizes, dtype, generator) -> Tensor:
+    """`L` codebooks of `V` codes of width `d`, each level's codes shorter than the ones before."""
+    shrink = 0.6 ** torch.arange(sizes["L"], device=generator.device)[:, None, None]
+    return (randn(generator, sizes["L"], sizes["V"], sizes["d"]) * shrink).to(dtype)
+
+
+def some_levels(sizes, count, generator) -> dict[str, Tensor]:
+    """Where the sizes name a dtype of `levels`, so many of them."""
+    if not sizes.get("levels"):
+        return {}
+    levels = torch.randint(0, sizes["L"] + 1, (count,), generator=generator, device=generator.device)
+    return {"levels": levels.to(sizes["levels"])}
 
 
 def check_levels_searched(latents, codebooks, codes, loose=False) -> Tensor:
@@ -147,41 +151,36 @@ def check(inputs, result) -> None:
     latents, codebooks = inputs["latents"].detach(), inputs["codebooks"].detach()
     total = check_levels_searched(latents, codebooks, result.codes)
     close(result.quantized, total, latents.dtype, what="quantized")
+    check_losses_and_usage(latents, codebooks, result, checks.compute_dtype(latents))
+
+
+def check_losses_and_usage(latents, codebooks, result, dtype) -> None:
+    """Both losses of the codes found, and how often each code was chosen."""
     exact = reference.quantized_and_losses(latents.double(), codebooks.double(), result.codes)
     for name, loss in zip(("commitment", "codebook_loss"), exact[1:]):
-        close(getattr(result, name), loss, checks.compute_dtype(latents), 5, name)
-    check_usage(result.codes, result.usage)
-
-
-def check_usage(codes, usage) -> None:
-    """Counts [L, V] of codes [M, L]."""
-    for level, counts in enumerate(usage):
-        used = codes[:, level].long()
+        close(getattr(result, name), loss, dtype, 5, name)
+    for level, counts in enumerate(result.usage):
+        used = result.codes[:, level].long()
         equal(counts, torch.bincount(used[used >= 0], minlength=len(counts)), f"usage of level {level}")
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(M, L, V, d, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
-        sizes = {"M": M, "L": L, "V": V, "d": d}
-        found.setdefault((*sizes.values(), direction, dtype), Case(sizes, dtype, direction, smallest, devices))
-
+    add = CaseTable("M", "L", "V", "d")
     add(19, 3, 31, 6, "tiny")
-    add(19, 3, 31, 6, "tiny", BACKWARD)
+    add(19, 3, 31, 6, "tiny", direction=BACKWARD)
     add(256, 4, 1024, 128, "quick")
     for M in (1, 256, 4096):
         add(M, 4, 1024, 128, "default")  # ztok-mini
         add(M, 4, 4096, 96, "default" if M < 4096 else "full")  # the codec on SmolLM2
     add(256, 8, 1024, 64, "default")
     add(256, 4, 1024, 576, "default")
-    add(1024, 4, 1024, 128, "default", BACKWARD)
+    add(1024, 4, 1024, 128, "default", direction=BACKWARD)
     for M in (4096, 65536):
         for V, d in ((1024, 128), (4096, 96), (4096, 1024)):
             add(M, 4, V, d, "default", dtype=torch.bfloat16, devices=("cuda",))
         add(M, 4, 4096, 96, "full")
-    add(65536, 4, 1024, 128, "default", BACKWARD, devices=("cuda",))
-    return tuple(found.values())
+    add(65536, 4, 1024, 128, "default", direction=BACKWARD, devices=("cuda",))
+    return add.cases()
 
 
 def _work(case, inputs):

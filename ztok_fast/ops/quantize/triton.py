@@ -22,14 +22,8 @@ from ztok_fast.ops.quantize.triton_residual import residual_quantize_backward
 from ztok_fast.ops.triton_launch import Tiles
 
 # a block waits for the rows of its units and wants to be small; columns that cover the latent are normalised in it
-PROJECT = Tiles(
-    kernels.project_units_kernel,
-    *(
-        Config({"BM": BM, "BN": 128, "BK": 32}, num_warps=warps, num_stages=2)
-        for BM, warps in ((32, 8), (16, 8), (32, 4))
-    ),
-    key=("HIDDEN", "D"),
-)
+_PROJECTIONS = (32, 128, 32, 8, 2), (16, 128, 32, 8, 2), (32, 128, 32, 4, 2)
+PROJECT = Tiles.of(kernels.project_units_kernel, "BM BN BK", *_PROJECTIONS, key=("HIDDEN", "D"))
 
 
 @functools.cache
@@ -75,11 +69,7 @@ def unnormalise(latents: Tensor, scale: Tensor, grad_latents: Tensor, from_codes
 def quantize_ragged(
     hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, levels, total_units
 ):  # fmt: skip
-    """See `ztok_fast.ops.quantize.reference.quantize_ragged`.
-
-    Returns:
-        quantized, latents, commitment, codebook_loss, scale, codes, usage.
-    """
+    """See `ztok_fast.ops.quantize.reference.quantize_ragged`."""
     table = halting.unit_rows(unit, ends, cu_units, total_units)
     latents, scale, unit_levels = project(
         hidden, weights, table, cu_units, end_weight, mean_weight, levels, codebooks.shape[0], total_units

@@ -14,7 +14,7 @@ from ztok_fast.ops.op import Op
 from ztok_fast.ops.ragged import reference
 from ztok_fast.ops.ragged.ragged_layout import check_merged, check_sources, interleaved
 from ztok_fast.ops.ragged.ragged_scatter_add import check_index_values
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, equal, mixed_lengths, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, equal, mixed_lengths, offsets, randn
 
 
 class RaggedBatch(NamedTuple):
@@ -99,14 +99,11 @@ def _check(tables: Any, indices: Any, cu_seqlens: Any) -> None:
             checks.fail(op, argument, expected, f"{type(values).__name__} of length {length}")
     main = tables[0]
     for i, (table, index) in enumerate(zip(tables, indices)):
-        checks.check_tensor(op, f"tables[{i}]", table, "[R, D]", ANY_DTYPE)
+        checks.check_tensor(op, f"tables[{i}]", table, "[R, D]", ANY_DTYPE, ("tables[0]", main))
         checks.check_size(op, f"tables[{i}]", table, 1, main.shape[1], "as tables[0]")
-        checks.check_same_device(op, f"tables[{i}]", table, "tables[0]", main)
-        if table.dtype != main.dtype:
-            checks.fail(op, f"tables[{i}]", f"of the dtype of tables[0] ({main.dtype})", checks.describe(table))
+        checks.check_same_dtype(op, f"tables[{i}]", table, "tables[0]", main)
         if index is not None:
-            checks.check_tensor(op, f"indices[{i}]", index, "[T]", checks.INDICES)
-            checks.check_same_device(op, f"indices[{i}]", index, "tables[0]", main)
+            checks.check_tensor(op, f"indices[{i}]", index, "[T]", checks.INDICES, ("tables[0]", main))
     check_sources(op, cu_seqlens, "tables[0]", main)
 
 
@@ -189,24 +186,19 @@ def check(inputs, result) -> None:
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(B, Z, S, D, R, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
-        sizes = {"B": B, "Z": Z, "S": S, "D": D, "R": R}
-        found.setdefault((*sizes.values(), direction, dtype), Case(sizes, dtype, direction, smallest, devices))
-
+    add = CaseTable("B", "Z", "S", "D", "R")
     # hidden sizes: SmolLM2 576 (with its vocabulary of 49,152), Qwen3 1024, Llama 7B 4096
     add(3, 4, 7, 5, 40, "tiny")
-    add(3, 4, 7, 5, 40, "tiny", BACKWARD)
+    add(3, 4, 7, 5, 40, "tiny", direction=BACKWARD)
     add(16, 64, 256, 576, 49_152, "quick")
     add(1, 16, 64, 576, 49_152, "default")
     add(32, 128, 512, 576, 49_152, "default")
     add(16, 128, 512, 1024, 49_152, "default")
-    add(16, 64, 256, 576, 4096, "default", BACKWARD)
+    add(16, 64, 256, 576, 4096, "default", direction=BACKWARD)
     add(8, 256, 1024, 4096, 49_152, "full")
     for direction in (FORWARD, BACKWARD):
-        add(64, 256, 1024, 1024, 49_152, "default", direction, torch.bfloat16, ("cuda",))
-    return tuple(found.values())
+        add(64, 256, 1024, 1024, 49_152, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
+    return add.cases()
 
 
 def _work(case, inputs):

@@ -16,7 +16,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import ANY_DTYPE, cpp, cuda
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.ragged import reference
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, Spec, Work, equal, mixed_lengths, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, equal, lengths_of, offsets, randn
 
 
 def ragged_pack(padded: Tensor, cu_seqlens: Tensor, total: int, exact: bool = True) -> Tensor:
@@ -115,14 +115,9 @@ def _unpack_backward(args, outputs, grads, needs):
 # --- specification
 
 
-def _lengths(sizes, generator) -> list[int]:
-    """The given lengths, or `B` mixed ones of at most `S` rows."""
-    return list(sizes["lengths"]) if "lengths" in sizes else mixed_lengths(sizes["B"], sizes["S"], generator)
-
-
 def make_pack(sizes, dtype, generator):
     """A padded batch of width `D` and length `S`; `spare`: capacity for so many more rows than there are."""
-    lengths, spare = _lengths(sizes, generator), sizes.get("spare", 0)
+    lengths, spare = lengths_of(sizes, generator), sizes.get("spare", 0)
     return {
         "padded": randn(generator, len(lengths), sizes["S"], sizes["D"], dtype=dtype),
         "cu_seqlens": offsets(lengths, generator.device, sizes.get("offsets", torch.int32)),
@@ -133,7 +128,7 @@ def make_pack(sizes, dtype, generator):
 
 def make_unpack(sizes, dtype, generator):
     """A packed batch of width `D`, to be padded to length `S`; `spare`: so many more rows than there are."""
-    lengths, spare = _lengths(sizes, generator), sizes.get("spare", 0)
+    lengths, spare = lengths_of(sizes, generator), sizes.get("spare", 0)
     return {
         "packed": randn(generator, sum(lengths) + spare, sizes["D"], dtype=dtype),
         "cu_seqlens": offsets(lengths, generator.device, sizes.get("offsets", torch.int32)),
@@ -161,26 +156,21 @@ def check_unpack(inputs, result) -> None:
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(B, S, D, smallest, direction=FORWARD, dtype=torch.float32, devices=("cpu", "cuda")):
-        sizes = {"B": B, "S": S, "D": D}
-        found.setdefault((B, S, D, direction, dtype), Case(sizes, dtype, direction, smallest, devices))
-
+    add = CaseTable("B", "S", "D")
     # hidden sizes: SmolLM2 576, Qwen3 1024, Llama 7B 4096
     add(3, 7, 5, "tiny")
-    add(3, 7, 5, "tiny", BACKWARD)
+    add(3, 7, 5, "tiny", direction=BACKWARD)
     add(16, 256, 576, "quick")
     add(4, 64, 576, "default")
     add(32, 512, 576, "default")
     add(16, 1024, 1024, "default")
     add(16, 256, 576, "default", dtype=torch.bfloat16)
-    add(16, 256, 576, "default", BACKWARD)
+    add(16, 256, 576, "default", direction=BACKWARD)
     add(8, 1024, 4096, "full")
     for B, S, D in ((16, 512, 576), (64, 1024, 1024), (64, 1024, 4096)):
         for direction in (FORWARD, BACKWARD):
-            add(B, S, D, "default", direction, torch.bfloat16, ("cuda",))
-    return tuple(found.values())
+            add(B, S, D, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
+    return add.cases()
 
 
 def _work_pack(case, inputs):

@@ -30,8 +30,7 @@ def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """
     op = "ragged_scatter_add"
     checks.check_tensor(op, "rows", rows, "[T, D]", FLOATS)
-    checks.check_tensor(op, "index", index, "[T]", checks.INDICES)
-    checks.check_same_device(op, "index", index, "rows", rows)
+    checks.check_tensor(op, "index", index, "[T]", checks.INDICES, ("rows", rows))
     checks.check_size(op, "index", index, 0, rows.shape[0], "rows of rows")
     checks.check_count(op, "num_rows", num_rows)
     return RAGGED_SCATTER_ADD(rows, index, num_rows)
@@ -39,19 +38,9 @@ def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 
 def check_index_values(op: str, argument: str, index: Tensor, num_rows: int, cu_seqlens: Tensor | None = None) -> None:
     """All in [0, num_rows), or of those that `cu_seqlens` cover."""
-    if not checks.value_checks(index):
-        return
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and checks.value_checks(index):
         index = index[: int(cu_seqlens[-1])]
-    if index.numel() == 0:
-        return
-    if index.numel() <= 64:  # a list of Python integers is cheaper than three tensor ops
-        values = index.tolist()
-        low, high = min(values), max(values)
-    else:
-        low, high = (int(value) for value in index.aminmax())
-    if low < 0 or high >= num_rows:
-        checks.fail(op, argument, f"in [0, {num_rows}) (rows of the table)", f"{low if low < 0 else high}")
+    checks.check_range_values(op, argument, index, 0, num_rows - 1, f"in [0, {num_rows}) (rows of the table)")
 
 
 def _check_values(rows: Tensor, index: Tensor, num_rows: int) -> None:

@@ -93,9 +93,7 @@ def take_rows(table: Tensor, index: Tensor) -> Tensor:
     return rows.to(dtype)
 
 
-def ragged_gather(
-    tables: list[Tensor], indices: list[Tensor | None], cu_seqlens: list[Tensor], exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def ragged_gather(tables, indices, cu_seqlens, exact) -> tuple[Tensor, Tensor, Tensor]:
     rows = [_pick(table, index) for table, index in zip(tables, indices)]
     merged, position_ids, destination = ragged_layout(cu_seqlens, [len(part) for part in rows], exact)
     gathered = torch.cat(rows)
@@ -104,13 +102,7 @@ def ragged_gather(
     return _fill_rows(values, slack), merged, position_ids
 
 
-def ragged_gather_backward(
-    grad: Tensor,
-    indices: list[Tensor | None],
-    cu_seqlens: list[Tensor],
-    table_rows: list[int],
-    needed: list[bool],
-) -> list[Tensor]:
+def ragged_gather_backward(grad, indices, cu_seqlens, table_rows, needed) -> list[Tensor]:
     """Return the gradient of every table, `[0, D]` for those not `needed`."""
     if not any(needed):
         return [grad.new_empty(0, grad.shape[1]) for _ in needed]

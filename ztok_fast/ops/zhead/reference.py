@@ -42,15 +42,8 @@ def nucleus_mask(scores: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(stays).scatter(-1, order, stays)
 
 
-def z_select(
-    hidden: Tensor,
-    rows: Tensor,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    row_ids: Tensor | None,
-    step: int,
-) -> tuple[Tensor, Tensor]:
+def z_select(hidden, rows, temperature, top_p, seed, row_ids, step) -> tuple[Tensor, Tensor]:
+    """See `ztok_fast.ops.z_select`; returns codes and log-probabilities."""
     logits = z_logits(hidden, rows)
     if temperature == 0:
         scores = logits

@@ -12,6 +12,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Mismatch, Spec, Work, close, randn
+from ztok_fast.ops.zhead.z_select import check_head
 
 OP = "token_scores"
 # elements of the largest block of logits that the reference holds
@@ -51,25 +52,15 @@ def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> TokenScores:
     Raises:
         ValueError: wrong rank, dtype, device or size, no rows; targets out of range.
     """
-    checks.check_tensor(OP, "hidden", hidden, "[T, D]")
-    checks.check_tensor(OP, "rows", rows, "[V, D]")
-    checks.check_not_empty(OP, "rows", rows)
-    checks.check_size(OP, "rows", rows, 1, hidden.shape[1], "width of hidden")
-    checks.check_same_device(OP, "rows", rows, "hidden", hidden)
-    if rows.dtype != hidden.dtype:
-        checks.fail(OP, "rows", f"of the dtype of hidden ({hidden.dtype})", checks.describe(rows))
-    checks.check_tensor(OP, "targets", targets, "[T]", checks.INDICES)
+    check_head(OP, hidden, rows, "[T, D]")
+    checks.check_tensor(OP, "targets", targets, "[T]", checks.INDICES, ("hidden", hidden))
     checks.check_size(OP, "targets", targets, 0, hidden.shape[0], "rows of hidden")
-    checks.check_same_device(OP, "targets", targets, "hidden", hidden)
     return TokenScores(*TOKEN_SCORES(hidden, rows, targets.long()))
 
 
 def _check_values(hidden: Tensor, rows: Tensor, targets: Tensor) -> None:
-    if not checks.value_checks(targets) or targets.numel() == 0:
-        return
-    low, high = (int(value) for value in targets.aminmax())
-    if low < -1 or high >= rows.shape[0]:
-        checks.fail(OP, "targets", f"in [-1, {rows.shape[0]})", low if low < -1 else high)
+    size = rows.shape[0]
+    checks.check_range_values(OP, "targets", targets, -1, size - 1, f"in [-1, {size})")
 
 
 def _reference(hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Extra memory: nine numbers per sequence and part of the codes; no logits.
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -14,35 +15,21 @@ from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest.triton_bound import error_bound
-from ztok_fast.ops.triton_launch import Tiles
+from ztok_fast.ops.triton_launch import Tiles, parts_of
 from ztok_fast.ops.zhead import triton_kernels as kernels
 
 # blocks that fill the device, and the most parts that one program merges at once
 FULL_BLOCKS, MOST_PARTS = 256, 256
 
 
-def _scan_tiles(*tiles: tuple[int, int, int, int]) -> Tiles:
-    configs = [
-        Config({"BB": 16, "BV": BV, "BK": BK}, num_warps=warps, num_stages=stages) for BV, BK, warps, stages in tiles
-    ]
-    return Tiles(kernels.scan_kernel, *configs, key=("D", "SAMPLE"))
-
-
-SCAN = _scan_tiles((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3))
+_scan_tiles = functools.partial(Tiles.of, kernels.scan_kernel, "BB BV BK", key=("D", "SAMPLE"))
+SCAN = _scan_tiles((16, 128, 64, 8, 3), (16, 128, 64, 4, 3), (16, 128, 128, 8, 3))
 # float32 is multiplied without tensor cores, in registers
-SCAN_FLOAT32 = _scan_tiles((64, 32, 8, 4), (64, 32, 4, 4))
+SCAN_FLOAT32 = _scan_tiles((16, 64, 32, 8, 4), (16, 64, 32, 4, 4))
 SELECT = Tiles(kernels.select_kernel, Config({"BC": 32, "BK": 64}, num_warps=4))
 
 
-def z_select(
-    hidden: Tensor,
-    rows: Tensor,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    row_ids: Tensor | None,
-    step: int,
-) -> tuple[Tensor, Tensor]:
+def z_select(hidden, rows, temperature, top_p, seed, row_ids, step) -> tuple[Tensor, Tensor]:
     """See `ztok_fast.ops.z_select`; `top_p` is 1 or the temperature 0, as the op says.
 
     Work: the rows are read once per tile of 16 sequences. A logit whose partial sums overflow float32 counts as
@@ -59,9 +46,7 @@ def z_select(
     key = dict(zip(kernels.KEY, words, strict=True))
     scan = SCAN_FLOAT32 if hidden.dtype == torch.float32 else SCAN
     blocks, tiles = triton.cdiv(batch, scan.BB), triton.cdiv(num_codes, scan.BV)
-    parts = max(1, min(tiles, MOST_PARTS, FULL_BLOCKS // blocks))
-    tiles_per_part = triton.cdiv(tiles, parts)
-    parts = triton.cdiv(tiles, tiles_per_part)
+    parts, tiles_per_part = parts_of(tiles, blocks, FULL_BLOCKS, MOST_PARTS)
     scores = torch.empty((3, batch, parts), dtype=torch.float32, device=hidden.device)
     indices = torch.empty((2, batch, parts), dtype=torch.int32, device=hidden.device)
     sums = torch.empty((3, batch, parts), dtype=torch.float32, device=hidden.device)

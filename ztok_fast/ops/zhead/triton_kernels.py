@@ -11,7 +11,7 @@ Scores are negated here: the least wins, as in the nearest-code search whose `le
 import triton
 import triton.language as tl
 
-from ztok_fast.ops.nearest.triton_scan import NO_CODE, least_two, load_codes
+from ztok_fast.ops.nearest.triton_scan import NO_CODE, least_two, load_codes, merge_two
 
 # Bound of the error of float32 noise: the approximate logarithm of a GPU is off by up to 2^-22 where it is near 1, that
 # is by 2^-16 of -log(1 - w) for the w >= 2^-6 that it is used for.
@@ -124,13 +124,7 @@ def scan_kernel(
         score = tl.where(inside, -logits, float("inf"))
         code = tl.broadcast_to(codes[:, None], [BV, BB])
         a, ai, b, bj, c = least_two(tl.trans(score), tl.trans(code))
-        swap = a < first
-        loser, loser_index = tl.where(swap, first, a), tl.where(swap, i, ai)
-        runner, runner_index = tl.where(swap, b, second), tl.where(swap, bj, j)
-        rest = tl.minimum(tl.minimum(third, c), tl.where(swap, second, b))
-        third = tl.minimum(tl.maximum(loser, runner), rest)
-        first, i = tl.where(swap, a, first), tl.where(swap, ai, i)
-        second, j = tl.where(runner < loser, runner, loser), tl.where(runner < loser, runner_index, loser_index)
+        first, i, second, j, third = merge_two(first, i, second, j, third, a, ai, b, bj, c)
     at = batch.to(tl.int64) * parts + part
     plane = B.to(tl.int64) * parts
     keep = batch < B

@@ -3,17 +3,17 @@ the vocabulary; a few small torch ops merge the parts. No logits are written and
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest.triton_scan import load_codes
-from ztok_fast.ops.triton_launch import Tiles
+from ztok_fast.ops.triton_launch import Tiles, parts_of
 
 # programs that fill a GPU, and the parts that the vocabulary is cut into for it at most
 FULL_GRID, MOST_PARTS = 264, 64
@@ -85,16 +85,10 @@ def token_scores_kernel(
 
 
 # BO: elements at a time of the float64 product
-TILES = Tiles(
-    token_scores_kernel,
-    *(
-        Config({"BT": 64, "BV": 128, "BK": BK, "BO": 16}, num_warps=8, num_stages=stages)
-        for BK, stages in ((32, 3), (64, 3), (32, 4))
-    ),
-    key=("D",),
-)
+_tiles = functools.partial(Tiles.of, token_scores_kernel, "BT BV BK BO", key=("D",))
+TILES = _tiles((64, 128, 32, 16, 8, 3), (64, 128, 64, 16, 8, 3), (64, 128, 32, 16, 8, 4))
 # float32 is multiplied without tensor cores, in registers
-TILES_FLOAT32 = Tiles(token_scores_kernel, Config({"BT": 32, "BV": 32, "BK": 32, "BO": 16}, num_warps=4))
+TILES_FLOAT32 = _tiles((32, 32, 32, 16, 4))
 
 
 def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +102,7 @@ def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor,
         return hidden.new_empty(0, dtype=torch.float32), hidden.new_empty(0, dtype=torch.int32)
     tiles = TILES_FLOAT32 if hidden.dtype == torch.float32 else TILES
     blocks, count = triton.cdiv(total, tiles.BT), triton.cdiv(size, tiles.BV)
-    per_part = triton.cdiv(count, max(1, min(count, MOST_PARTS, FULL_GRID // blocks)))
-    parts = triton.cdiv(count, per_part)
+    parts, per_part = parts_of(count, blocks, FULL_GRID, MOST_PARTS)
     own = torch.empty(total, dtype=torch.float64, device=hidden.device)
     sums = torch.empty((3, total, parts), dtype=torch.float32, device=hidden.device)
     ranks = torch.empty((total, parts), dtype=torch.int32, device=hidden.device)

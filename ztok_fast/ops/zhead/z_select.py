@@ -11,7 +11,7 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import Case, Mismatch, Spec, Work, close, randn
+from ztok_fast.ops.spec import Case, CaseTable, Mismatch, Spec, Work, close, randn
 from ztok_fast.ops.zhead import reference
 
 OP = "z_select"
@@ -66,13 +66,7 @@ def z_select(
     Raises:
         ValueError: wrong rank, dtype, device or size, no codes, or a number out of its range.
     """
-    checks.check_tensor(OP, "hidden", hidden, "[B, D]")
-    checks.check_tensor(OP, "rows", rows, "[V, D]")
-    checks.check_not_empty(OP, "rows", rows)
-    checks.check_size(OP, "rows", rows, 1, hidden.shape[1], "width of hidden")
-    checks.check_same_device(OP, "rows", rows, "hidden", hidden)
-    if rows.dtype != hidden.dtype:
-        checks.fail(OP, "rows", f"of the dtype of hidden ({hidden.dtype})", checks.describe(rows))
+    check_head(OP, hidden, rows, "[B, D]")
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
         checks.fail(OP, "temperature", "a finite number of at least 0", repr(temperature))
     if not _is_number(top_p) or not 0 < top_p <= 1:
@@ -80,11 +74,19 @@ def z_select(
     _check_integer("seed", seed, 63)
     _check_integer("step", step, 32)
     if row_ids is not None:
-        checks.check_tensor(OP, "row_ids", row_ids, "[B]", (torch.int64,))
+        checks.check_tensor(OP, "row_ids", row_ids, "[B]", (torch.int64,), ("hidden", hidden))
         checks.check_size(OP, "row_ids", row_ids, 0, hidden.shape[0], "rows of hidden")
-        checks.check_same_device(OP, "row_ids", row_ids, "hidden", hidden)
     sampling = float(temperature), float(top_p), seed, row_ids, step
     return Selection(*Z_SELECT(hidden, rows, *sampling))
+
+
+def check_head(op: str, hidden: Tensor, rows: Tensor, layout: str) -> None:
+    """Hidden states and the rows that are multiplied with them."""
+    checks.check_tensor(op, "hidden", hidden, layout)
+    checks.check_tensor(op, "rows", rows, "[V, D]", on=("hidden", hidden))
+    checks.check_not_empty(op, "rows", rows)
+    checks.check_size(op, "rows", rows, 1, hidden.shape[1], "width of hidden")
+    checks.check_same_dtype(op, "rows", rows, "hidden", hidden)
 
 
 def _is_number(value: object) -> bool:
@@ -162,28 +164,23 @@ _SMOLLM2, _QWEN3 = 576, 1024
 
 
 def _cases() -> tuple[Case, ...]:
-    found: dict[tuple, Case] = {}
-
-    def add(B, V, D, smallest, temperature=0.0, dtype=torch.float32, devices=("cpu", "cuda")):
-        sizes = {"B": B, "V": V, "D": D, "temperature": temperature}
-        case = Case(sizes, dtype, set=smallest, devices=devices, cold=True)
-        found.setdefault((*sizes.values(), dtype), case)
-
-    add(5, 41, 12, "tiny")
-    add(5, 41, 12, "tiny", 1.0)
-    add(1, 1025, _SMOLLM2, "quick")
+    add = CaseTable("B", "V", "D", "temperature", cold=True)
+    add(5, 41, 12, 0.0, "tiny")
+    add(5, 41, 12, 1.0, "tiny")
+    add(1, 1025, _SMOLLM2, 0.0, "quick")
     for B in (1, 16, 256):
-        add(B, 4097, _SMOLLM2, "default")
-    add(16, 1025, _SMOLLM2, "default")
-    add(16, 4097, _QWEN3, "default")
-    add(1, 4097, _SMOLLM2, "default", 1.0)
-    add(16, 4097, _SMOLLM2, "default", 1.0)
-    add(16, 4097, _SMOLLM2, "default", dtype=torch.bfloat16)
+        add(B, 4097, _SMOLLM2, 0.0, "default")
+    add(16, 1025, _SMOLLM2, 0.0, "default")
+    add(16, 4097, _QWEN3, 0.0, "default")
+    add(1, 4097, _SMOLLM2, 1.0, "default")
+    add(16, 4097, _SMOLLM2, 1.0, "default")
+    add(16, 4097, _SMOLLM2, 0.0, "default", dtype=torch.bfloat16)
     for B in (1, 16, 256):
         for temperature in (0.0, 1.0):
-            add(B, 4097, _QWEN3, "full" if temperature else "default", temperature, torch.bfloat16, ("cuda",))
-            add(B, 4097, _QWEN3, "full", temperature)
-    return tuple(found.values())
+            smallest = "full" if temperature else "default"
+            add(B, 4097, _QWEN3, temperature, smallest, dtype=torch.bfloat16, devices=("cuda",))
+            add(B, 4097, _QWEN3, temperature, "full")
+    return add.cases()
 
 
 def _work(case, inputs):
