@@ -52,9 +52,7 @@ def check(capability, which, kernel):
     assert kernel in reports and kernel not in errors, errors[-3000:]
     for report in reports[kernel]:
         assert report["target"] == ARCHITECTURES[capability]
-        # far from its limit ptxas may still save a few numbers around a rare loop, so that more blocks fit
-        allowed = 32 if report["registers"] <= 128 else 0
-        assert max(report["stack"], report["spill_stores"], report["spill_loads"]) <= allowed, report
+        assert report["stack"] == report["spill_stores"] == report["spill_loads"] == 0, report
         assert report["shared"] <= SHARED_LIMITS[capability], report
         assert report["cubin_bytes"] > 0
         if capability == 90 and report["wants_wgmma"]:

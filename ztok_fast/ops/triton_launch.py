@@ -71,13 +71,18 @@ class Tiles:
         self._tuner: Any = None
 
     @classmethod
-    def of(cls, kernel: Any, names: str, *rows: tuple[int, ...], **tuning) -> Tiles:
-        """The same from a row of numbers per configuration: the sizes that `names` names, warps, stages."""
+    def of(cls, kernel: Any, names: str, *rows: tuple[int, ...], maxnreg: int | None = None, **tuning) -> Tiles:
+        """The same from a row of numbers per configuration: the sizes that `names` names, warps, stages.
+
+        `maxnreg`: registers that a thread may have. Left to itself the compiler saves a few numbers in memory where
+        one block more fits then; it does not where it is given a limit.
+        """
         from triton import Config
 
         sizes = names.split()
         configs = [
-            Config(dict(zip(sizes, row)), **dict(zip(("num_warps", "num_stages"), row[len(sizes) :]))) for row in rows
+            Config(dict(zip(sizes, row)), maxnreg=maxnreg, **dict(zip(("num_warps", "num_stages"), row[len(sizes) :])))
+            for row in rows
         ]
         return cls(kernel, *configs, **tuning)
 
@@ -95,7 +100,7 @@ class Tiles:
             distinct: dict[tuple, triton.Config] = {}
             for config in self.configs:
                 kwargs = {name: min(size, sizes.get(name, size)) for name, size in config.kwargs.items()}
-                small = Config(kwargs, num_warps=config.num_warps, num_stages=config.num_stages)
+                small = Config(kwargs, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg)
                 distinct.setdefault(tuple(small.all_kwargs().items()), small)
             self._smaller[limits] = Tiles(
                 self.kernel, *distinct.values(), **self._tuning, fusion=self._fusion["enable_fp_fusion"]

@@ -38,7 +38,9 @@ OFFSETS = _tiles(kernels.offsets_kernel, BB=1024)
 TOTALS = _tiles(integration.unit_totals_kernel, BU=128, BR=4)
 # four rows in flight hide some of the memory's latency
 MEANS = _tiles(integration.unit_means_kernel, (1, 2), BR=4, BC=512)
-GRADIENTS = _tiles(integration.row_gradients_kernel, (2, 8), BR=16, BC=128)
+GRADIENTS = Tiles.of(
+    integration.row_gradients_kernel, "BR BC", (16, 128, 4), (16, 128, 2), (16, 128, 8), key=("D",), maxnreg=255
+)
 
 
 class Prefix(NamedTuple):

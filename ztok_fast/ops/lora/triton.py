@@ -31,7 +31,7 @@ LINEAR_FLOAT32 = _linear_tiles((64, 64, 32, 16, 8, 8, 3))
 # the inner dimension is long and the ranks are few: many row blocks are needed to occupy the device
 _SHRINKS = (16, 64, 64, 4, 4), (64, 64, 64, 4, 3), (32, 64, 64, 4, 4)
 SHRINK = Tiles.of(kernels.shrink_kernel, "BM BR BK", *_SHRINKS, key=("K", "R"))
-OUTER = Tiles(kernels.outer_kernel, Config({"BM": 32, "BN": 64, "BR": 64, "CHUNK": 512}, num_warps=4, num_stages=3))
+OUTER = Tiles.of(kernels.outer_kernel, "BM BN BR CHUNK", (32, 64, 64, 512, 4, 3), maxnreg=255)
 ROW_ADAPTERS = Tiles(kernels.row_adapters_kernel, Config({"BM": 256}, num_warps=4))
 
 
@@ -82,6 +82,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Tensor, ex
     tiles = LINEAR_FLOAT32 if float32 else LINEAR if adapters is None else LINEAR_SEVERAL
     # factors that are no bfloat16 numbers are split into two terms
     tiles = tiles.at_most(BR=min(_ranks(rank), 32 if expand.dtype == torch.bfloat16 else 16))
+    if inner % EVEN:  # masks of the loads take registers
+        tiles = tiles.at_most(BN=64)
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     tiles[lambda size: (triton.cdiv(rows, size["BM"]) * triton.cdiv(columns, size["BN"]),)](
         x, weight, bias, low_rank, expand, adapters, y, rows, columns, inner, rank, expand.shape[0],

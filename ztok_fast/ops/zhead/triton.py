@@ -23,9 +23,9 @@ FULL_BLOCKS, MOST_PARTS = 256, 256
 
 
 _scan_tiles = functools.partial(Tiles.of, kernels.scan_kernel, "BB BV BK", key=("D", "SAMPLE"))
-SCAN = _scan_tiles((16, 128, 64, 8, 3), (16, 128, 64, 4, 3), (16, 128, 128, 8, 3))
+SCAN = _scan_tiles((16, 128, 64, 8, 3), (16, 128, 64, 4, 3), (16, 128, 128, 8, 3), maxnreg=255)
 # float32 is multiplied without tensor cores, in registers
-SCAN_FLOAT32 = _scan_tiles((16, 64, 32, 8, 4), (16, 64, 32, 4, 4))
+SCAN_FLOAT32 = _scan_tiles((16, 64, 32, 8, 4), (16, 64, 32, 4, 4), maxnreg=128)
 SELECT = Tiles(kernels.select_kernel, Config({"BC": 32, "BK": 64}, num_warps=4))
 
 
