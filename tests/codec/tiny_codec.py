@@ -32,16 +32,16 @@ def tiny_causal_lm(family: str, vocab_size: int, seed: int = 0):
         "hidden_size": HIDDEN,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "max_position_embeddings": 256,
         "tie_word_embeddings": True,
     }
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, **shared)).eval()
     if family == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **sizes, **shared)).eval()
-    return MistralForCausalLM(MistralConfig(head_dim=8, sliding_window=200, **sizes, **shared)).eval()
+        return Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes, **shared)).eval()
+    return MistralForCausalLM(MistralConfig(head_dim=16, sliding_window=200, **sizes, **shared)).eval()
 
 
 def tiny_base(family: str = "llama", seed: int = 0) -> BaseModel:

@@ -178,6 +178,13 @@ def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="NAME|FOLDER", help="base model to use instead of the one that the codec names"
     )
     parser.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "int8", "float32", "float"),
+        help="what runs the base model: the engine in int8 or float32, or transformers (float); an exact file needs "
+        "what made it, which auto takes (default: auto)",
+    )
+    parser.add_argument(
         "--device",
         default="cpu",
         choices=("cpu", "cuda"),
@@ -192,7 +199,7 @@ def load_codec(options: argparse.Namespace) -> ZTokCodec:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device can be used here; `ztok doctor` says why")
-    return ZTokCodec.from_pretrained(options.codec, base=options.base).to(options.device)
+    return ZTokCodec.from_pretrained(options.codec, base=options.base, engine=options.engine).to(options.device)
 
 
 def tokenize(codec: ZTokCodec, texts: list[str]) -> list[list[int]]:

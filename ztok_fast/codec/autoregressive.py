@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 
 from ztok_fast.codec.emission import steps_before_stop
-from ztok_fast.codec.engine import DecodeSession
 from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.ztokens import ZTokens
@@ -44,40 +43,40 @@ def write_ztokens(
     _, conditioned, _ = model.compressor_inputs(tokens, cu_segments, cu_documents, ratio)
     values, position_ids, cu_prefix, _ = _rows(model, conditioned, cu_segments)
     longest = int(text.max())
-    session = DecodeSession(
-        model.adapted, "compressor", values, position_ids, cu_prefix, longest, model.adapted.compressor_layers
-    )
     row_ids = torch.zeros(len(text), dtype=torch.int64, device=device)
     covered, last = torch.zeros_like(text), torch.zeros_like(text)
     codes, lengths, masses, rests = [], [], [], []
-    for step in range(longest + 1):
-        left = text - covered
-        may_end = (last > 0) & (last + left <= config.max_unit_length)
-        mass = torch.where(may_end, head.end_mass(session.last, model.codebooks).double(), 0.0)
-        masses.append(torch.where(left == 0, 1.0, mass))
-        rests.append(left)
-        if step == longest or bool((torch.stack(masses).amax(0) >= STOP_THRESHOLD).all()):
-            break
-        chosen, length, _ = head.select(
-            session.last,
-            model.codebooks,
-            temperature=0.0,
-            top_p=1.0,
-            seed=0,
-            row_ids=row_ids,
-            step=step,
-            allow_end=False,
-        )
-        if levels is not None:
-            unused = torch.arange(config.num_codebooks, device=device) >= levels[:, None]
-            chosen = chosen.masked_fill(unused, -1)
-        # Rows that have ended go on with units of one token that nobody keeps.
-        last = torch.minimum(length.long(), left.clamp(min=1))
-        covered = torch.minimum(covered + last, text)
-        codes.append(chosen)
-        lengths.append(last)
-        embeds = model.z_embeddings(model.dequantize(chosen), last)
-        session.step(embeds.to(values.dtype), torch.minimum(covered, text - 1))
+    with model.runtime.session(
+        "compressor", values, position_ids, cu_prefix, longest, model.adapted.compressor_layers
+    ) as session:
+        for step in range(longest + 1):
+            left = text - covered
+            may_end = (last > 0) & (last + left <= config.max_unit_length)
+            mass = torch.where(may_end, head.end_mass(session.last, model.codebooks).double(), 0.0)
+            masses.append(torch.where(left == 0, 1.0, mass))
+            rests.append(left)
+            if step == longest or bool((torch.stack(masses).amax(0) >= STOP_THRESHOLD).all()):
+                break
+            chosen, length, _ = head.select(
+                session.last,
+                model.codebooks,
+                temperature=0.0,
+                top_p=1.0,
+                seed=0,
+                row_ids=row_ids,
+                step=step,
+                allow_end=False,
+            )
+            if levels is not None:
+                unused = torch.arange(config.num_codebooks, device=device) >= levels[:, None]
+                chosen = chosen.masked_fill(unused, -1)
+            # Rows that have ended go on with units of one token that nobody keeps.
+            last = torch.minimum(length.long(), left.clamp(min=1))
+            covered = torch.minimum(covered + last, text)
+            codes.append(chosen)
+            lengths.append(last)
+            embeds = model.z_embeddings(model.dequantize(chosen), last)
+            session.step(embeds.to(values.dtype), torch.minimum(covered, text - 1))
     kept = steps_before_stop(torch.stack(masses, dim=1), STOP_THRESHOLD)
     units, rest = torch.stack(lengths, dim=1), torch.stack(rests, dim=1)
     final = kept[:, None] - 1
@@ -99,7 +98,7 @@ def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens
     values, position_ids, cu_joined, predict = _rows(
         model, conditioned, cu_segments, embeddings.detach(), z.unit_lengths, z.cu_segments
     )
-    hidden = model.adapted(
+    hidden = model.runtime.hidden(
         values,
         position_ids,
         cu_joined,

@@ -16,6 +16,7 @@ from ztok_fast.codec.byte_loss import warn_of_lost_bytes
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
 from ztok_fast.codec.documents import DocumentInfo
+from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
@@ -41,18 +42,24 @@ class ZTokCodec:
 
     Args:
         base: the loaded base model; config: the codec's settings. Weights are fresh: see `from_pretrained`.
+        engine: what runs the base model: "int8" or "float32", the engine (docs/engine.md), whose results have the same
+            bits everywhere; "float", transformers' modules; "auto", int8 where the engine supports the base model and
+            device, else float with an `EngineFallbackWarning`.
     """
 
-    def __init__(self, base: BaseModel, config: ZTokConfig) -> None:
+    def __init__(self, base: BaseModel, config: ZTokConfig, engine: str = AUTO) -> None:
         self.base, self.config = base, config
         self.tokenizer = base.tokenizer
         self.model = ZTokModel(base.model, config).eval()
+        self._engines = Engines(self.model, engine)
         self._fingerprint: str | None = None
 
     # Files
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = DEFAULT_CODEC, base: BaseModel | str | None = None) -> ZTokCodec:
+    def from_pretrained(
+        cls, path: str | Path = DEFAULT_CODEC, base: BaseModel | str | None = None, engine: str = AUTO
+    ) -> ZTokCodec:
         """Load a codec from a folder, or one that ships with the package by its name.
 
         The base model is, in this order: ``base``; the codec folder's own ``base/``; what its settings name,
@@ -80,7 +87,7 @@ class ZTokCodec:
                 f"base model {base.name!r}: expected the one with fingerprint {config.base_fingerprint[:16]}... "
                 f"({config.base_model}), on which codec {str(path)!r} was trained, got {base.fingerprint[:16]}..."
             )
-        codec = cls(base, config)
+        codec = cls(base, config, engine)
         codec.load_state(state)
         return codec
 
@@ -106,6 +113,11 @@ class ZTokCodec:
         if self._fingerprint is None:
             self._fingerprint = codec_fingerprint(self.config, self.model.codec_state())
         return self._fingerprint
+
+    @property
+    def engine(self) -> str:
+        """What `compress` runs the base model with: "int8", "float32" or "float"."""
+        return self._engines.use()
 
     def to(self, device) -> ZTokCodec:
         self.model.to(device)
@@ -149,6 +161,7 @@ class ZTokCodec:
         if levels is not None:
             if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks:
                 raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
+        precision = self._engines.use()
         documents = self.tokenize(contents)
         if not exact:
             warn_of_lost_bytes(originals, map(self._text_bytes, documents))
@@ -186,7 +199,7 @@ class ZTokCodec:
                 info.corrections = exact_mode.document_corrections(
                     positions, values, self._text_bytes(tokens), original
                 )
-        return self._zbatch(z.joined(counts), infos)
+        return self._zbatch(z.joined(counts), infos, precision)
 
     def _contents(self, texts) -> tuple[list[bytes], list[str]]:
         if isinstance(texts, (str, bytes)):
@@ -207,13 +220,14 @@ class ZTokCodec:
     def _text_bytes(self, tokens: Sequence[int]) -> bytes:
         return detokenize(self.tokenizer, tokens)
 
-    def _zbatch(self, z: ZTokens, infos: list[DocumentInfo]) -> ZBatch:
+    def _zbatch(self, z: ZTokens, infos: list[DocumentInfo], precision: str) -> ZBatch:
         return ZBatch(
             **vars(z),
             documents=infos,
             codec_fingerprint=self.fingerprint,
             codebook_size=self.config.codebook_size,
             max_unit_length=self.config.max_unit_length,
+            precision=precision,
         ).validate()
 
     # Z-tokens to text
@@ -268,11 +282,13 @@ class ZTokCodec:
             at += count
         return results
 
-    def _check(self, z: ZBatch) -> None:
+    def _check(self, z: ZBatch) -> str:
+        """Let the model run as the batch asks for, which must be this codec's; the precision."""
         if not isinstance(z, ZBatch):
             raise CodecError(f"z: expected a ZBatch, got {type(z).__name__}")
         z.validate().check_codec(self.fingerprint)
         check_fits(z, self.config, self.model.adapted.embedding.weight.shape[0])
+        return self._engines.use(z)
 
     # Z-space
 
@@ -297,8 +313,9 @@ class ZTokCodec:
         Raises:
             ValueError: a count under 1, a number out of its range, a batch of another codec.
         """
-        self._check(z)
-        return self._zbatch(*continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed, end_threshold))
+        precision = self._check(z)
+        new = continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed, end_threshold)
+        return self._zbatch(*new, precision)
 
     def answer(self, z: ZBatch, question: str | Sequence[str], max_new_tokens: int = 32) -> str | list[str]:
         """Answer a question from the Z-tokens alone.

@@ -9,7 +9,7 @@ import torch
 
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.emission import steps_before_stop
-from ztok_fast.codec.engine import DecodeSession, write_answer
+from ztok_fast.codec.decoding import write_answer
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel
@@ -48,34 +48,34 @@ def continue_ztokens(
     if not count:
         return no_documents(model.config.num_codebooks), []
     check_positions(model, cu_prefix, max_new_ztokens - 1)
-    session = DecodeSession(model.adapted, "inferencer", embeds, position_ids, cu_prefix, max_new_ztokens)
     position = cu_prefix.diff().long()
     # One id for all: a document's draws depend on the seed alone, not on its place in the batch.
     row_ids = torch.zeros(count, dtype=torch.int64, device=device)
     chosen_codes, chosen_lengths, masses = [], [], []
     ended = torch.zeros(count, dtype=torch.bool, device=device)
-    for step in range(max_new_ztokens):
-        codes, lengths, drawn_end = model.zspace.select(
-            session.last,
-            model.codebooks,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            row_ids=row_ids,
-            step=step,
-            allow_end=end_threshold is None,
-        )
-        # A drawn end-of-Z is all the mass there is.
-        mass = (drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)).double()
-        chosen_codes.append(codes)
-        chosen_lengths.append(lengths)
-        masses.append(mass)
-        ended = ended | (mass >= (end_threshold or 1.0))
-        if bool(ended.all()):
-            break
-        if step + 1 < max_new_ztokens:
-            session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
-            position = position + 1
+    with model.runtime.session("inferencer", embeds, position_ids, cu_prefix, max_new_ztokens) as session:
+        for step in range(max_new_ztokens):
+            codes, lengths, drawn_end = model.zspace.select(
+                session.last,
+                model.codebooks,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                row_ids=row_ids,
+                step=step,
+                allow_end=end_threshold is None,
+            )
+            # A drawn end-of-Z is all the mass there is.
+            mass = (drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)).double()
+            chosen_codes.append(codes)
+            chosen_lengths.append(lengths)
+            masses.append(mass)
+            ended = ended | (mass >= (end_threshold or 1.0))
+            if bool(ended.all()):
+                break
+            if step + 1 < max_new_ztokens:
+                session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
+                position = position + 1
     kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0).tolist()
     return _as_documents(
         model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept
@@ -145,7 +145,7 @@ def answer_question(
     )
     check_positions(model, joined.cu_seqlens, max_new_tokens - 1)
     return write_answer(
-        model.adapted,
+        model.runtime,
         joined.values,
         joined.position_ids,
         joined.cu_seqlens,

@@ -138,7 +138,7 @@ def write_corpus(path: str | Path, rows: Iterable[tuple[str, ZBatch]], rows_per_
     if first.codebook_size > _MAX_CODEBOOK:
         raise ZBatchError(f"codebook_size: expected at most {_MAX_CODEBOOK} in a corpus, got {first.codebook_size}")
     metadata = {name: str(getattr(first, name)) for name in _SETTINGS}
-    metadata |= {"codec_fingerprint": first.codec_fingerprint, "format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    metadata |= {"codec_fingerprint": first.codec_fingerprint, "precision": first.precision, "format": FORMAT, "format_version": str(FORMAT_VERSION)}
     schema = _schema(arrow).with_metadata(metadata)
     iterator = chain([head], iterator)
     count = 0
@@ -258,7 +258,10 @@ def _read_settings(arrow, schema, path: Path) -> dict:
         )
     if not schema.equals(_schema(arrow)):
         raise ZFileError(f"{path}: expected the columns {_schema(arrow).names}, got other columns or types")
-    settings: dict = {"codec_fingerprint": metadata.get("codec_fingerprint", "")}
+    settings: dict = {
+        "codec_fingerprint": metadata.get("codec_fingerprint", ""),
+        "precision": metadata.get("precision", "float"),  # older files have none
+    }
     for name in _SETTINGS:
         value = metadata.get(name, "")
         if not (value.isascii() and value.isdigit() and len(value) <= 9):
@@ -291,6 +294,7 @@ def _from_row(row: dict, settings: dict, where: str) -> ZBatch:
             codec_fingerprint=settings["codec_fingerprint"],
             codebook_size=settings["codebook_size"],
             max_unit_length=settings["max_unit_length"],
+            precision=settings["precision"],
         ).validate()
     except ZBatchError as error:
         raise ZFileError(f"{where}: {error}") from error

@@ -21,6 +21,10 @@ class CodecError(ValueError):
     """A codec cannot be found, does not fit its base model, or is asked for what it cannot do."""
 
 
+class EngineFallbackWarning(UserWarning):
+    """The engine cannot run a codec's base model here, so transformers' modules do, slower; the message says why."""
+
+
 class LossyTextWarning(UserWarning):
     """Bytes of a document are lost before it is compressed: they are not UTF-8, or the tokenizer changes them.
 

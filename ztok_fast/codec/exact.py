@@ -2,7 +2,7 @@
 
 A stored token is written whatever the model says, and the model goes on from it, so corrections count the
 mistakes given the true prefix, not those of a run that has lost its way. A token whose logit leads by less
-than `MARGIN` is stored too: rounding that differs with the batch or the machine cannot flip it.
+than `MARGIN` is stored too, unless the engine runs: rounding that differs with the batch or the machine cannot flip it.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def find_corrections(
         own = [members[b] for b in batch]
         truth = pack_tokens([documents[i] for i in own], device)
         predicted, margin, _ = teacher_forced(model, z.select(own).to(device), truth)
-        wanted = ((predicted != truth) | (margin < MARGIN)).tolist()
-        at = 0
+        wanted = (predicted != truth) | (margin < MARGIN if not model.runtime.exact else False)
+        wanted, at = wanted.tolist(), 0
         for i in own:
             corrections[i] = {p: t for p, t in enumerate(documents[i]) if wanted[at + p]}
             at += len(documents[i])

@@ -12,6 +12,7 @@ from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
 from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.runtime import EngineRuntime, FloatRuntime, Runtime
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
@@ -96,6 +97,8 @@ class ZTokModel(nn.Module):
         super().__init__()
         self.config = config
         self.adapted = AdaptedBase(base, config)
+        self.float_runtime = FloatRuntime(self.adapted)
+        self.engine: EngineRuntime | None = None
         width, latent = self.adapted.hidden_size, config.latent_dim
         rms = self.adapted.embedding.weight.detach().float().pow(2).mean().sqrt().item()
         self.halting = HaltingHead(width)
@@ -129,6 +132,11 @@ class ZTokModel(nn.Module):
         # The head of a compressor that writes its Z-tokens one by one.
         self.autoregressive = ZSpaceHead(width, config, rms) if config.emission == "stop" else None
 
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the base model: the engine where the codec has one and no gradient is wanted, else transformers."""
+        return self.float_runtime if self.engine is None or torch.is_grad_enabled() else self.engine
+
     # Compression
 
     def encode(
@@ -155,7 +163,7 @@ class ZTokModel(nn.Module):
         config = self.config
         total = len(tokens)
         embeds, conditioned, row_ratio = self.compressor_inputs(tokens, cu_segments, cu_documents, ratio)
-        hidden = self.adapted(
+        hidden = self.runtime.hidden(
             conditioned,
             position_in_sequence(cu_segments, total),
             cu_segments,
@@ -219,14 +227,15 @@ class ZTokModel(nn.Module):
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """Sum of the code vectors, ``[K, d_z]``; a code of -1 is a dropped level and adds nothing."""
-        vectors = torch.stack(
-            [self.codebooks[level][codes[:, level].clamp(min=0).long()] for level in range(codes.shape[1])]
-        )
-        return (vectors * (codes.T >= 0)[:, :, None]).sum(0)
+        vectors = self.codebooks.new_zeros(len(codes), self.codebooks.shape[2])
+        # One addition after another: the sum has the same bits whatever the number of rows.
+        for level, own in enumerate(codes.unbind(1)):
+            vectors = vectors + self.codebooks[level][own.clamp(min=0).long()] * (own >= 0)[:, None]
+        return vectors
 
     def z_embeddings(self, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Input embeddings ``[K, D]`` of Z-tokens with code vectors ``[K, d_z]`` and unit lengths ``[K]``."""
-        return self.z_projection(vectors) + self.length_embedding(lengths.long())
+        return self.runtime.linear(self.z_projection, vectors) + self.length_embedding(lengths.long())
 
     def unit_positions(self, z: ZTokens) -> torch.Tensor:
         """Position, in its segment, that stands for each unit (as ``z_position`` says), int64 ``[K]``."""
@@ -291,7 +300,7 @@ class ZTokModel(nn.Module):
 
     def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
         """Hidden states ``[T, D]`` of the rows that predict the text tokens."""
-        hidden = self.adapted(
+        hidden = self.runtime.hidden(
             inputs.embeds, inputs.position_ids, inputs.cu_seqlens, inputs.max_length, adapter="decompressor"
         )
         hidden = hidden[inputs.text_rows]
@@ -312,7 +321,7 @@ class ZTokModel(nn.Module):
         """
         total = len(tokens)
         position = position_in_sequence(cu_segments, total)
-        hidden = self.adapted(
+        hidden = self.runtime.hidden(
             self.adapted.embedding(tokens), position, cu_segments, int(cu_segments.diff().max()), adapter=None
         )
         bits = torch.zeros(total, device=tokens.device)
@@ -320,7 +329,7 @@ class ZTokModel(nn.Module):
         for start in range(0, total - 1, step):
             stop = min(start + step, total - 1)
             loss = torch.nn.functional.cross_entropy(
-                self.adapted.logits(hidden[start:stop]).float(), tokens[start + 1 : stop + 1], reduction="none"
+                self.runtime.logits(hidden[start:stop]).float(), tokens[start + 1 : stop + 1], reduction="none"
             )
             bits[start + 1 : stop + 1] = loss / 0.6931471805599453
         first = position == 0

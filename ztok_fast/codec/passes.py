@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ztok_fast.codec.autoregressive import write_ztokens
-from ztok_fast.codec.engine import decode_text
+from ztok_fast.codec.decoding import decode_text
 from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.codec.model import Encoding, ZTokModel
 from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
@@ -174,7 +174,7 @@ def decode_segments(
                     fixed[row, position] = token
             fixed = fixed.to(device)
         tokens = decode_text(
-            model.adapted,
+            model.runtime,
             joined.values,
             position_ids,
             joined.cu_seqlens,
@@ -255,7 +255,7 @@ def teacher_forced(model: ZTokModel, z: ZTokens, tokens: torch.Tensor, vectors: 
     hidden = model.decompressor_hidden(model.decoder_inputs(embeddings, z, tokens, z.cu_text))
     predicted, margins, losses = [], [], []
     for rows, own in zip(hidden.split(model.rows_at_once), tokens.split(model.rows_at_once)):
-        logits = model.adapted.logits(rows).float()
+        logits = model.runtime.logits(rows).float()
         best = logits.topk(2, dim=-1)
         predicted.append(logits.argmax(-1))
         margins.append(best.values[:, 0] - best.values[:, 1])

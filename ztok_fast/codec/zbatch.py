@@ -15,6 +15,11 @@ from ztok_fast.codec.zfile import load_zfile, save_zfile
 from ztok_fast.codec.ztokens import ZTokens, concatenate
 
 
+FLOAT = "float"
+PRECISIONS = ("int8", "float32", FLOAT)
+"""Arithmetic of the base model: the engine's two, with the same bits everywhere, and that of transformers' modules."""
+
+
 @dataclass(eq=False)
 class ZBatch(ZTokens):
     """Compressed documents: their Z-tokens on the CPU, packed without padding, and what else is known of them.
@@ -29,12 +34,14 @@ class ZBatch(ZTokens):
         codec_fingerprint: 64 hexadecimal digits that name the codec.
         codebook_size: entries of one codebook, V.
         max_unit_length: longest unit that the codec makes.
+        precision: arithmetic of the base model that made it, one of `PRECISIONS`. Exact documents need the same.
     """
 
     documents: list[DocumentInfo]
     codec_fingerprint: str
     codebook_size: int
     max_unit_length: int
+    precision: str = FLOAT
 
     @property
     def tokens(self) -> int:
@@ -81,7 +88,7 @@ class ZBatch(ZTokens):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ZBatch):
             return NotImplemented
-        settings = ("documents", "codec_fingerprint", "codebook_size", "max_unit_length")
+        settings = ("documents", "codec_fingerprint", "codebook_size", "max_unit_length", "precision")
         tensors = ("codes", "unit_lengths", "cu_segments", "cu_documents")
         return all(getattr(self, name) == getattr(other, name) for name in settings) and all(
             torch.equal(getattr(self, name), getattr(other, name)) for name in tensors
@@ -99,7 +106,7 @@ class ZBatch(ZTokens):
         first = batches[0]
         for batch in batches:
             first.check_codec(batch.codec_fingerprint)
-            for name in ("num_codebooks", "codebook_size", "max_unit_length"):
+            for name in ("num_codebooks", "codebook_size", "max_unit_length", "precision"):
                 if getattr(batch, name) != getattr(first, name):
                     raise ZBatchError(
                         f"batches: expected {name} {getattr(first, name)} in all, got {getattr(batch, name)}"
@@ -168,6 +175,8 @@ class ZBatch(ZTokens):
             raise ZBatchError(
                 f"codec_fingerprint: expected 64 lower-case hexadecimal digits, got {self.codec_fingerprint!r}"
             )
+        if self.precision not in PRECISIONS:
+            raise ZBatchError(f"precision: expected one of {PRECISIONS}, got {self.precision!r}")
         for name, low, high in (("codebook_size", 2, 1 << 31), ("max_unit_length", 1, (1 << 31) - 1)):
             if not is_integer(getattr(self, name), low, high):
                 raise ZBatchError(f"{name}: expected an integer from {low} to {high}, got {getattr(self, name)!r}")

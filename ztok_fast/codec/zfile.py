@@ -1,7 +1,7 @@
 """The ``.ztok`` file: compressed documents in the safetensors format.
 
 String metadata holds the format and its version, the codec's fingerprint, ``num_codebooks`` (L), ``codebook_size``
-(V), ``max_unit_length``, ``content_sha256`` and ``documents``, a JSON list with one object for each document.
+(V), ``max_unit_length``, ``precision``, ``content_sha256`` and ``documents``, a JSON list with one object for each document.
 The tensors, all ``uint8`` (packed by `ztok_fast.codec.bitpack`, documents one after another):
 
 =====================  ===========================================================================================
@@ -101,6 +101,7 @@ def to_tensors(batch: ZBatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         "num_codebooks": str(batch.num_codebooks),
         "codebook_size": str(batch.codebook_size),
         "max_unit_length": str(batch.max_unit_length),
+        "precision": batch.precision,
         "segments": str(len(rows)),
         "segment_bits": str(segment_bits),
         "documents": json.dumps(documents),
@@ -208,6 +209,7 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make:
         codec_fingerprint=metadata.get("codec_fingerprint", ""),
         codebook_size=settings["codebook_size"],
         max_unit_length=settings["max_unit_length"],
+        precision=metadata.get("precision", "float"),  # older files have none
     ).validate()
     for index, (one, entry) in enumerate(zip(batch, described)):
         for name in ("achieved_ratio", "rate"):

@@ -59,7 +59,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         base = base or load_base(settings.base)
         config = dataclasses.replace(settings.codec_config(), base_model=base.name, base_fingerprint=base.fingerprint)
-        self.codec = ZTokCodec(base, config)
+        self.codec = ZTokCodec(base, config, engine="float")
         self.model = self.codec.model
         self.care = CodebookCare(config.num_codebooks, config.codebook_size, settings.kmeans_latents)
         self.stream = SectionStream(

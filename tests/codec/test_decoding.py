@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.codec.tiny_codec import packed_documents, tiny_codec
-from ztok_fast.codec.engine import DecodeCache, DecodeSession, decode_text, write_answer
+from ztok_fast.codec.decoding import decode_text, write_answer
+from ztok_fast.codec.float_session import DecodeCache, DecodeSession
 from ztok_fast.codec.layout import offsets, position_in_sequence
 from ztok_fast.codec.passes import compress_documents, decode_segments, decompress_documents, teacher_forced
 
@@ -82,17 +83,17 @@ def test_batches_of_segments_do_not_change_the_text(codec):
 
 
 def test_answers_stop_at_an_end_token_or_the_limit(codec):
-    adapted = codec.model.adapted
+    runtime = codec.model.float_runtime
     torch.manual_seed(0)
-    embeds, cu = torch.randn(9, adapted.hidden_size), torch.tensor([0, 4, 9], dtype=torch.int32)
+    embeds, cu = torch.randn(9, runtime.adapted.hidden_size), torch.tensor([0, 4, 9], dtype=torch.int32)
     positions = position_in_sequence(cu, 9)
-    free = write_answer(adapted, embeds, positions, cu, 8, set())
+    free = write_answer(runtime, embeds, positions, cu, 8, set())
     assert [len(a) for a in free] == [8, 8]
     end = free[0][3]
-    stopped = write_answer(adapted, embeds, positions, cu, 8, {end})
+    stopped = write_answer(runtime, embeds, positions, cu, 8, {end})
     assert stopped[0] == free[0][: free[0].index(end)]
     assert stopped[1] == (free[1][: free[1].index(end)] if end in free[1] else free[1])
-    assert write_answer(adapted, embeds, positions, cu, 1, set()) == [a[:1] for a in free]
+    assert write_answer(runtime, embeds, positions, cu, 1, set()) == [a[:1] for a in free]
 
 
 def test_cache_refuses_more_rows_than_it_holds():
@@ -105,10 +106,11 @@ def test_cache_refuses_more_rows_than_it_holds():
         cache.update(rows, rows, 0)
 
 
-def test_sequences_leave_the_batch_in_order_of_their_lengths(family_codec):
+def test_sequences_leave_the_batch_in_order_of_their_lengths(family_codec, monkeypatch):
     """Tokens are those of every segment decoded alone, and rows that are written to their end are computed no more."""
     codec = family_codec
     model = codec.model
+    monkeypatch.setattr(model, "engine", None)
     z = compress_documents(model, packed_documents(codec, [37]), 3.0)
     lengths = z.cu_text.diff().tolist()
     assert len(set(lengths)) > 1
@@ -123,11 +125,11 @@ def test_sequences_leave_the_batch_in_order_of_their_lengths(family_codec):
 
 
 def test_lengths_that_rise_are_refused(family_codec):
-    adapted = family_codec.model.adapted
-    prefix = torch.zeros(2, adapted.hidden_size)
+    runtime = family_codec.model.float_runtime
+    prefix = torch.zeros(2, runtime.adapted.hidden_size)
     with pytest.raises(ValueError, match="decode_text: lengths must be in falling order"):
         decode_text(
-            adapted,
+            runtime,
             prefix,
             torch.zeros(2, dtype=torch.int64),
             torch.tensor([0, 1, 2], dtype=torch.int32),

@@ -1,8 +1,6 @@
-"""Step-by-step decoding in lock-step batches over a preallocated key-value cache."""
+"""Step-by-step decoding by transformers' modules: lock-step batches over a preallocated key-value cache."""
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 
@@ -107,82 +105,3 @@ class DecodeSession:
         self.cache.advance(1)
         self.last = hidden[:, -1]
         return self.last
-
-
-@torch.inference_mode()
-def decode_text(
-    adapted: AdaptedBase,
-    embeds,
-    position_ids,
-    cu_seqlens,
-    lengths: torch.Tensor,
-    first_position: int,
-    forced: torch.Tensor | None = None,
-    conditioning: torch.Tensor | None = None,
-    logit_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Write ``lengths[b]`` text tokens for every sequence, greedily.
-
-    Args:
-        embeds, position_ids, cu_seqlens: packed decompressor prefixes, the start row last.
-        lengths: int64 ``[B]`` tokens to write, in falling order; first_position: position id of the start row.
-        forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none.
-        conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
-            in ``embeds`` have theirs already).
-        logit_bias: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
-
-    Returns:
-        int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
-    """
-    counts = lengths.tolist()
-    if any(a < b for a, b in itertools.pairwise(counts)):
-        raise ValueError("decode_text: lengths must be in falling order, got one above the one before it")
-    longest, going = counts[0], len(counts)
-    session = DecodeSession(adapted, "decompressor", embeds, position_ids, cu_seqlens, longest - 1)
-    written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
-    hidden = session.last
-    for column in range(longest):
-        token = adapted.logits(hidden if logit_bias is None else hidden + logit_bias[:going, column]).argmax(-1)
-        if forced is not None:
-            token = torch.where(forced[:going, column] >= 0, forced[:going, column], token)
-        written[:going, column] = token
-        if column + 1 < longest:
-            # Sequences that are written to their end leave the batch.
-            while counts[going - 1] == column + 1:
-                going -= 1
-            token = token[:going]
-            position = torch.full_like(token, first_position + column + 1)
-            row = adapted.embedding(token)
-            if conditioning is not None:
-                row = row + conditioning[:going, column + 1]
-            hidden = session.step(row, position)
-    return written
-
-
-@torch.inference_mode()
-def write_answer(adapted: AdaptedBase, embeds, position_ids, cu_seqlens, max_new_tokens: int, end_tokens: set[int]):
-    """Greedy continuation under the inferencer: a list of token lists, without their end token.
-
-    Args:
-        embeds, position_ids, cu_seqlens: packed prefixes, at running positions.
-        end_tokens: any of them ends a sequence; ``max_new_tokens`` does at the latest.
-    """
-    session = DecodeSession(adapted, "inferencer", embeds, position_ids, cu_seqlens, max_new_tokens)
-    batch = len(cu_seqlens) - 1
-    answers: list[list[int]] = [[] for _ in range(batch)]
-    open_rows = set(range(batch))
-    position = cu_seqlens.diff().long()
-    hidden = session.last
-    for count in range(1, max_new_tokens + 1):
-        token = adapted.logits(hidden).argmax(-1)
-        for row, value in enumerate(token.tolist()):
-            if row in open_rows:
-                if value in end_tokens:
-                    open_rows.discard(row)
-                else:
-                    answers[row].append(value)
-        if not open_rows or count == max_new_tokens:
-            break
-        hidden = session.step(adapted.embedding(token), position)
-        position = position + 1
-    return answers

@@ -1,0 +1,190 @@
+"""What runs the base model in a codec: transformers' modules, or the engine.
+
+`FloatRuntime` runs anything anywhere and is what training differentiates. `EngineRuntime` runs supported models on CPUs,
+faster, and with the same bits for a row whatever else runs (docs/determinism.md). Both have the same methods.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ztok_fast.codec.adapters import ADAPTERS, AdaptedBase
+from ztok_fast.codec.float_session import DecodeSession
+from ztok_fast.codec.layout import offsets
+from ztok_fast.engine import Engine
+from ztok_fast.ops import ordered_linear, ordered_pack
+
+PASS_SEQUENCES = 32
+"""Sequences of one pass of the engine that nobody continues: they share a few slots of its cache."""
+
+
+class Session(Protocol):
+    """Sequences that are continued row by row."""
+
+    last: Tensor
+    """Hidden states ``[B, D]`` of every sequence's last row."""
+
+    def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Append one row ``[b, D]`` to the first b sequences, at ``position_ids [b]``; their hidden states ``[b, D]``.
+
+        b is at most that of the step before; the other sequences have ended.
+        """
+
+
+class FloatRuntime:
+    """The base model as transformers runs it."""
+
+    name, exact = "float", False
+
+    def __init__(self, adapted: AdaptedBase) -> None:
+        self.adapted = adapted
+
+    def hidden(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_length: int,
+        adapter: str | None,
+        layers: int | None = None,
+    ) -> Tensor:
+        """Last hidden states ``[T, D]`` of packed sequences.
+
+        Args:
+            embeds: ``[T, D]``; position_ids int64 ``[T]``; cu_seqlens int32 ``[B + 1]``, max_length the longest.
+            adapter: its name, ``None`` for the bare base; layers: run the first so many.
+        """
+        return self.adapted(embeds, position_ids, cu_seqlens, max_length, adapter=adapter, layers=layers)
+
+    @contextmanager
+    def session(
+        self,
+        adapter: str,
+        embeds: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        new_rows: int,
+        layers: int | None = None,
+    ) -> Iterator[Session]:
+        """Read packed prefixes, each of at least one row, to be continued by at most ``new_rows`` rows."""
+        yield DecodeSession(self.adapted, adapter, embeds, position_ids, cu_seqlens, new_rows, layers)
+
+    def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Vocabulary logits ``[..., V]``; ``bias`` is added to the hidden states ``[..., D]``."""
+        return self.adapted.logits(hidden if bias is None else hidden + bias)
+
+    def argmax(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The likeliest tokens, int64 ``[B]``, of hidden states ``[B, D]``."""
+        return self.logits(hidden, bias).argmax(-1)
+
+    def linear(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """A linear layer of the codec's own."""
+        return module(x)
+
+
+class EngineRuntime:
+    """The base model as the engine runs it; for one thread at a time, others wait.
+
+    Args:
+        engine: made of the adapted model, with the variants `ENGINE_ADAPTERS`.
+    """
+
+    exact = True
+    """A row has the same bits in every batch, so a pass tells what steps would write."""
+
+    def __init__(self, adapted: AdaptedBase, engine: Engine) -> None:
+        self.adapted, self.engine, self.name = adapted, engine, engine.precision
+        self._lock = threading.RLock()
+        self._packed: dict[nn.Linear, tuple[int, Tensor]] = {}
+
+    def hidden(self, embeds, position_ids, cu_seqlens, max_length, adapter, layers=None) -> Tensor:
+        bounds = cu_seqlens.tolist()
+        parts = [embeds.new_empty(0, embeds.shape[1])]
+        with self._lock:
+            self.engine.reserve(PASS_SEQUENCES, max(1, max_length))
+            for first in range(0, len(bounds) - 1, PASS_SEQUENCES):
+                cu = cu_seqlens[first : first + PASS_SEQUENCES + 1]
+                rows = slice(bounds[first], int(cu[-1]))
+                slots = self.engine.slots.acquire(len(cu) - 1)
+                try:
+                    parts.append(
+                        self._forward(embeds[rows], position_ids[rows], cu - cu[0], slots, adapter, layers=layers)
+                    )
+                finally:
+                    self.engine.slots.release(slots)
+        return torch.cat(parts)
+
+    @contextmanager
+    def session(self, adapter, embeds, position_ids, cu_seqlens, new_rows, layers=None) -> Iterator[Session]:
+        count = len(cu_seqlens) - 1
+        with self._lock:
+            self.engine.reserve(count + self.engine.slots.count - self.engine.slots.free, int(cu_seqlens.diff().max()) + new_rows)
+            slots = self.engine.slots.acquire(count)
+            try:
+                yield EngineSession(self, adapter, embeds, position_ids, cu_seqlens, slots, layers)
+            finally:
+                self.engine.slots.release(slots)
+
+    def logits(self, hidden, bias=None) -> Tensor:
+        flat = self.engine.logits(hidden.flatten(0, -2), None if bias is None else bias.flatten(0, -2))
+        return flat.unflatten(0, hidden.shape[:-1])
+
+    def argmax(self, hidden, bias=None) -> Tensor:
+        return self.engine.argmax(hidden.contiguous(), None if bias is None else bias.contiguous())
+
+    def linear(self, module: nn.Linear, x: Tensor) -> Tensor:
+        version, panels = self._packed.get(module, (None, None))
+        if panels is None or version != module.weight._version:
+            panels = ordered_pack(module.weight.detach().float())
+            self._packed[module] = (module.weight._version, panels)
+        return ordered_linear(x.float(), panels, module.out_features, None if module.bias is None else module.bias)
+
+    def _forward(self, embeds, position_ids, cu, slots, adapter, starts=None, layers=None) -> Tensor:
+        return self.engine.forward(
+            None,
+            position_ids,
+            cu.int(),
+            slots,
+            torch.zeros_like(slots) if starts is None else starts,
+            self.engine.variants(adapter, len(slots)),
+            embeds.float(),
+            layers,
+        )
+
+
+class EngineSession:
+    """Sequences in slots of the engine (see `Session`)."""
+
+    def __init__(self, runtime: EngineRuntime, adapter, embeds, position_ids, cu_seqlens, slots, layers) -> None:
+        self._runtime, self._adapter, self._slots, self._layers = runtime, adapter, slots, layers
+        hidden = runtime._forward(embeds, position_ids, cu_seqlens, slots, adapter, layers=layers)
+        self._lengths = cu_seqlens.diff().int()
+        self._offsets = offsets(torch.ones(len(slots), dtype=torch.int64))
+        self.last = hidden[cu_seqlens[1:].long() - 1]
+
+    def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
+        going = len(embeds)
+        self._lengths, self._slots = self._lengths[:going], self._slots[:going]
+        self.last = self._runtime._forward(
+            embeds,
+            position_ids,
+            self._offsets[: going + 1],
+            self._slots,
+            self._adapter,
+            self._lengths,
+            self._layers,
+        )
+        self._lengths = self._lengths + 1
+        return self.last
+
+
+Runtime = FloatRuntime | EngineRuntime
+
+ENGINE_ADAPTERS = (*ADAPTERS, None)
+"""The variants of the weights that a codec's engine needs; ``None`` is the bare base."""
