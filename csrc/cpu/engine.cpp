@@ -44,7 +44,8 @@ struct Plan {
 
 struct Call {
   const EngineModel& model;
-  float *keys, *values;
+  uint8_t *keys, *values;
+  bool half_cache;
   int64_t slots, capacity;
   const float* embeddings;
   const int64_t* tokens;
@@ -55,8 +56,9 @@ struct Call {
   float* result;
 
   HeadCache cache(int64_t layer, int64_t slot, int64_t head) const {
-    const int64_t place = ((layer * slots + slot) * model.kv_heads + head) * capacity * model.head;
-    return {keys + place, values + place, model.head};
+    const int64_t place =
+        ((layer * slots + slot) * model.kv_heads + head) * capacity * model.head * (half_cache ? 2 : 4);
+    return {keys + place, values + place, model.head, half_cache};
   }
 };
 
@@ -326,9 +328,11 @@ const int64_t* row_longs(const char* name, const Tensor& tensor, int64_t count) 
   return tensor.const_data_ptr<int64_t>();
 }
 
-void check_cache(const char* name, const Tensor& tensor, int64_t dims) {
-  ZTOK_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == dims && tensor.is_contiguous(), kOp, name,
-             ": expected a contiguous float32 tensor of ", dims, " dimensions");
+void check_cache(const char* name, const Tensor& tensor, int64_t dims, const EngineModel& model) {
+  ZTOK_CHECK(tensor.scalar_type() == (model.is_int8 ? ScalarType::Half : ScalarType::Float) && tensor.dim() == dims &&
+                 tensor.is_contiguous(),
+             kOp, name, ": expected a contiguous ", model.is_int8 ? "float16" : "float32", " tensor of ", dims,
+             " dimensions");
 }
 
 Tensor engine_forward(const Tensor& weights, const Tensor& layout, const Tensor& keys, const Tensor& values,
@@ -336,8 +340,8 @@ Tensor engine_forward(const Tensor& weights, const Tensor& layout, const Tensor&
                       const Tensor& positions, const Tensor& cu_rows, const Tensor& slots, const Tensor& starts,
                       const Tensor& adapters, int64_t layers) {
   const EngineModel model(kOp, weights, layout);
-  check_cache("keys", keys, 6);
-  check_cache("values", values, 5);
+  check_cache("keys", keys, 6, model);
+  check_cache("values", values, 5, model);
   const int64_t num_slots = values.size(1), capacity = values.size(3);
   ZTOK_CHECK(values.size(0) == model.layers && values.size(2) == model.kv_heads && values.size(4) == model.head &&
                  capacity % 16 == 0 && keys.numel() == values.numel(),
@@ -390,8 +394,9 @@ Tensor engine_forward(const Tensor& weights, const Tensor& layout, const Tensor&
   const int64_t threads = threads_for(nanoseconds);
   const int64_t alone = std::clamp((rows + threads - 1) / threads, kFewRows, kAloneRows);
   const Call call{model,
-                  static_cast<float*>(keys.mutable_data_ptr()),
-                  static_cast<float*>(values.mutable_data_ptr()),
+                  static_cast<uint8_t*>(keys.mutable_data_ptr()),
+                  static_cast<uint8_t*>(values.mutable_data_ptr()),
+                  values.scalar_type() == ScalarType::Half,
                   num_slots,
                   capacity,
                   embeddings.const_data_ptr<float>(),

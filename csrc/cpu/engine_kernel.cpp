@@ -32,8 +32,8 @@ struct Scaler {
 };
 
 // sums[b] = scores of keys 16 b ... 16 b + 15 from `keys` on
-template <int kBlocks>
-ZTOK_LANES void key_scores(const float* query, const float* keys, int64_t width, Lanes* sums) {
+template <int kBlocks, typename T>
+ZTOK_LANES void key_scores(const float* query, const T* keys, int64_t width, Lanes* sums) {
 #pragma GCC unroll 8
   for (int b = 0; b < kBlocks; ++b) sums[b] = splat(0.0f);
   for (int64_t i = 0; i < width; ++i) {
@@ -45,8 +45,8 @@ ZTOK_LANES void key_scores(const float* query, const float* keys, int64_t width,
   }
 }
 
-template <int kBlocks>
-ZTOK_LANES Lanes store_scores(const float* query, const float* keys, int64_t width, Lanes scale, Lanes largest,
+template <int kBlocks, typename T>
+ZTOK_LANES Lanes store_scores(const float* query, const T* keys, int64_t width, Lanes scale, Lanes largest,
                               float* scores) {
   Lanes sums[kBlocks];
   key_scores<kBlocks>(query, keys, width, sums);
@@ -59,8 +59,8 @@ ZTOK_LANES Lanes store_scores(const float* query, const float* keys, int64_t wid
   return largest;
 }
 
-template <int kSlices>
-ZTOK_LANES void weigh_values(const float* weights, const float* values, int64_t width, int64_t count, Lanes total,
+template <int kSlices, typename T>
+ZTOK_LANES void weigh_values(const float* weights, const T* values, int64_t width, int64_t count, Lanes total,
                              float* out) {
   Lanes sums[kChains][kSlices];
 #pragma GCC unroll 4
@@ -125,6 +125,47 @@ void sine_and_cosine(double x, float* sine, float* cosine) {
       *sine = static_cast<float>(-c);
       *cosine = static_cast<float>(s);
   }
+}
+
+template <typename T>
+void attend(const float* query, const T* keys, const T* values, int64_t width, int64_t count, float scale,
+            float* scores, float* out) {
+  const int64_t whole = count / kLaneCount, blocks = (count + kLaneCount - 1) / kLaneCount;
+  const Lanes scales = splat(scale);
+  Lanes most = splat(-__builtin_inff());
+  int64_t b = 0;
+  for (; b + kKeyBlocks <= whole; b += kKeyBlocks) {
+    most = store_scores<kKeyBlocks>(query, keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
+  }
+  for (; b + 2 <= whole; b += 2) {
+    most = store_scores<2>(query, keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
+  }
+  for (; b < whole; ++b) {
+    most = store_scores<1>(query, keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
+  }
+  float largest = tree_max(most);
+  if (whole < blocks) {  // keys past `count` may hold anything
+    Lanes sums[1];
+    key_scores<1>(query, keys + whole * width * kLaneCount, width, sums);
+    float* last = scores + whole * kLaneCount;
+    store16(last, sums[0] * scales);
+    for (int64_t i = 0; i < count - whole * kLaneCount; ++i) largest = largest > last[i] ? largest : last[i];
+  }
+  Lanes sums = splat(0.0f);
+  for (int64_t k = 0; k < blocks; ++k) {
+    const Lanes p = first_lanes(exp16(load16(scores + k * kLaneCount) - splat(largest)), count - k * kLaneCount);
+    sums = sums + p;
+    store16(scores + k * kLaneCount, p);
+  }
+  const Lanes total = splat(tree_sum(sums));
+  int64_t i = 0;
+  for (; i + kValueSlices * kLaneCount <= width; i += kValueSlices * kLaneCount) {
+    weigh_values<kValueSlices>(scores, values + i, width, count, total, out + i);
+  }
+  for (; i + 2 * kLaneCount <= width; i += 2 * kLaneCount) {
+    weigh_values<2>(scores, values + i, width, count, total, out + i);
+  }
+  for (; i < width; i += kLaneCount) weigh_values<1>(scores, values + i, width, count, total, out + i);
 }
 
 }  // namespace
@@ -260,49 +301,32 @@ void engine_rotate(float* head, int64_t half, const float* cosines, const float*
 }
 
 void engine_cache(const float* key, const float* value, const HeadCache& cache, int64_t row) {
-  float* column = cache.keys + row / kLaneCount * kLaneCount * cache.width + row % kLaneCount;
-  for (int64_t i = 0; i < cache.width; ++i) column[i * kLaneCount] = key[i];
-  __builtin_memcpy(cache.values + row * cache.width, value, sizeof(float) * cache.width);
+  const int64_t column = row / kLaneCount * kLaneCount * cache.width + row % kLaneCount, first = row * cache.width;
+  for (int64_t i = 0; i < cache.width; i += kLaneCount) {
+    if (!cache.is_half) {
+      for (int64_t k = i; k < i + kLaneCount; ++k) static_cast<float*>(cache.keys)[column + k * kLaneCount] = key[k];
+      store16(static_cast<float*>(cache.values) + first + i, load16(value + i));
+      continue;
+    }
+    const Lanes most = splat(65504.0f), least = splat(-65504.0f);
+    Half rounded[kLaneCount];
+    // In this order of the arguments, what is NaN stays NaN.
+    store16(rounded, smaller_of(most, larger(least, load16(key + i))));
+    for (int64_t k = 0; k < kLaneCount; ++k) {
+      static_cast<Half*>(cache.keys)[column + (i + k) * kLaneCount] = rounded[k];
+    }
+    store16(static_cast<Half*>(cache.values) + first + i, smaller_of(most, larger(least, load16(value + i))));
+  }
 }
 
 void engine_attend(const float* query, const HeadCache& cache, int64_t count, float scale, float* scores, float* out) {
-  const int64_t width = cache.width, whole = count / kLaneCount, blocks = (count + kLaneCount - 1) / kLaneCount;
-  const Lanes scales = splat(scale);
-  Lanes most = splat(-__builtin_inff());
-  int64_t b = 0;
-  for (; b + kKeyBlocks <= whole; b += kKeyBlocks) {
-    most = store_scores<kKeyBlocks>(query, cache.keys + b * width * kLaneCount, width, scales, most,
-                                    scores + b * kLaneCount);
+  if (cache.is_half) {
+    attend(query, static_cast<const Half*>(cache.keys), static_cast<const Half*>(cache.values), cache.width, count,
+           scale, scores, out);
+  } else {
+    attend(query, static_cast<const float*>(cache.keys), static_cast<const float*>(cache.values), cache.width, count,
+           scale, scores, out);
   }
-  for (; b + 2 <= whole; b += 2) {
-    most = store_scores<2>(query, cache.keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
-  }
-  for (; b < whole; ++b) {
-    most = store_scores<1>(query, cache.keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
-  }
-  float largest = tree_max(most);
-  if (whole < blocks) {  // keys past `count` may hold anything
-    Lanes sums[1];
-    key_scores<1>(query, cache.keys + whole * width * kLaneCount, width, sums);
-    float* last = scores + whole * kLaneCount;
-    store16(last, sums[0] * scales);
-    for (int64_t i = 0; i < count - whole * kLaneCount; ++i) largest = largest > last[i] ? largest : last[i];
-  }
-  Lanes sums = splat(0.0f);
-  for (int64_t k = 0; k < blocks; ++k) {
-    const Lanes p = first_lanes(exp16(load16(scores + k * kLaneCount) - splat(largest)), count - k * kLaneCount);
-    sums = sums + p;
-    store16(scores + k * kLaneCount, p);
-  }
-  const Lanes total = splat(tree_sum(sums));
-  int64_t i = 0;
-  for (; i + kValueSlices * kLaneCount <= width; i += kValueSlices * kLaneCount) {
-    weigh_values<kValueSlices>(scores, cache.values + i, width, count, total, out + i);
-  }
-  for (; i + 2 * kLaneCount <= width; i += 2 * kLaneCount) {
-    weigh_values<2>(scores, cache.values + i, width, count, total, out + i);
-  }
-  for (; i < width; i += kLaneCount) weigh_values<1>(scores, cache.values + i, width, count, total, out + i);
 }
 
 bool engine_weights(const float* logits, int64_t count, float temperature, int64_t* weights) {

@@ -26,11 +26,13 @@ struct Products {
   const float* bias;  // of the block's first column on, or null
 };
 
-// Keys and values of one head of one sequence: keys [blocks of 16, width, 16], values [rows, width].
+// Keys and values of one head of one sequence: keys [blocks of 16, width, 16], values [rows, width]; float16 where
+// `is_half`, else float32.
 struct HeadCache {
-  float* keys;
-  float* values;
+  void* keys;
+  void* values;
   int64_t width;
+  bool is_half;
 };
 
 ZTOK_KERNEL(void, engine_norm, const float* x, const float* weight, int64_t width, float eps, float* out)

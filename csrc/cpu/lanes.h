@@ -1,7 +1,7 @@
 // Sixteen lanes of floats on every instruction set, with the arithmetic of docs/determinism.md: the same bits
 // everywhere. Included by kernel files only (see isa.h).
 //
-//   load16, store16, splat, + - * /, fma (rounded once), square_root
+//   load16, store16 (of float, or Half, rounded to nearest even), splat, + - * /, fma (rounded once), square_root
 //   larger(a, b): a > b ? a : b       smaller_of(a, b): a < b ? a : b       negated, magnitude: of the sign alone
 //   first_lanes(a, n): the n first lanes of a, 0 in the others
 //   tree_sum, tree_max: over the lanes
@@ -11,9 +11,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 #define ZTOK_LANES inline __attribute__((always_inline))
 
@@ -29,7 +27,13 @@ struct Lanes {
 };
 ZTOK_LANES Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
 ZTOK_LANES Lanes load16(const float* p) { return {_mm512_loadu_ps(p)}; }
+ZTOK_LANES Lanes load16(const Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 ZTOK_LANES void store16(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+ZTOK_LANES void store16(Half* p, Lanes a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
 ZTOK_LANES Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 ZTOK_LANES Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 ZTOK_LANES Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -74,6 +78,15 @@ struct Lanes {
 };
 ZTOK_LANES Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 ZTOK_LANES Lanes load16(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+ZTOK_LANES Lanes load16(const Half* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+ZTOK_LANES void store16(Half* p, Lanes x) {
+  auto* q = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
 ZTOK_LANES void store16(float* p, Lanes x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
@@ -159,7 +172,13 @@ ZTOK_LANES Lanes splat(float x) {
 ZTOK_LANES Lanes load16(const float* p) {
   return each([&](int i) { return p[i]; });
 }
+ZTOK_LANES Lanes load16(const Half* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
 ZTOK_LANES void store16(float* p, Lanes a) { __builtin_memcpy(p, a.v, sizeof(a.v)); }
+ZTOK_LANES void store16(Half* p, Lanes a) {
+  for (int i = 0; i < kLaneCount; ++i) p[i] = from_float<Half>(a.v[i]);
+}
 ZTOK_LANES Lanes operator+(Lanes a, Lanes b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }

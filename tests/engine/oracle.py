@@ -166,6 +166,11 @@ def rotary(x, positions, inv_freq):
     return np.concatenate([fma(low, cosine, -(high * sine)), fma(high, cosine, low * sine)], -1)
 
 
+def cached(x):
+    """Keys or values as the cache of an int8 model keeps them."""
+    return np.clip(x, F(-65504), F(65504)).astype(np.float16).astype(F)
+
+
 def attention(q, k, v):
     """Causal attention of the last T rows of a sequence: q [T, H, d], k and v [S, KV, d] -> [T, H, d]."""
     rows, heads, width = q.shape
@@ -244,6 +249,8 @@ class Oracle:
             q = rms_norm(q, self.weights[name + "self_attn.q_norm.weight"], self.eps)
             k = rms_norm(k, self.weights[name + "self_attn.k_norm.weight"], self.eps)
         q, k = (rotary(t, positions, self.inv_freq) for t in (q, k))
+        if self.precision == "int8":
+            k, v = (cached(t) for t in (k, v))
         x = x + self.linear(name + "self_attn.o_proj", attention(q, k, v).reshape(len(x), -1))
         h = rms_norm(x, self.weights[name + "post_attention_layernorm.weight"], self.eps)
         g, u = self.linear(name + "mlp.gate_proj", h), self.linear(name + "mlp.up_proj", h)

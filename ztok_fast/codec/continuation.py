@@ -66,7 +66,9 @@ def continue_ztokens(
                 allow_end=end_threshold is None,
             )
             # A drawn end-of-Z is all the mass there is.
-            mass = (drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)).double()
+            mass = (
+                drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)
+            ).double()
             chosen_codes.append(codes)
             chosen_lengths.append(lengths)
             masses.append(mass)

@@ -138,7 +138,12 @@ def write_corpus(path: str | Path, rows: Iterable[tuple[str, ZBatch]], rows_per_
     if first.codebook_size > _MAX_CODEBOOK:
         raise ZBatchError(f"codebook_size: expected at most {_MAX_CODEBOOK} in a corpus, got {first.codebook_size}")
     metadata = {name: str(getattr(first, name)) for name in _SETTINGS}
-    metadata |= {"codec_fingerprint": first.codec_fingerprint, "precision": first.precision, "format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    metadata |= {
+        "codec_fingerprint": first.codec_fingerprint,
+        "precision": first.precision,
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+    }
     schema = _schema(arrow).with_metadata(metadata)
     iterator = chain([head], iterator)
     count = 0

@@ -124,7 +124,9 @@ class EngineRuntime:
     def session(self, adapter, embeds, position_ids, cu_seqlens, new_rows, layers=None) -> Iterator[Session]:
         count = len(cu_seqlens) - 1
         with self._lock:
-            self.engine.reserve(count + self.engine.slots.count - self.engine.slots.free, int(cu_seqlens.diff().max()) + new_rows)
+            self.engine.reserve(
+                count + self.engine.slots.count - self.engine.slots.free, int(cu_seqlens.diff().max()) + new_rows
+            )
             slots = self.engine.slots.acquire(count)
             try:
                 yield EngineSession(self, adapter, embeds, position_ids, cu_seqlens, slots, layers)

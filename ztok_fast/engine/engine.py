@@ -93,8 +93,9 @@ class Engine:
             return
         blocks = -(-capacity // KEYS_OF_A_BLOCK)
         with torch.inference_mode(False):  # passes with and without it may use them
-            keys = torch.empty(s.layers, slots, s.kv_heads, blocks, s.head_width, KEYS_OF_A_BLOCK)
-            values = torch.empty(s.layers, slots, s.kv_heads, blocks * KEYS_OF_A_BLOCK, s.head_width)
+            dtype = torch.float16 if self.precision == "int8" else torch.float32
+            keys = torch.empty(s.layers, slots, s.kv_heads, blocks, s.head_width, KEYS_OF_A_BLOCK, dtype=dtype)
+            values = torch.empty(s.layers, slots, s.kv_heads, blocks * KEYS_OF_A_BLOCK, s.head_width, dtype=dtype)
         if self.slots.count:
             old = self.keys.shape[3]
             keys[:, : self.slots.count, :, :old] = self.keys
