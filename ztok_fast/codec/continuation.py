@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ztok_fast.codec.decoding import write_answer
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.emission import steps_before_stop
-from ztok_fast.codec.decoding import write_answer
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.model import ZTokModel

@@ -14,7 +14,6 @@ from ztok_fast.codec.errors import ZBatchError
 from ztok_fast.codec.zfile import load_zfile, save_zfile
 from ztok_fast.codec.ztokens import ZTokens, concatenate
 
-
 FLOAT = "float"
 PRECISIONS = ("int8", "float32", FLOAT)
 """Arithmetic of the base model: the engine's two, with the same bits everywhere, and that of transformers' modules."""
