@@ -40,6 +40,9 @@ def decode_text(
     longest, going = counts[0], len(counts)
     written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
     with runtime.session("decompressor", embeds, position_ids, cu_seqlens, longest - 1) as session:
+        drafted = session.draft(lengths, conditioning, logit_bias, forced)
+        if drafted is not None:
+            return drafted
         for column in range(longest):
             token = runtime.argmax(session.last, None if logit_bias is None else logit_bias[:going, column])
             if forced is not None:

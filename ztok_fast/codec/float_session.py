@@ -88,6 +88,9 @@ class DecodeSession:
         self.last = hidden[:, -1]
         """Hidden state ``[B, D]`` of every sequence's last row."""
 
+    def draft(self, *text) -> None:
+        """No faster way than steps."""
+
     def step(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Append one row ``[b, D]`` at ``position_ids [b]``; returns its hidden states ``[b, D]``.
 

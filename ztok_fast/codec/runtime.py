@@ -1,7 +1,7 @@
 """What runs the base model in a codec: transformers' modules, or the engine.
 
-`FloatRuntime` runs anything anywhere and is what training differentiates. `EngineRuntime` runs supported models on CPUs,
-faster, and with the same bits for a row whatever else runs (docs/determinism.md). Both have the same methods.
+`FloatRuntime` runs anything anywhere and is what training differentiates. `EngineRuntime` runs supported models on
+CPUs, faster, and with the same bits for a row whatever else runs (docs/determinism.md). Both have the same methods.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ztok_fast.codec.adapters import ADAPTERS, AdaptedBase
 from ztok_fast.codec.float_session import DecodeSession
 from ztok_fast.codec.layout import offsets
-from ztok_fast.engine import Engine
+from ztok_fast.engine import Engine, Sequences, write_blocks
+from ztok_fast.engine.draft import DRAFTED_SEQUENCES
 from ztok_fast.ops import ordered_linear, ordered_pack
 
 PASS_SEQUENCES = 32
@@ -29,6 +30,9 @@ class Session(Protocol):
 
     last: Tensor
     """Hidden states ``[B, D]`` of every sequence's last row."""
+
+    def draft(self, lengths: Tensor, conditioning, logit_bias, forced) -> Tensor | None:
+        """What `decode_text` writes, if the session has a faster way than steps, else ``None``."""
 
     def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
         """Append one row ``[b, D]`` to the first b sequences, at ``position_ids [b]``; their hidden states ``[b, D]``.
@@ -165,10 +169,20 @@ class EngineSession:
 
     def __init__(self, runtime: EngineRuntime, adapter, embeds, position_ids, cu_seqlens, slots, layers) -> None:
         self._runtime, self._adapter, self._slots, self._layers = runtime, adapter, slots, layers
+        self._positions = position_ids[cu_seqlens[1:].long() - 1] + 1
         hidden = runtime._forward(embeds, position_ids, cu_seqlens, slots, adapter, layers=layers)
         self._lengths = cu_seqlens.diff().int()
         self._offsets = offsets(torch.ones(len(slots), dtype=torch.int64))
         self.last = hidden[cu_seqlens[1:].long() - 1]
+
+    def draft(self, lengths: Tensor, conditioning, logit_bias, forced) -> Tensor | None:
+        """Write whole texts at once (`write_blocks`) where that is faster than steps, else ``None``; see `decode_text`."""
+        if len(lengths) > DRAFTED_SEQUENCES:
+            return None
+        engine = self._runtime.engine
+        adapters = engine.variants(self._adapter, len(lengths))
+        sequences = Sequences(self._slots, adapters, self._lengths, self._positions, self.last)
+        return write_blocks(engine, sequences, lengths, conditioning, logit_bias, forced).tokens
 
     def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
         going = len(embeds)

@@ -1,8 +1,8 @@
 """The ``.ztok`` file: compressed documents in the safetensors format.
 
 String metadata holds the format and its version, the codec's fingerprint, ``num_codebooks`` (L), ``codebook_size``
-(V), ``max_unit_length``, ``precision``, ``content_sha256`` and ``documents``, a JSON list with one object for each document.
-The tensors, all ``uint8`` (packed by `ztok_fast.codec.bitpack`, documents one after another):
+(V), ``max_unit_length``, ``precision``, ``content_sha256`` and ``documents``, a JSON list with one object for each
+document. The tensors, all ``uint8`` (packed by `ztok_fast.codec.bitpack`, documents one after another):
 
 =====================  ===========================================================================================
 ``codes``              of each document the ``[K, levels]`` codes that it uses, ceil(log2 V) bits each; its own bytes
