@@ -12,7 +12,7 @@ from tests.codec.tiny_codec import tiny_base, tiny_codec, tiny_config
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.errors import CodecError
-from ztok_fast.codec.weights import DECODING_SETTINGS, WEIGHTS, WeightsError, codec_fingerprint
+from ztok_fast.codec.weights import DECODING_SETTINGS, PACKED_WEIGHTS, WEIGHTS, WeightsError, codec_fingerprint
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_missing_and_damaged_weights(saved):
     with pytest.raises(WeightsError, match="expected a whole safetensors file"):
         ZTokCodec.from_pretrained(saved, base=tiny_base())
     (saved / WEIGHTS).unlink()
-    with pytest.raises(WeightsError, match=f"expected the weights file {WEIGHTS}, got none"):
+    with pytest.raises(WeightsError, match=f"expected the weights file {WEIGHTS} or {PACKED_WEIGHTS}, got none"):
         ZTokCodec.from_pretrained(saved, base=tiny_base())
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
+from ztok_fast.codec import byte_planes
 from ztok_fast.codec.config import ZTokConfig
 
 WEIGHTS = "codec.safetensors"
+PACKED_WEIGHTS = "codec.packed.safetensors"
+"""The same in less space, as codecs in the package are kept (`ztok_fast.codec.byte_planes`)."""
 
 
 DECODING_SETTINGS = (
@@ -45,13 +49,15 @@ def save_weights(folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtyp
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise WeightsError(f"codec folder {folder}: expected the weights file {WEIGHTS}, got none")
+    path, packed = Path(folder) / WEIGHTS, Path(folder) / PACKED_WEIGHTS
+    if path.is_file():
+        packed = path
+    if not packed.is_file():
+        raise WeightsError(f"codec folder {folder}: expected the weights file {WEIGHTS} or {PACKED_WEIGHTS}, got none")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: expected a whole safetensors file, got {error}") from error
+        return load_file(path) if packed == path else load(byte_planes.unpack(packed.read_bytes()))
+    except (SafetensorError, ValueError, zlib.error) as error:
+        raise WeightsError(f"{packed}: expected a whole safetensors file, got {error}") from error
 
 
 def copy_state(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:

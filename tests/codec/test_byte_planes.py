@@ -1,0 +1,45 @@
+"""Packed weights: the original's bytes come back, and damage is an error."""
+
+import zlib
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from ztok_fast.codec.byte_planes import pack, unpack
+from ztok_fast.codec.weights import PACKED_WEIGHTS, WeightsError, load_weights
+
+STATE = {"a": torch.randn(33, 7).bfloat16(), "b": torch.randn(1000).half(), "c": torch.empty(0).bfloat16()}
+
+
+def test_round_trip(tmp_path):
+    original = save(STATE)
+    assert unpack(pack(original)) == original
+    (tmp_path / PACKED_WEIGHTS).write_bytes(pack(original))
+    loaded = load_weights(tmp_path)
+    assert loaded.keys() == STATE.keys() and all(torch.equal(loaded[name], STATE[name]) for name in STATE)
+
+
+def test_trained_weights_take_less():
+    original = save({"a": (torch.randn(1 << 16) * 0.02).bfloat16()})
+    assert len(pack(original)) < 0.75 * len(original)
+
+
+def test_odd_data_is_refused():
+    with pytest.raises(ValueError, match="expected numbers of 16 bits"):
+        pack(save({"a": torch.zeros(3, dtype=torch.uint8)}))
+
+
+@pytest.mark.parametrize("at", range(0, 2000, 97))
+def test_damage_is_an_error_or_changes_nothing(tmp_path, at):
+    packed = bytearray(pack(save(STATE)))
+    packed[at % len(packed)] ^= 0x55
+    try:
+        unpack(bytes(packed))
+    except (ValueError, zlib.error, SafetensorError):
+        pass
+    for length in (0, 7, len(packed) // 2):
+        (tmp_path / PACKED_WEIGHTS).write_bytes(bytes(packed[:length]))
+        with pytest.raises(WeightsError, match="expected a whole safetensors file"):
+            load_weights(tmp_path)
