@@ -215,18 +215,18 @@ def shows_progress() -> bool:
 
 
 @contextmanager
-def progress_bar(total: int | None, description: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int | None, description: str, unit: str = " tokens") -> Iterator[Callable[[int], None]]:
     """A bar on stderr, on a terminal and once the work has taken a second; yields its ``update``.
 
     Args:
-        total: tokens of all the work; ``None`` where that is not known.
+        total: tokens (or what ``unit`` says) of all the work; ``None`` where that is not known.
     """
     from tqdm import tqdm
 
     with tqdm(
         total=total,
         desc=description,
-        unit=" tokens",
+        unit=unit,
         unit_scale=True,
         delay=BAR_DELAY_SECONDS,
         leave=False,

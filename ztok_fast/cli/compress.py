@@ -34,11 +34,28 @@ def add_commands(commands) -> None:
         default=None,
         help="one Z-token for every RATIO tokens, instead of units of learned length",
     )
+    parser.add_argument(
+        "--units",
+        choices=("learned", "coded"),
+        default="learned",
+        help="learned: Z-tokens that models read; coded: the text itself, exactly, coded with a language model "
+        "(--base, default: mini-base), far smaller than xz (default: learned)",
+    )
+    parser.add_argument(
+        "--context", type=int, default=512, metavar="N", help="with --units coded: tokens read together (default: 512)"
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="with --units coded: do not decode what was encoded to compare it"
+    )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.units == "coded":
+        from ztok_fast.cli import coded
+
+        return coded.compress(options, _output_name(options))
     if options.corpus is not None:
         return _run_corpus(options)
     output = common.check_output(_output_name(options), suffix=".ztok", inputs=options.files)

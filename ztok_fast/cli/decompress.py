@@ -24,11 +24,18 @@ def add_commands(commands) -> None:
         help="file to write, or a new folder for several documents (default: -, all documents to stdout)",
     )
     parser.add_argument("--document", type=int, metavar="N", help="decompress only document N, counted from 0")
+    parser.add_argument(
+        "--context", type=int, default=512, metavar="N", help="for coded units: as they were compressed (default: 512)"
+    )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    from ztok_fast.cli import coded
+
+    if coded.is_coded(options.file):
+        return coded.decompress(options, _check_output)
     z = common.load_batch(options.file)
     if options.document is not None:
         if not 0 <= options.document < len(z):

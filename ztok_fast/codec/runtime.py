@@ -176,7 +176,7 @@ class EngineSession:
         self.last = hidden[cu_seqlens[1:].long() - 1]
 
     def draft(self, lengths: Tensor, conditioning, logit_bias, forced) -> Tensor | None:
-        """Write whole texts at once (`write_blocks`) where that is faster than steps, else ``None``; see `decode_text`."""
+        """Write whole texts at once (`write_blocks`) where that beats steps, else ``None``; see `decode_text`."""
         if len(lengths) > DRAFTED_SEQUENCES:
             return None
         engine = self._runtime.engine

@@ -1,0 +1,63 @@
+"""Coded units on the command line."""
+
+import re
+
+import pytest
+
+from ztok_fast.cli.main import main
+
+PROSE = b"It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 3
+
+
+def test_round_trip_of_one_file(tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_bytes(PROSE)
+    assert main(["compress", str(text), "--units", "coded", "--context", "64"]) == 0
+    said = capsys.readouterr().out
+    packed = tmp_path / "a.txt.ztok"
+    assert re.search(rf"{len(PROSE)} bytes -> {packed.stat().st_size}, \d\.\d+ bits per byte, \d+\.\d s", said)
+    assert main(["decompress", str(packed), "-o", str(tmp_path / "b.txt"), "--context", "64"]) == 0
+    assert (tmp_path / "b.txt").read_bytes() == PROSE
+    # Another context is another coder, and the message names the file.
+    assert main(["decompress", str(packed)]) == 2
+    assert f"{packed}: expected a file of coder" in capsys.readouterr().err
+
+
+def test_several_documents(tmp_path, capsys):
+    names = []
+    for index, data in enumerate([PROSE, b"", b"\xff not text"]):
+        names.append(str(tmp_path / f"{index}.txt"))
+        (tmp_path / f"{index}.txt").write_bytes(data)
+    packed = str(tmp_path / "all.ztok")
+    assert main(["compress", *names, "-o", packed, "--units", "coded", "--no-verify"]) == 0
+    assert main(["decompress", packed, "-o", str(tmp_path / "out")]) == 0
+    assert [p.read_bytes() for p in sorted((tmp_path / "out").iterdir())] == [PROSE, b"", b"\xff not text"]
+    assert main(["decompress", packed, "--document", "2", "-o", str(tmp_path / "third")]) == 0
+    assert (tmp_path / "third").read_bytes() == b"\xff not text"
+    capsys.readouterr()
+    assert main(["decompress", packed, "--document", "3"]) == 2
+    assert "--document: expected 0 to 2, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--exact"], "expected no --exact"),
+        (["--engine", "float"], "expected --engine int8 or float32"),
+        (["--context", "0"], "context: expected an integer from 1"),
+        (["--base", "nowhere-at-all"], "was not found"),
+    ],
+)
+def test_mistakes_are_said(tmp_path, capsys, options, message):
+    text = tmp_path / "a.txt"
+    text.write_bytes(PROSE)
+    assert main(["compress", str(text), "--units", "coded", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a.txt.ztok").exists()
+
+
+def test_damage_is_said(tmp_path, capsys):
+    packed = tmp_path / "a.ztok"
+    packed.write_bytes(b"ZC1 and then nothing that is right")
+    assert main(["decompress", str(packed)]) == 2
+    assert str(packed) in capsys.readouterr().err

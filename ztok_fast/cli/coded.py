@@ -1,0 +1,121 @@
+"""Coded units on the command line: ``ztok compress --units coded``, and decompressing such files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ztok_fast.cli import common, streams
+
+if TYPE_CHECKING:
+    from ztok_fast.codec.coded import TextCoder
+
+
+def is_coded(path: str) -> bool:
+    """Whether a file exists and holds coded units."""
+    from ztok_fast.codec.coded_file import is_coded_file
+
+    return Path(path).is_file() and is_coded_file(path)
+
+
+def compress(options: argparse.Namespace, output_name: str) -> int:
+    """Files or stdin to one file of coded units."""
+    from ztok_fast.codec.coded_file import write_coded
+
+    if options.corpus is not None:
+        raise common.UsageError("--units coded: expected text files, got --corpus")
+    for name, given in (
+        ("--exact", options.exact),
+        ("--levels", options.levels),
+        ("--fixed-units", options.fixed_units),
+    ):
+        if given:
+            raise common.UsageError(f"--units coded: expected no {name}, which is for learned units (coded are exact)")
+    output = common.check_output(output_name, suffix=".ztok", inputs=options.files)
+    for name in options.files:
+        if name != "-":
+            common.check_input(name)
+    total = sum(Path(name).stat().st_size for name in options.files if name != "-")
+    started, done = time.perf_counter(), [0]
+    coder = _coder(options)
+    with common.progress_bar(total or None, "compress", unit="B") as progress:
+
+        def count(size: int) -> None:
+            done[0] += size
+            progress(size)
+
+        size = write_coded(output, _all_parts(options.files), coder, not options.no_verify, count)
+    seconds = time.perf_counter() - started
+    rate = f"{8 * size / done[0]:.3f} bits per byte" if done[0] else "no text"
+    print(f"{output}: {done[0]:,} bytes -> {size:,}, {rate}, {seconds:.1f} s")
+    sys.stdout.flush()
+    return 0
+
+
+def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, str], None]) -> int:
+    """A file of coded units back to its documents."""
+    from ztok_fast.codec.coded_file import read_coded, stored_length
+    from ztok_fast.files import replace_atomically
+
+    documents, size = stored_length(options.file)
+    wanted = options.document
+    if wanted is not None and not 0 <= wanted < documents:
+        raise common.UsageError(f"--document: expected 0 to {documents - 1}, got {wanted}")
+    output = None if options.output == "-" else Path(options.output)
+    if output is not None:
+        check_output(output, 1 if wanted is not None else documents, options.file)
+    coder = _coder(options)
+    with ExitStack() as stack:
+        progress = stack.enter_context(common.progress_bar(size, "decompress", unit="B"))
+        parts = _numbered(read_coded(options.file, coder, progress))
+        if output is None:
+            for number, text in parts:
+                if wanted in (None, number):
+                    streams.write(text)
+            return 0
+        temporary = stack.enter_context(replace_atomically(output))
+        if documents == 1 or wanted is not None:
+            with temporary.open("wb") as out:
+                for number, text in parts:
+                    if wanted in (None, number):
+                        out.write(text)
+            return 0
+        temporary.mkdir()
+        for number, text in parts:
+            with (temporary / f"{number:04d}.txt").open("ab") as out:
+                out.write(text)
+    return 0
+
+
+def _coder(options: argparse.Namespace) -> TextCoder:
+    from ztok_fast.codec.coded import TextCoder
+
+    if options.engine == "float" or options.device != "cpu":
+        raise common.UsageError(
+            "coded units: expected --engine int8 or float32 on the CPU, whose bits are the same anywhere"
+        )
+    precision = "int8" if options.engine == "auto" else options.engine
+    return TextCoder.from_pretrained(options.base, precision, options.context)
+
+
+def _all_parts(names: list[str]) -> Iterator[tuple[bytes, bool]]:
+    from ztok_fast.codec.coded_file import parts_of
+
+    for name in names:
+        if name == "-":
+            yield from parts_of(sys.stdin.buffer)
+        else:
+            with open(name, "rb") as stream:
+                yield from parts_of(stream)
+
+
+def _numbered(parts: Iterator[tuple[bytes, bool]]) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    for text, goes_on in parts:
+        yield number, text
+        number += not goes_on

@@ -1,0 +1,243 @@
+"""Coded units: text stored exactly, range-coded under a language model's own probabilities.
+
+Each token costs -log2 of the probability that the model gives it (arithmetic coding: Rissanen 1976; with language
+models: Delétang et al., arXiv 2309.10668). The model runs in the engine, whose passes have the bits of its steps:
+encoding is one packed pass, and decoding, token by token, sees the same counts on any machine (docs/determinism.md).
+
+A part of a text is cut into segments of ``context`` tokens. Each is read on its own after the start token, so that the
+segments of many parts decode side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ztok_fast.codec.base_model import BaseModel, load_base
+from ztok_fast.codec.errors import CodecError, ZFileError
+from ztok_fast.codec.text import detokenize, tokenize
+from ztok_fast.codec.varint import read_varint, varint
+from ztok_fast.engine import Engine
+from ztok_fast.ops import decode_tokens, range_decoder, range_encode, token_intervals
+from ztok_fast.ops.entropy.range_encode import Streams
+
+DEFAULT_BASE = Path(__file__).resolve().parent.parent / "models" / "mini-base" / "base"
+PART_BYTES = 1 << 20
+"""Most bytes of one part: what bounds the memory, and what a damaged file can ask for."""
+
+CODED, RAW, LZMA = range(3)
+"""How a part is stored: its tokens, its bytes, or its bytes compressed, whichever is smallest."""
+
+_LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": PART_BYTES}]
+_LOGIT_ROWS = 1024
+_FORMAT = b"ztok coded 1"
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored part of a text: how, and its bytes."""
+
+    mode: int
+    payload: bytes
+
+
+class TextCoder:
+    """Encodes texts exactly under a base model.
+
+    Args:
+        base: the model and its tokenizer, which must have a start token (bos).
+        precision: "int8" or "float32", the engine's arithmetic.
+        context: tokens of one segment, its start token not counted. Longer ones take fewer bits and decode slower.
+        rows: segments that are decoded side by side.
+
+    Raises:
+        CodecError: a base without a start token, sizes below 1.
+        EngineUnsupported: the engine does not run this base model, or not on this processor.
+    """
+
+    def __init__(self, base: BaseModel, precision: str = "int8", context: int = 512, rows: int = 128) -> None:
+        for name, value, most in (("context", context, 1 << 16), ("rows", rows, 1 << 12)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise CodecError(f"{name}: expected an integer from 1 to {most}, got {value!r}")
+        if base.bos_token_id is None:
+            raise CodecError(f"base model {base.name!r}: expected a tokenizer with a start token (bos), got none")
+        self.base, self.context, self.rows = base, context, rows
+        self._start: int = base.bos_token_id
+        self.engine = Engine.from_model(base.model, None, precision, slots=rows, capacity=context)
+        named = f"{base.fingerprint} {base.tokenizer_fingerprint} {precision} {context}".encode()
+        self.identity = hashlib.sha256(_FORMAT + named).digest()[:8]
+        """Names all that decoding depends on: model, tokenizer, precision, context and format."""
+
+    @classmethod
+    def from_pretrained(
+        cls, base: str | Path | None = None, precision: str = "int8", context: int = 512, rows: int = 128
+    ) -> TextCoder:
+        """With a base model by name or folder (`load_base`); ``None`` is the one that ships, mini-base."""
+        return cls(load_base(str(base or DEFAULT_BASE)), precision, context, rows)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[bytes], progress: Progress | None = None) -> list[Part]:
+        """Store texts of at most `PART_BYTES` bytes each; ``progress`` is told the bytes just finished."""
+        tokens = self._tokens(texts)
+        segments = [own[i : i + self.context] for own in tokens if own for i in range(0, len(own), self.context)]
+        streams: list[bytes] = []
+        for first in range(0, len(segments), self.rows):
+            streams += self._encode_segments(segments[first : first + self.rows])
+        parts, at = [], 0
+        for text, own in zip(texts, tokens):
+            count = -(-len(own) // self.context) if own else 0
+            best = Part(RAW, text)
+            if count:
+                mine = streams[at : at + count]
+                head = varint(len(own)) + b"".join(varint(len(s)) for s in mine[:-1])
+                best = min(best, Part(CODED, head + b"".join(mine)), key=lambda p: len(p.payload))
+            at += count
+            packed = Part(LZMA, lzma.compress(text, lzma.FORMAT_RAW, filters=_LZMA))
+            parts.append(min(best, packed, key=lambda p: len(p.payload)))
+            if progress:
+                progress(len(text))
+        return parts
+
+    @torch.inference_mode()
+    def decode(self, parts: Sequence[Part], lengths: Sequence[int], progress: Progress | None = None) -> list[bytes]:
+        """The texts of stored parts.
+
+        Args:
+            lengths: bytes of each text, at most `PART_BYTES`.
+
+        Raises:
+            ZFileError: a part is damaged. Whoever keeps a hash of the text compares it.
+        """
+        segments: list[tuple[int, int, bytes]] = []  # part, tokens, stream
+        for index, (part, length) in enumerate(zip(parts, lengths)):
+            if part.mode == CODED:
+                segments += [(index, count, stream) for count, stream in self._segments(part.payload, length)]
+        written = self._decode_segments(segments, lengths, progress)
+        tokens: dict[int, list[int]] = {}
+        for (index, _, _), own in zip(segments, written):
+            tokens.setdefault(index, []).extend(own)
+        texts = []
+        for index, (part, length) in enumerate(zip(parts, lengths)):
+            if part.mode == CODED:
+                text = detokenize(self.base.tokenizer, tokens.get(index, []))
+            else:
+                text = part.payload if part.mode == RAW else _unpacked(part.payload, length)
+                if progress:
+                    progress(length)
+            if len(text) != length:
+                raise ZFileError(f"part {index}: expected {length} bytes, got {len(text)}: the file is damaged")
+            texts.append(text)
+        return texts
+
+    def _tokens(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """The tokens of every text; none where they do not stand for its very bytes."""
+        valid = []
+        for text in texts:
+            try:
+                valid.append(text.decode())
+            except UnicodeDecodeError:
+                valid.append("")
+        found = [own.tolist() for own in tokenize(self.base.tokenizer, valid)]
+        return [own if detokenize(self.base.tokenizer, own) == text else [] for own, text in zip(found, texts)]
+
+    def _encode_segments(self, segments: list[list[int]]) -> list[bytes]:
+        """A stream for each of at most ``rows`` segments."""
+        counts = torch.tensor([len(s) for s in segments])
+        targets = torch.tensor([t for s in segments for t in s])
+        inputs = torch.tensor([t for s in segments for t in [self._start, *s[:-1]]])
+        positions = torch.cat([torch.arange(n) for n in counts.tolist()])
+        cu = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        slots = torch.arange(len(segments), dtype=torch.int32)
+        hidden = self.engine.forward(inputs, positions, cu, slots, torch.zeros_like(slots))
+        intervals = [
+            token_intervals(self.engine.logits(rows), own)
+            for rows, own in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS))
+        ]
+        start, size, total = (torch.cat(values) for values in zip(*intervals))
+        return range_encode(start, size, total, cu).to_bytes()
+
+    def _segments(self, payload: bytes, length: int) -> list[tuple[int, bytes]]:
+        """Token counts and streams of a coded part of ``length`` bytes."""
+        total, at = read_varint(payload, 0)
+        # A token is at least one byte.
+        if not 1 <= total <= length:
+            raise ZFileError(f"coded part: expected 1 to {length} tokens, got {total}: the file is damaged")
+        counts = [min(self.context, total - i) for i in range(0, total, self.context)]
+        sizes = []
+        for _ in counts[1:]:
+            size, at = read_varint(payload, at)
+            sizes.append(size)
+        sizes.append(len(payload) - at - sum(sizes))
+        if sizes[-1] < 0:
+            raise ZFileError(f"coded part: expected streams of {len(payload) - at} bytes, got more: it is damaged")
+        found = []
+        for count, size in zip(counts, sizes):
+            found.append((count, payload[at : at + size]))
+            at += size
+        return found
+
+    def _decode_segments(self, segments, lengths: Sequence[int], progress: Progress | None) -> list[list[int]]:
+        """The tokens of segments; rows that end make room for those that wait."""
+        data, cu_bytes = Streams.from_bytes([stream for _, _, stream in segments])
+        decoder = range_decoder(data, cu_bytes)
+        counts = torch.tensor([count for _, count, _ in segments], dtype=torch.int64)
+        longest = int(counts.max()) if len(segments) else 0
+        written = torch.zeros(len(segments), longest, dtype=torch.int64)
+        waiting = counts.argsort(descending=True, stable=True)  # those of equal length end together
+        running = slots = torch.empty(0, dtype=torch.int64)
+        done = tokens = torch.empty(0, dtype=torch.int64)
+        free = torch.arange(self.rows)
+        while len(running) or len(waiting):
+            entering = waiting[: len(free)]
+            if len(entering):
+                running, waiting = torch.cat([running, entering]), waiting[len(entering) :]
+                slots, free = torch.cat([slots, free[: len(entering)]]), free[len(entering) :]
+                done = torch.cat([done, torch.zeros_like(entering)])
+                tokens = torch.cat([tokens, torch.full_like(entering, self._start)])
+            cu = torch.arange(len(running) + 1, dtype=torch.int32)
+            hidden = self.engine.forward(tokens, done, cu, slots.int(), done.int())
+            tokens, state = decode_tokens(self.engine.logits(hidden), decoder[running], data)
+            decoder[running] = state
+            written[running, done] = tokens
+            done = done + 1
+            ended = done == counts[running]
+            if bool(ended.any()):
+                if progress:
+                    for index in running[ended].tolist():
+                        part, count, _ = segments[index]
+                        progress(_share(lengths[part], count, index, segments))
+                free = torch.cat([free, slots[ended]])
+                going = ~ended
+                running, slots, done, tokens = running[going], slots[going], done[going], tokens[going]
+        return [row[:count] for row, count in zip(written.tolist(), counts.tolist())]
+
+
+def _share(length: int, count: int, index: int, segments) -> int:
+    """Bytes that a segment stands for in the progress, about; those of a part add up to its length."""
+    part = segments[index][0]
+    first = index
+    while first and segments[first - 1][0] == part:
+        first -= 1
+    before = sum(segments[i][1] for i in range(first, index))
+    after = index + 1
+    rest = 0
+    while after < len(segments) and segments[after][0] == part:
+        rest += segments[after][1]
+        after += 1
+    total = before + count + rest
+    return length * (before + count) // total - length * before // total
+
+
+def _unpacked(payload: bytes, length: int) -> bytes:
+    try:
+        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
+        return reader.decompress(payload, length + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ZFileError(f"compressed part: {error}: the file is damaged") from error
