@@ -32,7 +32,9 @@ REPORT = {
     "spill_loads": r"(\d+) bytes spill loads",
 }
 INSTRUCTIONS = ("wgmma", "mma.sync", "tcgen05.mma")
-ARITHMETIC = re.compile(r"\b(?:fma|mad|mul|add|sub|div|ex2)[\w.]*\.f32\b")
+ENGINE = "engine"
+"""Not an op: the passes of `ztok_fast.engine` on a GPU."""
+ARITHMETIC = re.compile(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rsqrt|rcp|ex2)[\w.]*\.f(?:32|64)\b")
 # a product of 16-bit numbers in Triton's own representation: rows and type of the left operand
 PRODUCT = re.compile(r"tt\.dot .*?: tensor<(\d+)x\d+x(?:bf16|f16)")
 
@@ -118,6 +120,11 @@ def record(capability: int, ops=()) -> list[Launch]:
                     recorder.op = name
                     with _launching(recorder):
                         op.spec.public(**make(op.spec, sizes, dtype))
+        if not ops or ENGINE in ops:
+            from tests.engine.gpu_launches import launch_all
+
+            recorder.op = ENGINE
+            launch_all()
     return list(recorder.launches.values())
 
 
@@ -253,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     """Record, compile and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.ops.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("capability", type=int, help="80, 90 or 100")
-    parser.add_argument("ops", nargs="*", help="only the kernels of these ops")
+    parser.add_argument("ops", nargs="*", help="only the kernels of these ops, or of the engine")
     parser.add_argument("--set", choices=SETS, default="kernels", help="the largest launch of each, or all")
     parser.add_argument("--kernels", nargs="+", help="only kernels with these in their names")
     parser.add_argument("--list", action="store_true", help="print the launches and compile nothing")

@@ -96,7 +96,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as data: what `read` finds in it. The tensors are those of the model, not copies."""
+    """A model as data: what `read` finds in it. The tensors are on the CPU: the model's own, where it is there."""
 
     settings: Settings
     embeddings: Tensor
@@ -132,7 +132,7 @@ def read(model: nn.Module, adapters: str | Sequence[str | None] | None = None) -
     """Settings and tensors of a Hugging Face model, or of a PEFT model around one.
 
     Args:
-        model: a `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM` on the CPU, or a
+        model: a `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM`, or a
             `peft.PeftModel` with LoRA adapters on one.
         adapters: names of adapters to make variants of the weights of; None or "base" among them is the bare model.
             None alone, the default: the bare model only.
@@ -300,11 +300,11 @@ def _plain(module: Any, name: str, kind: type) -> Any:
 def _tensor(value: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     if tuple(value.shape) != shape:
         unsupported(f"{name}, shape", list(shape), list(value.shape))
-    if value.device.type != "cpu":
-        unsupported(f"{name}, device", "the CPU (model.to('cpu'))", value.device)
+    if value.device.type not in ("cpu", "cuda"):
+        unsupported(f"{name}, device", "the CPU or a CUDA device (model.to('cpu'))", value.device)
     if value.dtype not in _DTYPES:
         unsupported(f"{name}, dtype", ", ".join(str(d).removeprefix("torch.") for d in _DTYPES), value.dtype)
-    return value.detach()
+    return value.detach().cpu()
 
 
 def frequencies(width: int, rope: dict[str, Any]) -> tuple[float, ...]:

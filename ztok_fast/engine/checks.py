@@ -29,9 +29,12 @@ def integer(name: str, value: object, least: int) -> int:
     return value
 
 
-def tensor(name: str, value: object, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
-    """A tensor on the CPU of this dtype and shape; None stands for any size."""
-    if isinstance(value, Tensor) and value.dtype == dtype and value.device.type == "cpu" and len(shape) == value.ndim:
+def tensor(
+    name: str, value: object, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
+    """A tensor of this dtype and shape on a device; None stands for any size."""
+    device = torch.device(device)
+    if isinstance(value, Tensor) and value.dtype == dtype and value.device == device and len(shape) == value.ndim:
         if all(size is None or size == there for size, there in zip(shape, value.shape)):
             return
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
@@ -40,7 +43,7 @@ def tensor(name: str, value: object, shape: tuple[int | None, ...], dtype: torch
         if isinstance(value, Tensor)
         else f"{type(value).__name__} {value!r}"
     )
-    raise ValueError(f"engine: {name}: expected a tensor {_name(dtype)} [{sizes}] on cpu, got {got}")
+    raise ValueError(f"engine: {name}: expected a tensor {_name(dtype)} [{sizes}] on {device}, got {got}")
 
 
 def sampling(temperature: Any, top_p: Any, seed: Any, least: str = "above 0") -> None:

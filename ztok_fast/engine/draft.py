@@ -41,7 +41,7 @@ class _Texts:
         longest = int(lengths.max()) if count else 0
         for name, value in (("vectors", vectors), ("biases", biases)):
             if value is not None:
-                checks.tensor(name, value, (count, longest, hidden), torch.float32)
+                checks.tensor(name, value, (count, longest, hidden), torch.float32, engine.device)
         if forced is not None:
             checks.tensor("forced", forced, (count, longest), torch.int64)
         if count and int(lengths.min()) < 0:

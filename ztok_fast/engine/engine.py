@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,47 @@ from ztok_fast.engine.generate import generate
 from ztok_fast.engine.sequences import Sequences, Slots
 from ztok_fast.engine.weights import PackedWeights, pack
 
+if TYPE_CHECKING:
+    from ztok_fast.engine.cuda import CudaPasses
+
 KEYS_OF_A_BLOCK = 16
 Tokens = Sequence[int] | Tensor
 
 
 class Engine:
-    """Runs a model on the CPU, with the same bits for a row whatever else runs. Make one with `Engine.from_model`.
+    """Runs a model, with the same bits for a row whatever else runs. Make one with `Engine.from_model`.
 
     The key-value arenas have a fixed number of slots, one per sequence, and a fixed number of rows per slot. No pass
     allocates more of them; `reserve` makes them larger. Memory is taken as rows are written.
 
-    One engine is for one thread at a time; a pass uses all threads of torch.
+    One engine is for one thread at a time; on the CPU a pass uses all threads of torch. On a CUDA device hidden states,
+    logits, vectors and biases are there, and all other arguments and results on the CPU.
 
     Attributes:
         settings: sizes of the model.
         adapters: names of the variants of the weights; "base" is the model without an adapter.
         precision: "int8" or "float32".
+        device: where the weights and the arenas are.
         slots: the slot manager; `engine.slots.acquire(n)` and `engine.slots.release(slots)` go with `forward`.
     """
 
-    def __init__(self, weights: PackedWeights, settings: Settings, slots: int = 16, capacity: int = 1024) -> None:
-        part = native.status("cpu")
-        if not part.available:
-            raise EngineUnsupported(f"engine: expected the compiled library for the CPU, got none: {part.reason}")
-        checks.processor()
+    def __init__(
+        self,
+        weights: PackedWeights,
+        settings: Settings,
+        slots: int = 16,
+        capacity: int = 1024,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.empty(0, device=device).device  # with its index
+        self._passes: CudaPasses | None = None
+        if self.device.type == "cpu":
+            part = native.status("cpu")
+            if not part.available:
+                raise EngineUnsupported(f"engine: expected the compiled library for the CPU, got none: {part.reason}")
+            checks.processor()
+        else:
+            self._passes = passes_on(self.device, weights, settings)
         self.weights, self.settings = weights, settings
         self.adapters, self.precision = weights.adapters, weights.precision
         self._variants = {name: index for index, name in enumerate(weights.adapters)}
@@ -61,7 +78,8 @@ class Engine:
 
         Args:
             model: `LlamaForCausalLM` (Llama, SmolLM), `MistralForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM`
-                on the CPU, or a `peft.PeftModel` with LoRA adapters on one.
+                on the CPU or on a CUDA device, where the engine then runs, or a `peft.PeftModel` with LoRA adapters on
+                one.
             adapters: names of LoRA adapters. Each becomes a variant of the weights with the adapter folded in; one
                 batch may mix them. None or "base" is the model without an adapter, and the default.
             precision: "int8" (weights and activations in 8 bits) or "float32".
@@ -75,7 +93,7 @@ class Engine:
             ValueError: unknown adapters or precision, sizes below 1, a capacity above the model's sliding window.
         """
         found = read(model, adapters)
-        return cls(pack(found, precision, cache), found.settings, slots, capacity)
+        return cls(pack(found, precision, cache), found.settings, slots, capacity, next(model.parameters()).device)
 
     def reserve(self, slots: int | None = None, capacity: int | None = None) -> None:
         """Make the arenas larger; sequences in them stay. Sizes that they have already change nothing.
@@ -93,9 +111,9 @@ class Engine:
             return
         blocks = -(-capacity // KEYS_OF_A_BLOCK)
         with torch.inference_mode(False):  # passes with and without it may use them
-            dtype = torch.float16 if self.precision == "int8" else torch.float32
-            keys = torch.empty(s.layers, slots, s.kv_heads, blocks, s.head_width, KEYS_OF_A_BLOCK, dtype=dtype)
-            values = torch.empty(s.layers, slots, s.kv_heads, blocks * KEYS_OF_A_BLOCK, s.head_width, dtype=dtype)
+            kind: Any = {"dtype": torch.float16 if self.precision == "int8" else torch.float32, "device": self.device}
+            keys = torch.empty(s.layers, slots, s.kv_heads, blocks, s.head_width, KEYS_OF_A_BLOCK, **kind)
+            values = torch.empty(s.layers, slots, s.kv_heads, blocks * KEYS_OF_A_BLOCK, s.head_width, **kind)
         if self.slots.count:
             old = self.keys.shape[3]
             keys[:, : self.slots.count, :, :old] = self.keys
@@ -167,8 +185,12 @@ class Engine:
             adapters = self.variants(None, count)
         checks.tensor("adapters", adapters, (count,), torch.int32)
         if vectors is not None:
-            checks.tensor("vectors", vectors, (rows, self.settings.hidden), torch.float32)
+            checks.tensor("vectors", vectors, (rows, self.settings.hidden), torch.float32, self.device)
         layers = self.settings.layers if layers is None else checks.integer("layers", layers, 1)
+        if self._passes is not None:
+            return self._passes.forward(
+                self.keys, self.values, tokens, vectors, positions, cu_rows, slots, starts, adapters, layers
+            )
         return torch.ops.ztok.engine_forward(
             self.weights.blob,
             self.weights.layout,
@@ -221,7 +243,7 @@ class Engine:
             checks.tensor("positions", positions, (int(lengths.sum()),), torch.int64)
         tokens = torch.cat(rows) if rows else torch.empty(0).long()
         if vectors is not None:
-            checks.tensor("vectors", vectors, (len(tokens), self.settings.hidden), torch.float32)
+            checks.tensor("vectors", vectors, (len(tokens), self.settings.hidden), torch.float32, self.device)
         cu_rows = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         slots = self.slots.acquire(len(rows))
         try:
@@ -306,11 +328,15 @@ class Engine:
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits, float32 [r, V], of hidden states [r, D]; `bias` [r, D] is added to the hidden states first."""
         self._check_hidden(hidden, bias)
+        if self._passes is not None:
+            return self._passes.logits(hidden, bias)
         return torch.ops.ztok.engine_logits(self.weights.blob, self.weights.layout, hidden, bias)
 
     def argmax(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """The token with the highest logit, int64 [r]; the lowest of several."""
         self._check_hidden(hidden, bias)
+        if self._passes is not None:
+            return self._passes.argmax(hidden, bias)
         return torch.ops.ztok.engine_argmax(self.weights.blob, self.weights.layout, hidden, bias)
 
     def sample(
@@ -336,6 +362,8 @@ class Engine:
         checks.sampling(temperature, top_p, seed)
         for name, value in (("row_ids", row_ids), ("steps", steps)):
             checks.tensor(name, value, (len(hidden),), torch.int64)
+        if self._passes is not None:
+            return self._passes.sample(hidden, bias, float(temperature), float(top_p), seed, row_ids, steps)
         return torch.ops.ztok.engine_sample(
             self.weights.blob,
             self.weights.layout,
@@ -349,6 +377,17 @@ class Engine:
         )
 
     def _check_hidden(self, hidden: Tensor, bias: Tensor | None) -> None:
-        checks.tensor("hidden", hidden, (None, self.settings.hidden), torch.float32)
+        checks.tensor("hidden", hidden, (None, self.settings.hidden), torch.float32, self.device)
         if bias is not None:
-            checks.tensor("bias", bias, tuple(hidden.shape), torch.float32)
+            checks.tensor("bias", bias, tuple(hidden.shape), torch.float32, self.device)
+
+
+def passes_on(device: torch.device, weights: PackedWeights, settings: Settings) -> CudaPasses:
+    """The passes on a CUDA device, which need Triton."""
+    if device.type != "cuda":
+        raise EngineUnsupported(f"engine: device: expected the CPU or a CUDA device, got {device}")
+    try:
+        from ztok_fast.engine.cuda import CudaPasses
+    except ImportError as error:
+        raise EngineUnsupported(f"engine: expected Triton for {device}, got none: {error}") from None
+    return CudaPasses(weights, settings, device)

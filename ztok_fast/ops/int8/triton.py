@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -42,24 +44,49 @@ def row_blocks(
     return order, adapter, first, ends[adapter]
 
 
-def int8_linear(x, panels, scales, out_features, bias, adapters, cu_seqlens) -> Tensor:
-    """See `ztok_fast.ops.int8_linear`."""
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of a product are cut into blocks. It holds for every layer that has as many rows and adapters."""
+
+    tiles: Tiles
+    order: Tensor
+    blocks: tuple[Tensor, Tensor, Tensor]
+
+
+def plan(
+    rows: int, num_adapters: int, adapters: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Plan:
+    """The plan of `multiply`."""
+    tiles = FEW_ROWS if rows <= 16 * num_adapters else PRODUCTS
+    order, *blocks = row_blocks(rows, num_adapters, adapters, cu_seqlens, tiles.BM, device)
+    return Plan(tiles, order, tuple(blocks))
+
+
+def multiply(x: Tensor, panels: Tensor, scales: Tensor, out_features: int, bias: Tensor | None, plan: Plan) -> Tensor:
+    """`ztok_fast.ops.int8_linear` for a plan that is made already."""
     rows, width = x.shape
-    num_adapters, count, quads, _, _ = panels.shape
+    _, count, quads, _, _ = panels.shape
     y = x.new_empty(rows, out_features)
     if y.numel() == 0:
         return y
     q = torch.empty((rows, 4 * quads), dtype=torch.int8, device=x.device)
     row_scales = x.new_empty(rows)
-    tiles = FEW_ROWS if rows <= 16 * num_adapters else PRODUCTS
-    order, *blocks = row_blocks(rows, num_adapters, adapters, cu_seqlens, tiles.BM, x.device)
+    tiles = plan.tiles
     with torch.cuda.device_of(x):
         QUANTIZE[(rows,)](x, q, row_scales, width, 4 * quads)
-        tiles[len(blocks[0]), triton.cdiv(out_features, tiles.BN)](
-            q.view(torch.int32), row_scales, panels.view(torch.int32), scales, bias, order, *blocks, y,
+        tiles[len(plan.blocks[0]), triton.cdiv(out_features, tiles.BN)](
+            q.view(torch.int32), row_scales, panels.view(torch.int32), scales, bias, plan.order, *plan.blocks, y,
             out_features, quads, count,
         )  # fmt: skip
     return y
+
+
+def int8_linear(x, panels, scales, out_features, bias, adapters, cu_seqlens) -> Tensor:
+    """See `ztok_fast.ops.int8_linear`."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, out_features)
+    found = plan(x.shape[0], panels.shape[0], adapters, cu_seqlens, x.device)
+    return multiply(x, panels, scales, out_features, bias, found)
 
 
 def ordered_linear(x, panels, out_features, bias) -> Tensor:
