@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import zip_longest
 
+from bench import engine
 from bench.baselines import halting, lora, nearest, quantize, ragged, zhead
 from bench.codec import runs
 from bench.subject import OpSubject, Subject
@@ -21,6 +22,8 @@ OPS: dict[str, Subject] = {
 """Every op that declares cases, also where there is nothing to compare it with."""
 RUNS: dict[str, Subject] = {run.name: run for run in (runs.COMPRESS, runs.DECOMPRESS)}
 """Runs of the whole codec; measured when they are named."""
+PASSES: dict[str, Subject] = {subject.name: subject for subject in (engine.PREFILL, engine.STEP)}
+"""Passes of the engine; measured when they are named."""
 
 Chosen = list[tuple[Subject, Case]]
 
@@ -51,7 +54,7 @@ def select(ops: list[str] | None, chosen: str, device_type: str, contains: list[
     """
     if chosen not in SETS:
         raise ValueError(f"set: expected one of {', '.join(SETS)}, got {chosen!r}")
-    subjects = {**OPS, **RUNS}
+    subjects = {**OPS, **RUNS, **PASSES}
     for name in ops or ():
         if name not in subjects:
             raise ValueError(f"ops: expected some of {', '.join(subjects)}, got {name!r}")

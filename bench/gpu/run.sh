@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run of at most nine minutes on a CUDA machine without a network:
 #
-#   OUT=results bench/gpu/run.sh           build, the tests of the ops, compute-sanitizer, benchmarks, codec
+#   OUT=results bench/gpu/run.sh           build, tests, compute-sanitizer, benchmarks, engine, codec
 #   OUT=results bench/gpu/run.sh --dry     the same steps on the CPU with tiny shapes and nothing built
 #
 # Needs torch with CUDA, Triton, nvcc, g++, CMake >= 3.24, pytest, hypothesis; ninja, compute-sanitizer, matplotlib and the
 # baselines are used where they are there. Every step has a time budget and none stops the others. A table comes
 # last; the exit status is 0 only when no step failed. In $OUT: summary.txt, log.txt, bench-cuda.json with its plots,
-# bench-codec-cuda.json.
+# bench-engine-cuda.json, bench-codec-cuda.json.
 #
-# --steps a,b   only these steps (build tests memcheck bench codec racecheck)
+# --steps a,b   only these steps (build tests memcheck bits bench engine codec racecheck)
 # --seconds N   time of the whole run (default 540)
 # PYTHON=... picks the interpreter. In a tree without .git, BENCH_COMMIT=... is recorded as its commit.
 set -uo pipefail
@@ -90,6 +90,14 @@ tests() {
     "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${workers[@]}" tests/ops tests/native -k "cuda or gpu"
 }
 
+bits() { # the kernels of the engine's passes: the oracle's bits, and the CPU's
+    local files=(tests/engine/test_gpu_pieces.py tests/engine/test_gpu_passes.py)
+    [ $dry = 0 ] || { "$python" -m pytest -q -p no:cacheprovider -x "${files[@]}" -k "angles or gated or refused"; return; }
+    "$python" -c 'import peft, transformers, mpmath' 2> /dev/null || {
+        echo "transformers, peft and mpmath are not all installed"; return 77; }
+    "$python" -m pytest -q -p no:cacheprovider "${files[@]}"
+}
+
 sanitize() {
     local tool=$1
     [ $dry = 0 ] || { "$python" -m bench --check --set tiny; return; }
@@ -105,7 +113,14 @@ bench() {
     [ $dry = 0 ] || { "$python" -m bench --set tiny --seconds 0.01 --json "$OUT/bench-cpu.json" --ops ragged_pack z_select; return; }
     local plots=()
     "$python" -c 'import matplotlib' 2> /dev/null && plots=(--plots "$OUT")
-    "$python" -m bench --device cuda --seconds 0.3 --limit 140 --json "$OUT/bench-cuda.json" "${plots[@]}"
+    "$python" -m bench --device cuda --seconds 0.3 --limit 110 --json "$OUT/bench-cuda.json" "${plots[@]}"
+}
+
+engine() { # bits at full size are checked against the CPU's engine before anything is timed
+    [ $dry = 0 ] || { "$python" -m bench --set tiny --seconds 0.01 --json "$OUT/bench-engine-cpu.json" --ops engine_prefill engine_step; return; }
+    "$python" -c 'import transformers' 2> /dev/null || { echo "transformers is not installed"; return 77; }
+    "$python" -m bench --device cuda --ops engine_prefill engine_step --seconds 0.3 --limit 70 \
+        --json "$OUT/bench-engine-cuda.json"
 }
 
 codec() {
@@ -115,14 +130,16 @@ codec() {
         --seconds 1 --limit 40 --json "$OUT/bench-codec-cuda.json"
 }
 
-export -f build tests sanitize bench codec
+export -f build tests bits sanitize bench engine codec
 export python dry OUT
 
 run=(bash -c '"$@"' run)
 step build     120 "${run[@]}" build
-step tests     110 "${run[@]}" tests
-step memcheck   60 "${run[@]}" sanitize memcheck
-step bench     170 "${run[@]}" bench
+step tests     100 "${run[@]}" tests
+step memcheck   50 "${run[@]}" sanitize memcheck
+step bits       50 "${run[@]}" bits
+step bench     140 "${run[@]}" bench
+step engine     80 "${run[@]}" engine
 step codec      70 "${run[@]}" codec
 step racecheck  50 "${run[@]}" sanitize racecheck
 

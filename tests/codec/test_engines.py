@@ -7,6 +7,7 @@ import torch
 
 from tests.codec.tiny_codec import packed_documents, tiny_base, tiny_codec, tiny_config
 from ztok_fast.codec.codec import ZTokCodec
+from ztok_fast.codec.engines import Engines
 from ztok_fast.codec.errors import CodecError, EngineFallbackWarning
 from ztok_fast.codec.passes import compress_documents, decode_segments, teacher_forced
 from ztok_fast.codec.zbatch import ZBatch
@@ -116,3 +117,11 @@ def test_unknown_engine_is_refused():
     base = tiny_base()
     with pytest.raises(CodecError, match="engine: expected one of auto, int8, float32, float, got 'fast'"):
         ZTokCodec(base, tiny_config(base), engine="fast")
+
+
+def test_on_a_gpu_a_codec_keeps_its_float_path():
+    """The engine's passes there have not been run on one yet; another device stands for it."""
+    elsewhere = type("Model", (), {"codebooks": torch.empty(0, device="meta"), "engine": None})()
+    assert Engines(elsewhere, "auto").use() == "float"
+    with pytest.raises(CodecError, match="device of a codec: expected cpu, got meta"):
+        Engines(elsewhere, "int8").use()

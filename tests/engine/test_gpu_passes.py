@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.engine.models import random_model
-from ztok_fast.engine import Engine
+from ztok_fast.engine import Engine, EngineUnsupported
 
 pytest.importorskip("triton")
 
@@ -137,3 +137,9 @@ def test_logits_that_are_not_finite_give_no_token():
     logits[1, 3] = torch.nan
     with pytest.raises(ValueError, match="engine: row 1: expected finite logits, got nan"):
         draw(logits, 1.0, 1.0, 0, torch.zeros(2).long(), torch.zeros(2).long())
+
+
+def test_a_device_that_the_engine_does_not_run_on_is_refused():
+    first, _ = engines("llama", "int8", (), {})
+    with pytest.raises(EngineUnsupported, match="device: expected the CPU or a CUDA device, got meta"):
+        Engine(first.weights, first.settings, device="meta")

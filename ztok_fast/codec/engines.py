@@ -64,13 +64,13 @@ class Engines:
         return wanted
 
     def _get(self, precision: str) -> EngineRuntime:
+        device = self._model.codebooks.device
+        if device.type != "cpu":  # passes on a GPU have not been run on one yet (docs/engine.md)
+            raise EngineUnsupported(f"engine: device of a codec: expected cpu, got {device}")
         # Training and loading change parameters in place, which counts their versions up.
         version = sum(parameter._version for _, parameter in self._model.adapted.adapter_parameters())
         if precision in self._made and self._made[precision][0] == version:
             return self._made[precision][1]
-        device = self._model.codebooks.device
-        if device.type != "cpu":  # passes on a GPU have not been run on one yet (docs/engine.md)
-            raise EngineUnsupported(f"engine: device of a codec: expected cpu, got {device}")
         adapted = self._model.adapted
         large = adapted.model.num_parameters() >= STORED_PARAMETERS
         engine = Engine.from_model(adapted.peft, ENGINE_ADAPTERS, precision, slots=1, capacity=16, cache=large)

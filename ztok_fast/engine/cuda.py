@@ -142,20 +142,21 @@ class _Step:
         if device.type != "cuda":
             return
         self.table[TOKEN] = -1  # padding, all of it: a trial run caches nothing
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            run(self.table, self.vectors)  # compiles what has to be compiled
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._hidden = run(self.table, self.vectors)
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run(self.table, self.vectors)  # compiles what has to be compiled
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._hidden = run(self.table, self.vectors)
 
     def __call__(self, table: Tensor, vectors: Tensor | None) -> Tensor:
         count = table.shape[1]
         self.table.copy_(torch.nn.functional.pad(table, (0, self.table.shape[1] - count)))
         self.table[TOKEN, count:] = -1
-        if self.vectors is not None:
+        if self.vectors is not None and vectors is not None:
             self.vectors[:count].copy_(vectors)
         if self._graph is None:
             return self._run(self.table, self.vectors)[:count]

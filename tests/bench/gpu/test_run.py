@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(
     shutil.which("bash") is None or shutil.which("timeout") is None, reason="the script is for bash and GNU timeout"
 )
-STEPS = ["build", "tests", "memcheck", "bench", "codec", "racecheck"]
+STEPS = ["build", "tests", "memcheck", "bits", "bench", "engine", "codec", "racecheck"]
 
 # An interpreter that does nothing, but fails in the tests and hangs in the runs of the codec.
 STUB = """#!/usr/bin/env bash
@@ -103,5 +103,7 @@ def test_the_whole_dry_run(tmp_path):
     assert list(found) == STEPS
     assert all(result == "ok" or result.startswith("skipped") for result in found.values())
     assert {case["op"] for case in results.load(tmp_path / "bench-cpu.json")["cases"]} == {"ragged_pack", "z_select"}
+    passes = results.load(tmp_path / "bench-engine-cpu.json")["cases"]
+    assert {case["op"] for case in passes} == {"engine_prefill", "engine_step"}
     runs = {case["op"] for case in results.load(tmp_path / "bench-codec-cpu.json")["cases"]}
     assert runs == {"compress", "decompress"}

@@ -58,8 +58,8 @@ def plan(
 ) -> Plan:
     """The plan of `multiply`."""
     tiles = FEW_ROWS if rows <= 16 * num_adapters else PRODUCTS
-    order, *blocks = row_blocks(rows, num_adapters, adapters, cu_seqlens, tiles.BM, device)
-    return Plan(tiles, order, tuple(blocks))
+    order, adapter, first, end = row_blocks(rows, num_adapters, adapters, cu_seqlens, tiles.BM, device)
+    return Plan(tiles, order, (adapter, first, end))
 
 
 def multiply(x: Tensor, panels: Tensor, scales: Tensor, out_features: int, bias: Tensor | None, plan: Plan) -> Tensor:
