@@ -1,9 +1,9 @@
 // lora_linear on the CPU, forward and backward: y = x Wᵀ + bias + s (x Aᵀ) Bᵀ, every row under its own adapter.
 //
-// Every product here goes through the two kernels of lora_kernel.cpp, and the low-rank one never has a pass over y of
-// its own: x Aᵀ, which is thin, is made first, and its product with B extends the sum over the input features of the
-// base product while that is in registers. Rows are grouped by adapter into strips, so a strip needs one B and sees
-// no other.
+// Products go through the two kernels of lora_kernel.cpp, except x Wᵀ where the processor multiplies bfloat16 natively
+// (lora_dense.cpp). With the kernels' own x Wᵀ the low-rank product has no pass over y of its own: x Aᵀ, which is thin,
+// is made first, and its product with B extends the sum over the input features of the base product while that is in
+// registers. Rows are grouped by adapter into strips, so a strip needs one B and sees no other.
 #include <algorithm>
 
 #include <torch/csrc/stable/library.h>
@@ -93,10 +93,13 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   }
   const LoraGroups groups = lora_groups(lora.adapters, lora.num_adapters);
   const Tensor low = new_floats(x, {lora.rows, lora.rank});
+  const bool dense = lora_dense_is_torchs(lora.element, lora.rows, lora.in, lora.out);
+  if (dense) lora_dense_linear(lora.x, lora.weight.tensor, bias, y);
   LoraProduct product{};
   product.depth = lora.in;
   with_float_rows(lora.x, lora.element, groups, product, [&](LoraProduct p, const LoraStrip* strips, int64_t count) {
     lora_shrink(lora, p, lora.matrix_A(), true, lora.rank * lora.in, mutable_floats(low), strips, count);
+    if (dense) return;
     p.b = lora.weight.matrix(lora.element);
     p.b_by_columns = !lora.weight.transposed;
     p.expand = lora.matrix_B();
@@ -110,6 +113,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     p.y_stride = lora.out;
     lora_multiply(p, strips, count, lora.out);
   });
+  if (dense) lora_add_low(lora, groups, floats(low), lora.matrix_B(), true, lora.out * lora.rank, y);
   return y;
 }
 

@@ -115,6 +115,16 @@ void with_float_rows(const Tensor& a, Element element, const LoraGroups& groups,
 void lora_shrink(const LoraLayer& lora, LoraProduct product, const LoraOperand& b, bool by_columns,
                  int64_t b_adapter_stride, float* low, const LoraStrip* strips, int64_t num_strips);
 
+// y [rows, columns of b] += low b, b by adapter, for a base product that torch made.
+void lora_add_low(const LoraLayer& layer, const LoraGroups& groups, const float* low, const LoraOperand& b,
+                  bool by_columns, int64_t b_adapter_stride, Tensor& y);
+
+// Whether torch makes the product a b of `rows` x depth x columns faster (lora_dense.cpp).
+bool lora_dense_is_torchs(Element element, int64_t rows, int64_t depth, int64_t columns);
+
+// y = x weightᵀ + bias by torch, rounded to the dtype of y.
+void lora_dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Tensor& y);
+
 // Of x, weight, bias, A and B; an empty tensor [0] for each that `needs`, in this order, does not ask for.
 using LoraGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "lora.h"
+#include "torch_products.h"
 
 namespace ztok {
 namespace {
@@ -95,10 +96,12 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
   LoraProduct product{};
   if (need_x || need_A) {
     const Tensor low = new_floats(x, {lora.rows, lora.rank});  // s grad B
+    const bool dense = need_x && lora_dense_is_torchs(lora.element, lora.rows, lora.out, lora.in);
+    if (dense) multiply_into(dy, lora.weight.tensor, dx);
     product.depth = lora.out;
     with_float_rows(dy, lora.element, groups, product, [&](LoraProduct p, const LoraStrip* strips, int64_t count) {
       lora_shrink(lora, p, lora.matrix_B(), false, lora.out * lora.rank, mutable_floats(low), strips, count);
-      if (!need_x) return;
+      if (!need_x || dense) return;
       p.b = lora.weight.matrix(lora.element);
       p.b_by_columns = lora.weight.transposed;
       p.expand = lora.matrix_A();
@@ -111,6 +114,7 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
       p.y_stride = lora.in;
       lora_multiply(p, strips, count, lora.in);
     });
+    if (dense) lora_add_low(lora, groups, floats(low), lora.matrix_A(), false, lora.rank * lora.in, dx);
     if (need_A) adapter_gradients(lora, groups, low, lora.x, lora.element, dA, false);
   }
   if (need_B) {
@@ -121,7 +125,9 @@ LoraGradients lora_linear_backward(const Tensor& grad, const Tensor& x, const Te
     });
     adapter_gradients(lora, groups, low, dy, lora.element, dB, true);
   }
-  if (need_weight) {
+  if (need_weight && lora_dense_is_torchs(lora.element, lora.out, lora.rows, lora.in)) {
+    multiply_into(torch::stable::transpose(dy, 0, 1), lora.x, dweight);
+  } else if (need_weight) {
     const std::vector<int32_t> order = counting(lora.rows);
     const Tensor wide = new_floats(x, {lora.rows, lora.out}), wide_t = new_floats(x, {lora.out, lora.rows});
     lora_widen_rows(static_cast<const char*>(dy.const_data_ptr()), lora.element, lora.out, order.data(), lora.rows,

@@ -94,8 +94,14 @@ void tile(const LoraProduct& p, const int32_t* a_rows, const int32_t* rows, cons
     const Vec b0 = p.bias ? load_some(bias, n) : zeros(), b1 = p.bias ? load_some(bias + kWidth, n - kWidth) : zeros();
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      store_some(y + rows[i] * p.y_stride, sum[i][0] * scale + b0, n);
-      store_some(y + rows[i] * p.y_stride + kWidth, sum[i][1] * scale + b1, n - kWidth);
+      T* row = y + rows[i] * p.y_stride;
+      Vec y0 = sum[i][0] * scale + b0, y1 = sum[i][1] * scale + b1;
+      if (p.add) {
+        y0 += load_some(row, n);
+        y1 += load_some(row + kWidth, n - kWidth);
+      }
+      store_some(row, y0, n);
+      store_some(row + kWidth, y1, n - kWidth);
     }
   });
 }

@@ -54,6 +54,7 @@ struct LoraProduct {
   void* y;
   Element y_element;
   int64_t y_stride;
+  bool add;  // to what y holds, for a base product that was made elsewhere
 };
 
 // Columns [begin, end) of y for some strips. Strips of adapter -1 are left out where b differs by adapter.

@@ -164,4 +164,20 @@ void lora_shrink(const LoraLayer& layer, LoraProduct product, const LoraOperand&
   lora_multiply(product, strips, num_strips, layer.rank);
 }
 
+void lora_add_low(const LoraLayer& layer, const LoraGroups& groups, const float* low, const LoraOperand& b,
+                  bool by_columns, int64_t b_adapter_stride, Tensor& y) {
+  LoraProduct product{};
+  product.a = low;
+  product.a_stride = product.depth = layer.rank;
+  product.a_rows = product.rows = groups.rows.data();
+  product.b = b;
+  product.b_by_columns = by_columns;
+  product.b_adapter_stride = b_adapter_stride;
+  product.y = y.mutable_data_ptr();
+  product.y_element = layer.element;
+  product.y_stride = y.size(1);
+  product.add = true;
+  lora_multiply(product, groups.strips.data(), static_cast<int64_t>(groups.strips.size()), y.size(1));
+}
+
 }  // namespace ztok

@@ -12,6 +12,7 @@
 #include "code_gradients.h"
 #include "quantize.h"
 #include "tensors.h"
+#include "torch_products.h"
 #include "units.h"
 
 namespace ztok {
@@ -138,7 +139,7 @@ Outputs quantize_ragged(const Tensor& hidden, const Tensor& weights, const Tenso
     Tensor means = new_tensor(hidden, {count, hidden_width}, ScalarType::Float);
     gather(in.rows, shares, unit_rows.data() + first, count, static_cast<float*>(end_rows.mutable_data_ptr()),
            static_cast<float*>(means.mutable_data_ptr()));
-    normalise(torch::stable::matmul(end_rows, from_end), torch::stable::matmul(means, from_mean), count,
+    normalise(multiplied(end_rows, from_end), multiplied(means, from_mean), count,
               static_cast<float*>(latents.mutable_data_ptr()) + first * width,
               static_cast<float*>(scale.mutable_data_ptr()) + first);
   }
@@ -214,14 +215,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_ragged_backward(
          static_cast<float*>(end_rows.mutable_data_ptr()), static_cast<float*>(means.mutable_data_ptr()));
   fill_rows(end_rows, units, 0.0f);
   fill_rows(means, units, 0.0f);
-  const Tensor grad_means = as_contiguous(torch::stable::matmul(grad, projections.mean));
-  const Tensor grad_ends = as_contiguous(torch::stable::matmul(grad, projections.end));
+  const Tensor grad_means = multiplied(grad, projections.mean);
+  const Tensor grad_ends = multiplied(grad, projections.end);
   const IntegrationGradient of_rows =
       integration_gradient(op, in, means, grad_means, static_cast<const float*>(grad_ends.const_data_ptr()));
   const Tensor transposed = torch::stable::transpose(grad, 0, 1);
-  return {of_rows.rows, of_rows.weights,
-          as_dtype(torch::stable::matmul(transposed, end_rows), end_weight.scalar_type()),
-          as_dtype(torch::stable::matmul(transposed, means), mean_weight.scalar_type()), grad_codebooks};
+  return {of_rows.rows, of_rows.weights, as_dtype(multiplied(transposed, end_rows), end_weight.scalar_type()),
+          as_dtype(multiplied(transposed, means), mean_weight.scalar_type()), grad_codebooks};
 }
 
 }  // namespace

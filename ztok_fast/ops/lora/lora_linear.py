@@ -309,6 +309,9 @@ def _cases() -> tuple[Case, ...]:
     add(1, *small, 16, "default", dtype=half)
     add(1, *large, 16, "default", dtype=half)
     add(512, *small, 16, "default", dtype=half)
+    for M in (64, 2048):
+        add(M, *small, 16, "full", dtype=half)
+    add(512, *small, 16, "full", dtype=half, direction=BACKWARD)
     for n in (1, 3):
         add(512, *small, 16, "default", n=n, direction=BACKWARD)
     add(512, *middle, 16, "default", direction=BACKWARD)
