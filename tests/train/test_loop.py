@@ -12,6 +12,7 @@ import torch
 
 from tests.codec.tiny_codec import tiny_base
 from tests.train.tiny_run import tiny_settings, write_corpus
+from ztok_fast import ops, peft_lora
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.train.loop import CHECKPOINT, METRICS, Trainer
 from ztok_fast.train.settings import SettingsError
@@ -183,6 +184,7 @@ def test_accumulated_batches_equal_one_larger_batch(tmp_path):
             level_dropout=0,
             surprisal_steps=0,
             gradient_clip=1e9,
+            precision="float32",
             codec=tiny_settings(tmp_path).codec | {"budgets": [4.0]},
         )
         trainer = Trainer(settings, tiny_base())
@@ -201,6 +203,31 @@ def test_accumulated_batches_equal_one_larger_batch(tmp_path):
     assert len(moments) == len(accumulated) > 10
     for a, b in zip(moments, accumulated):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_precision_changes_the_products_and_not_the_weights(tmp_path, monkeypatch):
+    """One process trains in both: the losses agree within bfloat16's rounding, weights and moments stay float32."""
+    losses, dtypes = {}, {}
+    for precision in ("float32", "bfloat16"):
+        settings = tiny_settings(tmp_path, out=str(tmp_path / precision), precision=precision)
+        trainer = Trainer(settings, tiny_base())
+        seen = dtypes[precision] = set()
+        linear = ops.lora_linear
+
+        def spy(x, weight, *args, seen=seen, linear=linear):
+            y = linear(x, weight, *args)
+            seen.add(y.dtype)
+            return y
+
+        with monkeypatch.context() as patch:
+            patch.setattr(peft_lora, "lora_linear", spy)
+            losses[precision] = [trainer.train_step()["reconstruction"] for _ in range(4)]
+        state = [*trainer.model.codec_state().values()]
+        state += [t for s in trainer.optimizer.state.values() for t in s.values()]
+        assert {t.dtype for t in state if t.is_floating_point()} == {torch.float32}
+    assert dtypes == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 TWO_PROCESSES = """

@@ -24,6 +24,7 @@ def defaults(**changed):
         ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1"),
         ({"noise": 1.5}, r"noise: expected a share in \[0, 1\], got 1.5"),
         ({"sampling_start": 1.0}, "sampling_start: expected less than 1, so that some steps draw"),
+        ({"precision": "half"}, "precision: expected one of auto, bfloat16, float32, got .half."),
         ({"max_minutes": -1}, "max_minutes: expected at least 0"),
         ({"train_files": []}, "train_files: expected at least one file"),
         ({"train_files": "t.jsonl"}, "train_files: expected list"),

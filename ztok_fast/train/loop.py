@@ -25,6 +25,7 @@ from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_b
 from ztok_fast.train.evaluate import dev_documents, evaluate
 from ztok_fast.train.metrics import append_row, drop_rows_after
 from ztok_fast.train.objective import Objective
+from ztok_fast.train.precision import autocast_dtype
 from ztok_fast.train.settings import SettingsError, TrainSettings
 
 CHECKPOINT = "checkpoint.pt"
@@ -50,9 +51,12 @@ class Trainer:
         # Without `cpu` several processes on the CPU would not know of each other, and all write to one folder.
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision="bf16" if torch.cuda.is_available() else "no",
+            # Accelerate would keep the first trainer's precision for the whole process.
+            mixed_precision="no",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        self.dtype = autocast_dtype(settings.precision, self.accelerator.device.type)
+        """Of the matrix products; None: that of the weights."""
         self.out = Path(settings.out)
         if self.accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -162,8 +166,9 @@ class Trainer:
             part_phase = dataclasses.replace(phase, seed=phase.seed * settings.accumulation + part)
             # Gradients of several processes are averaged once, with the last batch of the step.
             last = part == settings.accumulation - 1
-            with self.accelerator.autocast(), _sync_when(last, self.accelerator, self.objective):
-                terms, encoded = self.objective(batch, ratio, part_phase)
+            with _sync_when(last, self.accelerator, self.objective):
+                with self._autocast():
+                    terms, encoded = self.objective(batch, ratio, part_phase)
                 self.accelerator.backward(terms["total"] / settings.accumulation)
             # Usage is counted over all processes, so that they agree on which codes are dead.
             usage = reduce(encoded.quantized.usage, "sum") if phase.blend > 0 else None
@@ -193,6 +198,10 @@ class Trainer:
             tokens_per_second=tokens / (time.monotonic() - began),
         )
         return row
+
+    def _autocast(self) -> torch.autocast:
+        device = self.accelerator.device.type
+        return torch.autocast(device, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def evaluate(self) -> dict:
         """Teacher-forced and free-running accuracy on the dev documents at every budget; empty without dev files."""

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ztok_fast.train.metrics import append_row, drop_rows_after
-from ztok_fast.train.settings import SettingsError, check_types, load_yaml
+from ztok_fast.train.precision import autocast_dtype
+from ztok_fast.train.settings import PRECISIONS, SettingsError, check_types, load_yaml
 from ztok_fast.train.text_data import iter_texts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,8 +35,6 @@ MODEL_SETTINGS = (
     "context",
 )
 """Settings that a checkpoint's model and the order of its blocks depend on."""
-
-PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 @dataclass
@@ -223,14 +222,6 @@ def schedule(step: int, config: PretrainConfig) -> float:
     rising = (step + 1) / max(1, config.warmup_steps)
     falling = (config.steps - step) / max(1, config.decay_steps)
     return min(1.0, rising, falling)
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The dtype of matrix products for a ``precision`` setting; None for that of the weights."""
-    if precision == "auto":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else None
-    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def next_token_loss(model: LlamaForCausalLM, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -11,6 +11,9 @@ import yaml
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.objective import LossWeights, Phase
 
+PRECISIONS = ("auto", "bfloat16", "float32")
+"""Of the matrix products in training, see `ztok_fast.train.precision`."""
+
 
 class SettingsError(ValueError):
     """A training setting is missing, unknown, of the wrong type or out of range."""
@@ -32,6 +35,8 @@ class TrainSettings:
             it needs a second forward pass, so it is drawn on one step in ``sampling_every``.
         surprisal_steps: steps that use the surprisal's own mass while the halting head learns it.
         density_every: compute the density term on one step in so many; its target costs a pass of the base model.
+        precision: of the matrix products: "bfloat16" (autocast; weights and optimiser state stay float32), "float32",
+            or "auto", which takes bfloat16 on CUDA and where the CPU multiplies it natively.
         max_minutes: stop with a checkpoint after this wall-clock time; 0 = no limit.
     """
 
@@ -70,6 +75,7 @@ class TrainSettings:
     eval_tokens: int = 256
     checkpoint_every: int = 100
     max_minutes: float = 0.0
+    precision: str = "auto"
     compile: bool = False
     threads: int = 0
     seed: int = 0
@@ -87,6 +93,10 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"training setting {name}: expected at least 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise SettingsError(
+                f"training setting precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         for name in ("noise", "noise_end", "sampling", "sampling_start", "level_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"training setting {name}: expected a share in [0, 1], got {getattr(self, name)}")
