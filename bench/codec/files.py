@@ -11,6 +11,7 @@ import torch
 from bench.codec.runs import TINY
 from bench.machine import ROOT
 from bench.tiny import write_texts, write_tiny_codec
+from ztok_fast.codec import huggingface
 from ztok_fast.codec.base_model import BaseModel, BaseModelError, load_base
 from ztok_fast.codec.codec import MODELS, ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
@@ -79,3 +80,9 @@ def base(name: str) -> BaseModel:
 def codec(name: str, device: str) -> ZTokCodec:
     """The codec as a user loads it."""
     return ZTokCodec.from_pretrained(folder(name)).to(device)
+
+
+@functools.cache
+def parts(name: str, adapter: str, merged: bool, device: str) -> huggingface.Parts:
+    """The codec for the baselines: one of its adapters on a base of its own."""
+    return huggingface.load(folder(name), base(name), adapter, merged, device)

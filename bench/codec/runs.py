@@ -154,9 +154,10 @@ class Decompress(CodecRun):
 
 def _compress(merged: bool, tight: bool):
     def prepare(case, inputs):
-        from bench.codec import huggingface
+        from bench.codec import files
+        from ztok_fast.codec import huggingface
 
-        parts = huggingface.load(case["codec"], "compressor", merged, inputs["device"])
+        parts = files.parts(case["codec"], "compressor", merged, inputs["device"])
         return torch.inference_mode()(lambda: huggingface.compress(parts, inputs["texts"], RATIO, tight))
 
     return prepare
@@ -164,9 +165,10 @@ def _compress(merged: bool, tight: bool):
 
 def _decompress(merged: bool, batched: bool):
     def prepare(case, inputs):
-        from bench.codec import huggingface
+        from bench.codec import files
+        from ztok_fast.codec import huggingface
 
-        parts = huggingface.load(case["codec"], "decompressor", merged, inputs["device"])
+        parts = files.parts(case["codec"], "decompressor", merged, inputs["device"])
         return torch.inference_mode()(lambda: huggingface.decompress(parts, inputs["segments"], batched))
 
     return prepare

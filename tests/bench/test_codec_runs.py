@@ -10,8 +10,9 @@ import torch
 
 from bench import __main__ as command
 from bench import results, runner
-from bench.codec import files, huggingface, oracle, runs
+from bench.codec import files, oracle, runs
 from bench.registry import OPS, RUNS, select
+from ztok_fast.codec import huggingface
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.ops.spec import Mismatch
 
@@ -132,4 +133,4 @@ def test_settings_that_the_baseline_does_not_have_are_refused(monkeypatch):
     other = dataclasses.replace(huggingface.ZTokConfig.load(files.folder(files.TINY)), emission="stop")
     monkeypatch.setattr(huggingface.ZTokConfig, "load", classmethod(lambda cls, folder: other))
     with pytest.raises(ValueError, match="emission must be 'fire', got 'stop'"):
-        huggingface.load.__wrapped__(files.TINY, "compressor", False, "cpu")
+        files.parts.__wrapped__(files.TINY, "compressor", False, "cpu")

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
-from bench.codec import files
+from ztok_fast.codec.base_model import BaseModel
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import SEGMENT_SPREAD, mass_floor
+from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.model import COPY_LOGIT
 from ztok_fast.codec.weights import load_weights
 from ztok_fast.ops.quantize.reference import RMS_EPS
@@ -34,24 +38,28 @@ class Parts:
     """A base under one adapter, and the codec's own weights by name."""
 
     config: ZTokConfig
-    model: nn.Module
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     weights: dict[str, Tensor]
 
 
-@functools.cache
-def load(name: str, adapter: str, merged: bool, device: str) -> Parts:
-    """Load a codec's base with one of its adapters as PEFT layers, or merged into the base's weights.
+def load(folder: Path, base: BaseModel, adapter: str, merged: bool, device: str) -> Parts:
+    """One of a codec's adapters on its base, as PEFT layers, or merged into the base's weights.
+
+    Args:
+        folder: of the codec; base: loaded for this call alone, which changes it.
 
     Raises:
-        ValueError: a codec with settings that are not written here.
+        CodecError: a codec with settings, or a base of a kind, that are not written here.
     """
-    config = ZTokConfig.load(files.folder(name))
+    config = ZTokConfig.load(folder)
     settings = {"emission": "fire", "context_segments": 0, "z_position": "start", "unit_conditioning": True}
     for setting, wanted in settings.items():
         if getattr(config, setting) != wanted:
-            raise ValueError(f"codec {name}: {setting} must be {wanted!r}, got {getattr(config, setting)!r}")
-    base, weights = files.base(name), load_weights(files.folder(name))
+            raise CodecError(f"codec {folder.name}: {setting} must be {wanted!r}, got {getattr(config, setting)!r}")
+    if not hasattr(base.model, "model") or not hasattr(base.model.model, "layers"):
+        raise CodecError(f"base model {base.name}: expected one built as Llama is, got {type(base.model).__name__}")
+    weights = load_weights(folder)
     decoder = base.model.model
     if adapter == "compressor" and config.compressor_layers:
         decoder.layers = decoder.layers[: config.compressor_layers]
@@ -80,10 +88,18 @@ def unit_ends(mass: Tensor, last: Tensor) -> Tensor:
     return ((prefix >> 20) > ((prefix - quanta) >> 20)) | last
 
 
-def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[tuple[Tensor, Tensor]]:
+def compress(parts: Parts, texts: Sequence[str], ratio: float, tight: bool) -> list[tuple[Tensor, Tensor]]:
+    """As `compress_tokens`, of texts."""
+    return compress_tokens(parts, parts.tokenizer(list(texts), add_special_tokens=False)["input_ids"], ratio, tight)
+
+
+def compress_tokens(
+    parts: Parts, documents: Sequence[Sequence[int]], ratio: float, tight: bool
+) -> list[tuple[Tensor, Tensor]]:
     """Compress documents in one padded batch.
 
     Args:
+        documents: the tokens of each, at most one section.
         tight: pad segments and not documents: a document contributes as many rows of one segment as it has. Else every
             document is padded to the longest.
 
@@ -91,13 +107,12 @@ def compress(parts: Parts, texts: list[str], ratio: float, tight: bool) -> list[
         unit lengths `[K]` and codes `[K, L]` of every document, on the CPU.
     """
     config, weights, device = parts.config, parts.weights, parts.model.device
-    documents = parts.tokenizer(texts, add_special_tokens=False)["input_ids"]
     S, B = config.segment_length, len(documents)
     most = max(-(-len(d) // S) for d in documents)
     ids = torch.zeros(B, most * S, dtype=torch.int64)
     lengths = torch.tensor([len(d) for d in documents])
     for row, document in enumerate(documents):
-        ids[row, : len(document)] = torch.tensor(document)
+        ids[row, : len(document)] = torch.tensor(document, dtype=torch.int64)
     valid = torch.arange(most * S) < lengths[:, None]
     ids, valid = ids.to(device).view(-1, S), valid.to(device).view(-1, S)
     document_of_row = torch.arange(B, device=device).repeat_interleave(most)
@@ -223,8 +238,8 @@ def write_segments(parts: Parts, segments: list[tuple[Tensor, Tensor]]) -> list[
     prefix = torch.cat([_padded(embeddings, z_bounds, left=True), start], 1)
     first = torch.cat([start_of_unit[a:b] - start_of_unit[a] for a, b in z_bounds])
     positions = nn.functional.pad(_padded(first, z_bounds, left=True), (0, 1))  # the start row is at 0
-    counts = torch.tensor(counts, device=device)
-    mask = torch.arange(prefix.shape[1], device=device) >= (prefix.shape[1] - 1 - counts)[:, None]
+    padding = prefix.shape[1] - 1 - torch.tensor(counts, device=device)
+    mask = torch.arange(prefix.shape[1], device=device) >= padding[:, None]
     settings = GenerationConfig(max_new_tokens=max(tokens), do_sample=False, pad_token_id=0, eos_token_id=None)
     with _Conditioning(parts, positions, conditioning, logit_bias):
         written = model.generate(inputs_embeds=prefix, attention_mask=mask.long(), generation_config=settings)
@@ -256,3 +271,57 @@ def decompress(
         at += len(own)
     decode = functools.partial(parts.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return tokens, [decode(own) for own in tokens]
+
+
+def continue_ztokens(parts: Parts, documents: Sequence[tuple[Tensor, Tensor]], new: int) -> list[Tensor]:
+    """The likeliest next Z-tokens of documents, side by side with padding on the left; end-of-Z is never drawn.
+
+    Args:
+        parts: with the adapter "inferencer"; documents: unit lengths `[K]` and codes `[K, L]` of each; new: Z-tokens
+            to write.
+
+    Returns:
+        the codes `[new, L]` of each document.
+    """
+    weights, books = parts.weights, parts.weights["codebooks"]
+    linear = nn.functional.linear
+
+    def embed(codes: Tensor, lengths: Tensor) -> Tensor:
+        vectors = torch.stack([book[code] for book, code in zip(books, codes.T)]).sum(0)
+        rows = linear(vectors, weights["z_projection.weight"], weights["z_projection.bias"])
+        return rows + weights["length_embedding.weight"][lengths]
+
+    device = parts.model.device
+    rows = [
+        torch.cat([weights["zspace.marks"][:1], embed(codes.long().to(device), lengths.long().to(device))])
+        for lengths, codes in documents
+    ]
+    counts = torch.tensor([len(own) for own in rows], device=device)
+    inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    column = torch.arange(inputs.shape[1], device=device)
+    mask = (column >= (inputs.shape[1] - counts)[:, None]).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    written: list[Tensor] = []
+    for step in range(new):
+        hidden = parts.model.model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        chosen, codes = hidden.new_zeros(len(rows), books.shape[2]), []
+        for level, book in enumerate(books):
+            code = ((hidden @ weights["zspace.queries"][level].T + chosen) @ book.T).argmax(-1)
+            codes.append(code)
+            chosen = chosen + book[code]
+        logits = linear(hidden, weights["zspace.length_query.weight"], weights["zspace.length_query.bias"])
+        length = (logits + linear(chosen, weights["zspace.length_of_codes.weight"])).argmax(-1) + 1
+        written.append(torch.stack(codes, 1))
+        if step + 1 == new:
+            break
+        inputs = embed(written[-1], length)[:, None]
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        positions = positions[:, -1:] + 1
+    return list(torch.stack(written, 1).cpu())
