@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "ztok_fast"
 LAYERS = (
-    {"ops", "native", "sources", "files"},
+    {"ops", "native", "sources", "files", "profiling"},
     {"patching", "peft_lora"},
     {"engine"},
     {"codec"},

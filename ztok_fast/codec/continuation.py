@@ -16,6 +16,7 @@ from ztok_fast.codec.model import ZTokModel
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
 from ztok_fast.ops import ragged_gather
+from ztok_fast.profiling import HEAD, count_rows, measuring, stage
 
 
 @torch.inference_mode()
@@ -55,16 +56,19 @@ def continue_ztokens(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     with model.runtime.session("inferencer", embeds, position_ids, cu_prefix, max_new_ztokens) as session:
         for step in range(max_new_ztokens):
-            codes, lengths, drawn_end = model.zspace.select(
-                session.last,
-                model.codebooks,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                row_ids=row_ids,
-                step=step,
-                allow_end=end_threshold is None,
-            )
+            if measuring():
+                count_rows(count - int(ended.sum()), count)
+            with stage(HEAD):
+                codes, lengths, drawn_end = model.zspace.select(
+                    session.last,
+                    model.codebooks,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                    row_ids=row_ids,
+                    step=step,
+                    allow_end=end_threshold is None,
+                )
             # A drawn end-of-Z is all the mass there is.
             mass = (
                 drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from ztok_fast.codec.runtime import Runtime
+from ztok_fast.profiling import count_rows
 
 
 @torch.inference_mode()
@@ -44,6 +45,7 @@ def decode_text(
         if drafted is not None:
             return drafted
         for column in range(longest):
+            count_rows(going, len(counts))
             token = runtime.argmax(session.last, None if logit_bias is None else logit_bias[:going, column])
             if forced is not None:
                 token = torch.where(forced[:going, column] >= 0, forced[:going, column], token)
@@ -74,6 +76,7 @@ def write_answer(runtime: Runtime, embeds, position_ids, cu_seqlens, max_new_tok
     position = cu_seqlens.diff().long()
     with runtime.session("inferencer", embeds, position_ids, cu_seqlens, max_new_tokens) as session:
         for count in range(1, max_new_tokens + 1):
+            count_rows(len(open_rows), batch)
             token = runtime.argmax(session.last)
             for row, value in enumerate(token.tolist()):
                 if row in open_rows:

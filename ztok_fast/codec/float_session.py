@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ztok_fast.codec.adapters import AdaptedBase
+from ztok_fast.profiling import MODEL, stage
 
 
 class DecodeCache:
@@ -83,7 +84,8 @@ class DecodeSession:
         # Padding rows attend to themselves: a row that attends to nothing would fill the cache with NaN.
         itself = torch.eye(longest, dtype=torch.bool, device=device)
         mask = (valid[:, None, :longest] & causal) | itself
-        hidden = adapted(padded, positions, mask=mask[:, None], cache=self.cache, adapter=adapter, layers=layers)
+        with stage(MODEL, len(embeds), layers):
+            hidden = adapted(padded, positions, mask=mask[:, None], cache=self.cache, adapter=adapter, layers=layers)
         self.cache.advance(longest)
         self.last = hidden[:, -1]
         """Hidden state ``[B, D]`` of every sequence's last row."""
@@ -97,14 +99,15 @@ class DecodeSession:
         The first b sequences go on, b at most that of the step before; the others have ended.
         """
         mask = self.valid[: len(embeds), None, None, : self.cache.filled + 1]
-        hidden = self.adapted(
-            embeds[:, None],
-            position_ids[:, None],
-            mask=mask,
-            cache=self.cache,
-            adapter=self.adapter,
-            layers=self.layers,
-        )
+        with stage(MODEL, len(embeds), self.layers):
+            hidden = self.adapted(
+                embeds[:, None],
+                position_ids[:, None],
+                mask=mask,
+                cache=self.cache,
+                adapter=self.adapter,
+                layers=self.layers,
+            )
         self.cache.advance(1)
         self.last = hidden[:, -1]
         return self.last

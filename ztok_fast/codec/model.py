@@ -16,6 +16,7 @@ from ztok_fast.codec.runtime import EngineRuntime, FloatRuntime, Runtime
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
+from ztok_fast.profiling import HALTING, QUANTISE, stage
 
 MASS_GRADIENT = 0.05
 """Share of the integration weights' gradient that reaches the halting mass."""
@@ -171,35 +172,37 @@ class ZTokModel(nn.Module):
             adapter="compressor",
             layers=self.adapted.compressor_layers,
         )
-        raw_mass = self.halting(hidden, row_ratio, config.max_unit_length)
-        if config.emission == "fixed" if fixed_units is None else fixed_units:
-            scaled = fixed_mass(row_ratio)
-        else:
-            scaled = scale_to_budget(
-                raw_mass if mass is None else mass, ratio, cu_segments, cu_documents, config.max_unit_length
+        with stage(HALTING):
+            raw_mass = self.halting(hidden, row_ratio, config.max_unit_length)
+            if config.emission == "fixed" if fixed_units is None else fixed_units:
+                scaled = fixed_mass(row_ratio)
+            else:
+                scaled = scale_to_budget(
+                    raw_mass if mass is None else mass, ratio, cu_segments, cu_documents, config.max_unit_length
+                )
+            units = halting_units(scaled, cu_segments)
+            lengths = unit_lengths(units, int(units.cu_units[-1]))
+        with stage(QUANTISE):
+            unit, gate, _ = self.gate_of_token(lengths, total)
+            # Every token of a unit weighs the same and none reaches into the next unit: what a code has to tell apart
+            # is then tokens and not their shares. The gradient of the shares still goes to the mass, damped, since
+            # reconstruction pulls on it far harder than the terms that say where Z-tokens go.
+            even = 1.0 / lengths[unit].to(units.weights.dtype)
+            shares = torch.stack([even, torch.zeros_like(even)], dim=1)
+            shares = shares + MASS_GRADIENT * (units.weights - units.weights.detach())
+            words = nn.functional.normalize(embeds.float(), dim=-1) * embeds.shape[1] ** 0.5
+            rows = (self.hidden_gain * hidden + self.embedding_gain * words.to(hidden.dtype)) * self.binding[gate]
+            quantized = quantize_ragged(
+                rows,
+                None,
+                None,
+                self.end_projection,
+                self.mean_projection,
+                self.codebooks,
+                levels,
+                total_units=len(lengths),
+                units=units._replace(weights=shares),
             )
-        units = halting_units(scaled, cu_segments)
-        lengths = unit_lengths(units, int(units.cu_units[-1]))
-        unit, gate, _ = self.gate_of_token(lengths, total)
-        # Every token of a unit weighs the same and none reaches into the next unit: what a code has to tell apart
-        # is then tokens and not their shares. The gradient of the shares still goes to the mass, damped, since
-        # reconstruction pulls on it far harder than the terms that say where Z-tokens go.
-        even = 1.0 / lengths[unit].to(units.weights.dtype)
-        shares = torch.stack([even, torch.zeros_like(even)], dim=1)
-        shares = shares + MASS_GRADIENT * (units.weights - units.weights.detach())
-        words = nn.functional.normalize(embeds.float(), dim=-1) * embeds.shape[1] ** 0.5
-        rows = (self.hidden_gain * hidden + self.embedding_gain * words.to(hidden.dtype)) * self.binding[gate]
-        quantized = quantize_ragged(
-            rows,
-            None,
-            None,
-            self.end_projection,
-            self.mean_projection,
-            self.codebooks,
-            levels,
-            total_units=len(lengths),
-            units=units._replace(weights=shares),
-        )
         return Encoding(ZTokens(quantized.codes, lengths, units.cu_units, cu_documents), quantized, raw_mass, scaled)
 
     def compressor_inputs(

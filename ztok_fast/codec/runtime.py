@@ -20,6 +20,7 @@ from ztok_fast.codec.layout import offsets
 from ztok_fast.engine import Engine, Sequences, write_blocks
 from ztok_fast.engine.draft import DRAFTED_SEQUENCES
 from ztok_fast.ops import ordered_linear, ordered_pack
+from ztok_fast.profiling import HEAD, MODEL, count_rows, measuring, stage
 
 PASS_SEQUENCES = 32
 """Sequences of one pass of the engine that nobody continues: they share a few slots of its cache."""
@@ -64,7 +65,8 @@ class FloatRuntime:
             embeds: ``[T, D]``; position_ids int64 ``[T]``; cu_seqlens int32 ``[B + 1]``, max_length the longest.
             adapter: its name, ``None`` for the bare base; layers: run the first so many.
         """
-        return self.adapted(embeds, position_ids, cu_seqlens, max_length, adapter=adapter, layers=layers)
+        with stage(MODEL, len(embeds), layers):
+            return self.adapted(embeds, position_ids, cu_seqlens, max_length, adapter=adapter, layers=layers)
 
     @contextmanager
     def session(
@@ -81,7 +83,8 @@ class FloatRuntime:
 
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Vocabulary logits ``[..., V]``; ``bias`` is added to the hidden states ``[..., D]``."""
-        return self.adapted.logits(hidden if bias is None else hidden + bias)
+        with stage(HEAD, hidden.shape[:-1].numel()):
+            return self.adapted.logits(hidden if bias is None else hidden + bias)
 
     def argmax(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """The likeliest tokens, int64 ``[B]``, of hidden states ``[B, D]``."""
@@ -182,7 +185,10 @@ class EngineSession:
         engine = self._runtime.engine
         adapters = engine.variants(self._adapter, len(lengths))
         sequences = Sequences(self._slots, adapters, self._lengths, self._positions, self.last)
-        return write_blocks(engine, sequences, lengths, conditioning, logit_bias, forced).tokens
+        written = write_blocks(engine, sequences, lengths, conditioning, logit_bias, forced)
+        if measuring():
+            count_rows(int(written.passes.sum()), int(written.passes.max()) * len(lengths))
+        return written.tokens
 
     def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
         going = len(embeds)

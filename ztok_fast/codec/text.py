@@ -10,6 +10,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
+from ztok_fast.profiling import TOKENISE, stage
+
 CUT_CHARS = 1 << 16
 """Characters tokenised at once."""
 
@@ -25,6 +27,11 @@ _TRIES = 16
 
 def tokenize(tokenizer, texts: Sequence[str]) -> list[array]:
     """The tokens of every text, without special tokens, as arrays of C ints; the same as of the whole text at once."""
+    with stage(TOKENISE):
+        return _tokenize_all(tokenizer, texts)
+
+
+def _tokenize_all(tokenizer, texts: Sequence[str]) -> list[array]:
     found: list[array] = []
     short: list[str] = []
 
@@ -92,6 +99,11 @@ def _ids(tokenizer, text: str) -> list[int]:
 
 def detokenize(tokenizer, tokens: Sequence[int]) -> bytes:
     """The text of tokens as UTF-8; the same as of all tokens at once."""
+    with stage(TOKENISE, rows=len(tokens)):
+        return _detokenize(tokenizer, tokens)
+
+
+def _detokenize(tokenizer, tokens: Sequence[int]) -> bytes:
     found, start = [], 0
     while len(tokens) - start > CUT_TOKENS + CONTEXT_TOKENS:
         stop = _cut_tokens(tokenizer, tokens, start + CUT_TOKENS)

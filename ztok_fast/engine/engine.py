@@ -14,6 +14,7 @@ from ztok_fast.engine.architecture import BASE, EngineUnsupported, Settings, rea
 from ztok_fast.engine.generate import generate
 from ztok_fast.engine.sequences import Sequences, Slots
 from ztok_fast.engine.weights import PackedWeights, pack
+from ztok_fast.profiling import HEAD, MODEL, stage
 
 if TYPE_CHECKING:
     from ztok_fast.engine.cuda import CudaPasses
@@ -187,25 +188,26 @@ class Engine:
         if vectors is not None:
             checks.tensor("vectors", vectors, (rows, self.settings.hidden), torch.float32, self.device)
         layers = self.settings.layers if layers is None else checks.integer("layers", layers, 1)
-        if self._passes is not None:
-            return self._passes.forward(
-                self.keys, self.values, tokens, vectors, positions, cu_rows, slots, starts, adapters, layers
+        with stage(MODEL, rows, layers):
+            if self._passes is not None:
+                return self._passes.forward(
+                    self.keys, self.values, tokens, vectors, positions, cu_rows, slots, starts, adapters, layers
+                )
+            return torch.ops.ztok.engine_forward(
+                self.weights.blob,
+                self.weights.layout,
+                self.keys,
+                self.values,
+                self.weights.embeddings,
+                tokens.contiguous(),
+                None if vectors is None else vectors.contiguous(),
+                positions.contiguous(),
+                cu_rows.contiguous(),
+                slots.contiguous(),
+                starts.contiguous(),
+                adapters.contiguous(),
+                layers,
             )
-        return torch.ops.ztok.engine_forward(
-            self.weights.blob,
-            self.weights.layout,
-            self.keys,
-            self.values,
-            self.weights.embeddings,
-            tokens.contiguous(),
-            None if vectors is None else vectors.contiguous(),
-            positions.contiguous(),
-            cu_rows.contiguous(),
-            slots.contiguous(),
-            starts.contiguous(),
-            adapters.contiguous(),
-            layers,
-        )
 
     def prefill(
         self,
@@ -328,16 +330,18 @@ class Engine:
     def logits(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits, float32 [r, V], of hidden states [r, D]; `bias` [r, D] is added to the hidden states first."""
         self._check_hidden(hidden, bias)
-        if self._passes is not None:
-            return self._passes.logits(hidden, bias)
-        return torch.ops.ztok.engine_logits(self.weights.blob, self.weights.layout, hidden, bias)
+        with stage(HEAD, len(hidden)):
+            if self._passes is not None:
+                return self._passes.logits(hidden, bias)
+            return torch.ops.ztok.engine_logits(self.weights.blob, self.weights.layout, hidden, bias)
 
     def argmax(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """The token with the highest logit, int64 [r]; the lowest of several."""
         self._check_hidden(hidden, bias)
-        if self._passes is not None:
-            return self._passes.argmax(hidden, bias)
-        return torch.ops.ztok.engine_argmax(self.weights.blob, self.weights.layout, hidden, bias)
+        with stage(HEAD, len(hidden)):
+            if self._passes is not None:
+                return self._passes.argmax(hidden, bias)
+            return torch.ops.ztok.engine_argmax(self.weights.blob, self.weights.layout, hidden, bias)
 
     def sample(
         self,
@@ -362,19 +366,20 @@ class Engine:
         checks.sampling(temperature, top_p, seed)
         for name, value in (("row_ids", row_ids), ("steps", steps)):
             checks.tensor(name, value, (len(hidden),), torch.int64)
-        if self._passes is not None:
-            return self._passes.sample(hidden, bias, float(temperature), float(top_p), seed, row_ids, steps)
-        return torch.ops.ztok.engine_sample(
-            self.weights.blob,
-            self.weights.layout,
-            hidden,
-            bias,
-            float(temperature),
-            float(top_p),
-            seed,
-            row_ids.contiguous(),
-            steps.contiguous(),
-        )
+        with stage(HEAD, len(hidden)):
+            if self._passes is not None:
+                return self._passes.sample(hidden, bias, float(temperature), float(top_p), seed, row_ids, steps)
+            return torch.ops.ztok.engine_sample(
+                self.weights.blob,
+                self.weights.layout,
+                hidden,
+                bias,
+                float(temperature),
+                float(top_p),
+                seed,
+                row_ids.contiguous(),
+                steps.contiguous(),
+            )
 
     def _check_hidden(self, hidden: Tensor, bias: Tensor | None) -> None:
         checks.tensor("hidden", hidden, (None, self.settings.hidden), torch.float32, self.device)
