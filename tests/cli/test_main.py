@@ -12,7 +12,7 @@ from tests.cli.conftest import TEXT
 from ztok_fast.cli import common
 from ztok_fast.cli.main import main
 
-COMMANDS = ("compress", "decompress", "generate", "answer", "train", "pretrain", "eval", "info", "doctor")
+COMMANDS = ("compress", "decompress", "generate", "answer", "train", "pretrain", "eval", "info", "bench", "doctor")
 
 
 def raising(error):
