@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ztok_fast.files import replace_atomically
 
@@ -168,7 +169,8 @@ def host_share(call: Callable[[], object]) -> float:
     finally:
         with _quiet_stderr():
             ops.stop()
-    recorded = ops.profiler.kineto_results.events()
+    profiler: Any = ops.profiler
+    recorded = profiler.kineto_results.events()
     marks = [event for event in recorded if event.name() == _MARK]
     own = [e for e in recorded if e.start_thread_id() == marks[0].start_thread_id() and e.name() != _MARK]
     covered, end = 0, 0
