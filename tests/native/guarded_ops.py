@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ztok_fast
 import ztok_fast.ops
@@ -143,6 +144,59 @@ def backward(results):
         torch.autograd.backward(results, [torch.randn_like(r) for r in results])
 
 
+def run_engine(isa: int) -> None:
+    """The engine's ops, which are no `Op`: a prompt of three rows beside one of 17, then a step, heads and draws."""
+    from tests.engine.models import SIZES
+    from ztok_fast.engine import Engine
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+    for precision in ("int8", "float32"):
+        torch.ops.ztok.isa_native(1)  # the engine refuses a processor without FMA, not a kernel that does without
+        engine = Engine.from_model(model, None, precision, slots=2, capacity=32, cache=False)
+        torch.ops.ztok.isa_native(isa)
+        results = [run_engine_at(engine, side) for side in SIDES]
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(bits(first), bits(second)), "the engine's results depend on where the tensors lie"
+
+
+def run_engine_at(engine, side) -> list[torch.Tensor]:
+    held = []
+
+    def place(value):
+        held.append(Guarded(value, side))
+        return held[-1].tensor
+
+    def ints(*values, dtype=torch.int32):
+        return place(torch.tensor(values, dtype=dtype))
+
+    def longs(*values):
+        return ints(*values, dtype=torch.int64)
+
+    weights, found = engine.weights, []
+    blob, layout, embeddings = place(weights.blob), place(weights.layout), place(weights.embeddings)
+    keys, values = place(torch.zeros_like(engine.keys)), place(torch.zeros_like(engine.values))
+    width, slots, adapters = embeddings.shape[1], ints(1, 0), ints(0, 0)
+    prompt = (longs(*range(3, 23)), None, longs(*range(3), *range(17)), ints(0, 3, 20), slots, ints(0, 0), adapters)
+    vectors = place(torch.ones(2, width))
+    step = (longs(5, -1), vectors, longs(3, 17), ints(0, 1, 2), slots, ints(3, 17), adapters)
+    engine_ops = torch.ops.ztok
+    with guarded_allocations(side):
+        for name, rows in (("prompt", prompt), ("step", step)):
+            print("engine", engine.precision, name, flush=True)
+            hidden = engine_ops.engine_forward(blob, layout, keys, values, embeddings, *rows, engine.settings.layers)
+            found.append(hidden.clone())
+        hidden = place(hidden.clone())
+        found.append(engine_ops.engine_logits(blob, layout, hidden, vectors).clone())
+        found.append(engine_ops.engine_argmax(blob, layout, hidden, None).clone())
+        draw = (0.7, 0.9, 3, longs(0, 1), longs(2, 2))
+        found.append(engine_ops.engine_sample(blob, layout, hidden, vectors, *draw).clone())
+    for guarded in held:
+        assert guarded.intact(), "the engine writes out of bounds"
+    CALLED.update(("engine_forward", "engine_logits", "engine_argmax", "engine_sample"))
+    return found
+
+
 def main(isa: int) -> None:
     faulthandler.enable()
     torch.manual_seed(0)
@@ -161,6 +215,7 @@ def main(isa: int) -> None:
                             torch.ops.ztok.int8_isa_native(variant)
                             for inputs in inputs_of(op, dtype):
                                 backward(op.spec.outputs(op.spec.public(**inputs)))
+    run_engine(isa)
     assert wanted == CALLED, f"never called: {wanted - CALLED}"
     print("done")
 
