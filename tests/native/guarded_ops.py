@@ -27,7 +27,8 @@ from tests.native.guard_pages import SIDES, Guarded
 from ztok_fast import native
 from ztok_fast.ops.op import OPS
 
-WITH_MATMUL = ("quantize_ragged", "quantize_ragged_backward")  # torch's product rounds as its operands are aligned
+# torch's products round as their operands are aligned
+WITH_MATMUL = ("quantize_ragged", "quantize_ragged_backward", "lora_linear", "lora_linear_backward")
 CALLED: set[str] = set()
 
 
