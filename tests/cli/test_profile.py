@@ -9,6 +9,7 @@ import torch
 
 from tests.cli.conftest import TEXT, assert_mistake
 from ztok_fast.cli import profile, profile_machine, profile_ways
+from ztok_fast.cli.common import UsageError
 from ztok_fast.cli.profile_machine import Marks, Weights
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.zbatch import ZBatch
@@ -138,7 +139,8 @@ def test_llama_cpp_reads_and_writes_as_many_tokens(codec_folder, compressed, mon
 
     class Llama:
         def __init__(self, **settings):
-            assert settings["model_path"] == "base.gguf"
+            if settings["model_path"] != "base.gguf":
+                raise ValueError("Failed to load model")
 
         def reset(self):
             seen.append([])
@@ -154,6 +156,8 @@ def test_llama_cpp_reads_and_writes_as_many_tokens(codec_folder, compressed, mon
 
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama, __spec__=SimpleNamespace()))
     assert "--gguf" in profile_ways.llama_cpp(work, None)[1][0]
+    with pytest.raises(UsageError, match="other.gguf: llama.cpp cannot load it: Failed"):
+        profile_ways.llama_cpp(work, "other.gguf")
     (way,), notes = profile_ways.llama_cpp(work, "base.gguf")
     way.run(work)
     assert not notes and [len(own) for own in seen] == z.cu_text.diff().tolist()

@@ -258,7 +258,10 @@ def llama_cpp(work: Work, gguf: str | None) -> tuple[list[Way], list[str]]:
     from llama_cpp import Llama
 
     size = work.codec.config.segment_length
-    model = Llama(model_path=gguf, n_ctx=size + 8, n_threads=torch.get_num_threads(), verbose=False)
+    try:
+        model = Llama(model_path=gguf, n_ctx=size + 8, n_threads=torch.get_num_threads(), verbose=False)
+    except (ValueError, RuntimeError) as error:
+        raise common.UsageError(f"--gguf {gguf}: llama.cpp cannot load it: {error}") from error
 
     def call(work: Work) -> Answer:
         if work.z is None:
