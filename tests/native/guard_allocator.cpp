@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <mutex>
+#include <unordered_map>
 
 #include <c10/core/Allocator.h>
 
@@ -14,10 +16,16 @@ struct Mapping {
   size_t size;
 };
 
-void release(void* context) {
-  auto* mapping = static_cast<Mapping*>(context);
-  munmap(mapping->base, mapping->size);
-  delete mapping;
+// By the address of the data: oneDNN takes memory that is known by that address alone.
+std::mutex mutex;
+std::unordered_map<void*, Mapping> mappings;
+
+void release(void* data) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = mappings.find(data);
+  if (found == mappings.end()) return;
+  munmap(found->second.base, found->second.size);
+  mappings.erase(found);
 }
 
 struct GuardAllocator final : c10::Allocator {
@@ -28,14 +36,19 @@ struct GuardAllocator final : c10::Allocator {
     const size_t inside = (bytes + page - 1) / page * page, size = inside + 2 * page;
     void* base = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK(base != MAP_FAILED, "guard_allocator: no memory for ", bytes, " bytes");
-    auto* mapping = new Mapping{static_cast<char*>(base), size};
-    char* data = mapping->base + page;
+    char* data = static_cast<char*>(base) + page;
     TORCH_CHECK(inside == 0 || mprotect(data, inside, PROT_READ | PROT_WRITE) == 0, "guard_allocator: mprotect failed");
     // What is left as it was allocated is another value on each side, so that the results differ.
     std::memset(data, at_end ? 0xFF : 0, inside);
     if (at_end) data += inside - bytes;
-    return {data, mapping, &release, c10::Device(c10::DeviceType::CPU)};
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      mappings[data] = {static_cast<char*>(base), size};
+    }
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
