@@ -22,6 +22,8 @@ DISTANCE_ROUNDING = 1e-4
 the hidden states reaches the latents."""
 LOGIT_ROUNDING = 1e-3
 """How far below the best logit a written token's may be; a tenth of the margin that exact mode allows for rounding."""
+CHANGED_BY = {"int8": 0.02}
+"""Share of tokens, or of codes and ends of units, that a precision may change. Its bits are tested in tests/engine."""
 
 
 @functools.cache
@@ -42,19 +44,28 @@ def expected_units(name: str, device: str, documents: list[list[int]], ratio: fl
     return list(zip(encoded.z.unit_lengths.cpu().split(counts), latents.cpu().split(counts)))
 
 
-def check_codes(name: str, expected: list[tuple[Tensor, Tensor]], found: list[tuple[Tensor, Tensor]]) -> None:
+def check_codes(
+    name: str, expected: list[tuple[Tensor, Tensor]], found: list[tuple[Tensor, Tensor]], precision: str = "float"
+) -> None:
     """Raise `Mismatch` unless units are those expected and each code is the nearest to what the levels before it left.
 
     Args:
         expected: of `expected_units`; found: unit lengths `[K]` and codes `[K, L]` of every document.
+        precision: what the base model ran in (`CHANGED_BY`).
     """
+    changed, total = 0, sum(len(lengths) for lengths, _ in expected)
+    allowed_changes = CHANGED_BY.get(precision, 0) * total
     if len(found) != len(expected):
         raise Mismatch(f"documents: expected {len(expected)}, got {len(found)}")
     books = _codec(name, "cpu").model.codebooks.detach()
     for index, ((lengths, latents), (own_lengths, codes)) in enumerate(zip(expected, found)):
         if own_lengths.shape != lengths.shape or not torch.equal(own_lengths.long(), lengths.long()):
-            counts = f"{len(own_lengths)} units, expected {len(lengths)}"
-            raise Mismatch(f"document {index}: units of other lengths ({counts})")
+            ends, own_ends = (set(x.cumsum(0).tolist()) for x in (lengths, own_lengths))
+            changed += len(ends ^ own_ends)
+            if changed > allowed_changes:
+                counts = f"{len(own_lengths)} units, expected {len(lengths)}"
+                raise Mismatch(f"document {index}: units of other lengths ({counts})")
+            continue  # its codes stand for other units
         in_range = not codes.numel() or 0 <= int(codes.min()) <= int(codes.max()) < books.shape[1]
         if codes.shape != (len(lengths), len(books)) or not in_range:
             raise Mismatch(f"document {index}: codes of shape {list(codes.shape)} or out of range")
@@ -64,14 +75,15 @@ def check_codes(name: str, expected: list[tuple[Tensor, Tensor]], found: list[tu
             distances = torch.cdist(residual, book.cpu(), compute_mode="donot_use_mm_for_euclid_dist").square()
             code = codes[:, level].long()
             short = distances.gather(1, code[:, None])[:, 0] - distances.min(1).values
-            if bool((short > allowed).any()):
-                wrong = int((short > allowed).sum())
+            wrong = int((short > allowed).sum())
+            changed += wrong
+            if changed > allowed_changes * len(books):
                 raise Mismatch(f"document {index}: {wrong} codes of level {level} are not the nearest")
             residual = residual - book.cpu()[code]
 
 
 @torch.inference_mode()
-def check_tokens(name: str, device: str, z: ZBatch, found: list[list[int]]) -> None:
+def check_tokens(name: str, device: str, z: ZBatch, found: list[list[int]], precision: str = "float") -> None:
     """Raise `Mismatch` unless every token is the arg-max of the logits given the tokens that were written before it.
 
     One pass over the whole text, so no cache and no step-by-step decoding takes part. A token whose logit is within
@@ -95,7 +107,7 @@ def check_tokens(name: str, device: str, z: ZBatch, found: list[list[int]]) -> N
             logits = model.adapted.logits(rows)
             short.append(logits.max(-1).values - logits.gather(-1, own[:, None])[:, 0])
     short = torch.cat(short)
-    if bool((short > LOGIT_ROUNDING).any()):
-        wrong = int((short > LOGIT_ROUNDING).sum())
+    wrong = int((short > LOGIT_ROUNDING).sum())
+    if wrong > CHANGED_BY.get(precision, 0) * len(tokens):
         by = f"by up to {float(short.max()):.3g} in the logit"
         raise Mismatch(f"tokens: {wrong} of {len(tokens)} are not the arg-max ({by})")

@@ -87,14 +87,14 @@ class Compress(CodecRun):
         return inputs["codec"].compress(inputs["texts"], RATIO)
 
     def check(self, case, inputs, found):
-        self.check_baseline(case, inputs, units_of(found))
+        self.check_baseline(case, inputs, units_of(found), found.precision)
 
-    def check_baseline(self, case, inputs, answer):
+    def check_baseline(self, case, inputs, answer, precision="float"):
         from bench.codec import oracle
 
         if "expected" not in inputs:
             inputs["expected"] = oracle.expected_units(case["codec"], inputs["device"], inputs["tokens"], RATIO)
-        oracle.check_codes(case["codec"], inputs["expected"], answer)
+        oracle.check_codes(case["codec"], inputs["expected"], answer, precision)
 
     def work(self, case, inputs):
         codec, config = inputs["codec"], inputs["codec"].config
@@ -127,14 +127,15 @@ class Decompress(CodecRun):
         return inputs["codec"].decompress(inputs["z"])
 
     def check(self, case, inputs, found):
-        self.check_baseline(case, inputs, (inputs["codec"].decompress_tokens(inputs["z"]), found))
+        answer = inputs["codec"].decompress_tokens(inputs["z"]), found
+        self.check_baseline(case, inputs, answer, inputs["z"].precision)
 
-    def check_baseline(self, case, inputs, answer):
+    def check_baseline(self, case, inputs, answer, precision="float"):
         """Tokens by the oracle, and texts that are those of the tokens."""
         from bench.codec import oracle
 
         tokens, texts = answer
-        oracle.check_tokens(case["codec"], inputs["device"], inputs["z"], tokens)
+        oracle.check_tokens(case["codec"], inputs["device"], inputs["z"], tokens, precision)
         settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         wanted = [inputs["codec"].tokenizer.decode(own, **settings) for own in tokens]
         if texts != wanted:
