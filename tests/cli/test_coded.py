@@ -21,6 +21,8 @@ def test_round_trip_of_one_file(tmp_path, capsys):
     # Another context is another coder, and the message names the file.
     assert main(["decompress", str(packed)]) == 2
     assert f"{packed}: expected a file of coder" in capsys.readouterr().err
+    assert main(["info", str(packed)]) == 2
+    assert f"{packed}: expected Z-tokens, got coded units" in capsys.readouterr().err
 
 
 def test_several_documents(tmp_path, capsys):

@@ -17,8 +17,8 @@ from typing import BinaryIO
 from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW, Part, Progress, TextCoder
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
+from ztok_fast.codec.zfile import CODED_MAGIC as MAGIC
 
-MAGIC = b"ZC1"
 IDENTITY_BYTES = HASH_BYTES = 8
 BATCH_BYTES = 192 << 10
 """Bytes of text whose parts are coded side by side."""

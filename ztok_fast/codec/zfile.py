@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 FORMAT = "ztok"
 FORMAT_VERSION = 1
+CODED_MAGIC = b"ZC1"
+"""How files of coded units begin (`ztok_fast.codec.coded_file`)."""
 TENSORS = ("codes", "unit_lengths", "segment_rows", "correction_gaps", "correction_tokens", "patches", "raw")
 _SETTINGS = ("num_codebooks", "codebook_size", "max_unit_length", "segments", "segment_bits")
 _LARGEST_COUNT = (1 << 31) - 1
@@ -133,6 +135,12 @@ def load_zfile(path: str | Path, make: type[ZBatch]) -> ZBatch:
     path = Path(path)
     if not path.is_file():
         raise ZFileError(f"{path}: expected an existing .ztok file, got none")
+    with path.open("rb") as stream:
+        if stream.read(len(CODED_MAGIC)) == CODED_MAGIC:
+            raise ZFileError(
+                f"{path}: expected Z-tokens, got coded units, which are text for storage: decompress the file, and "
+                "compress the text without --units coded"
+            )
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
