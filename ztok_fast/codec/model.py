@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,19 @@ def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.T
     return projection, gates.reshape(longest * longest, width)
 
 
+def root_mean_square(weight: torch.Tensor) -> float:
+    """Of all elements, the same on every machine and in any order: it scales what exact documents are decoded by.
+
+    The squares are rounded to multiples of 2^-32 of the largest and summed as integers.
+    """
+    weight = weight.detach().double()
+    largest = weight.abs().max().item()
+    if not largest:
+        return 0.0
+    total = int(((weight / largest).square() * 2.0**32).round().long().sum())
+    return largest * math.sqrt(total / 2.0**32 / weight.numel())
+
+
 class ZTokModel(nn.Module):
     """Base, adapters and the codec's own small modules.
 
@@ -101,7 +115,7 @@ class ZTokModel(nn.Module):
         self.float_runtime = FloatRuntime(self.adapted)
         self.engine: EngineRuntime | None = None
         width, latent = self.adapted.hidden_size, config.latent_dim
-        rms = self.adapted.embedding.weight.detach().float().pow(2).mean().sqrt().item()
+        rms = root_mean_square(self.adapted.embedding.weight)
         self.halting = HaltingHead(width)
         projection, gates = binding_start(config, width)
         self.end_projection = nn.Parameter(torch.zeros_like(projection))
