@@ -16,11 +16,10 @@ def test_round_trip_of_one_file(tmp_path, capsys):
     said = capsys.readouterr().out
     packed = tmp_path / "a.txt.ztok"
     assert re.search(rf"{len(PROSE)} bytes -> {packed.stat().st_size}, \d\.\d+ bits per byte, \d+\.\d s", said)
-    assert main(["decompress", str(packed), "-o", str(tmp_path / "b.txt"), "--context", "64"]) == 0
+    assert main(["decompress", str(packed), "-o", str(tmp_path / "b.txt")]) == 0
     assert (tmp_path / "b.txt").read_bytes() == PROSE
-    # Another context is another coder, and the message names the file.
-    assert main(["decompress", str(packed)]) == 2
-    assert f"{packed}: expected a file of coder" in capsys.readouterr().err
+    assert main(["decompress", str(packed), "--engine", "float32"]) == 2
+    assert f"{packed}: expected a file coded with" in capsys.readouterr().err
     assert main(["info", str(packed)]) == 2
     assert f"{packed}: expected Z-tokens, got coded units" in capsys.readouterr().err
 
@@ -45,6 +44,8 @@ def test_several_documents(tmp_path, capsys):
     ("options", "message"),
     [
         (["--exact"], "expected no --exact"),
+        (["--ratio", "4"], "expected no --ratio"),
+        (["--context", "48"], "context: expected a power of two"),
         (["--engine", "float"], "expected --engine int8 or float32"),
         (["--context", "0"], "context: expected an integer from 1"),
         (["--base", "nowhere-at-all"], "was not found"),
@@ -60,6 +61,13 @@ def test_mistakes_are_said(tmp_path, capsys, options, message):
 
 def test_damage_is_said(tmp_path, capsys):
     packed = tmp_path / "a.ztok"
-    packed.write_bytes(b"ZC1 and then nothing that is right")
+    packed.write_bytes(b"ZC\x19 and then nothing that is right")
     assert main(["decompress", str(packed)]) == 2
     assert str(packed) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--context", "64"], ["--no-verify"]])
+def test_options_of_coded_units_are_refused_without_them(tmp_path, capsys, option):
+    (tmp_path / "a.txt").write_bytes(PROSE)
+    assert main(["compress", str(tmp_path / "a.txt"), *option]) == 2
+    assert f"{option[0]}: expected --units coded with it" in capsys.readouterr().err

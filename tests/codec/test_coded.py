@@ -9,7 +9,7 @@ import torch
 from ztok_fast.codec import coded, coded_file
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.coded import CODED, DEFAULT_BASE, LZMA, RAW, TextCoder
-from ztok_fast.codec.coded_file import is_coded_file, parts_of, read_coded, stored_length, write_coded
+from ztok_fast.codec.coded_file import coder_for, is_coded_file, parts_of, read_coded, stored_length, write_coded
 from ztok_fast.codec.errors import CodecError, ZFileError
 from ztok_fast.codec.varint import read_varint, varint
 
@@ -132,6 +132,26 @@ def test_another_coder_is_refused(tmp_path, base, coder):
     as_file(tmp_path / "x.ztok", [b"text"], coder)
     with pytest.raises(ZFileError, match="expected a file of coder"):
         list(read_coded(tmp_path / "x.ztok", TextCoder(base, context=32, rows=2)))
+    with pytest.raises(ZFileError, match="in float32, got one of another base model or precision"):
+        coder_for(tmp_path / "x.ztok", base, "float32")
+
+
+def test_a_file_says_how_it_is_read(tmp_path, base):
+    for precision, context in (("int8", 32), ("float32", 1)):
+        as_file(tmp_path / "x.ztok", [PROSE.encode()], TextCoder(base, precision, context, rows=3))
+        found = coder_for(tmp_path / "x.ztok", base)
+        assert (found.engine.precision, found.context) == (precision, context)
+        assert from_file(tmp_path / "x.ztok", found) == [PROSE.encode()]
+
+
+def test_a_safetensors_file_of_any_header_is_no_coded_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"ZC\x10\0\0\0\0\0{" + b" " * 100)
+    assert not is_coded_file(tmp_path / "x")
+
+
+def test_many_empty_documents(tmp_path, coder):
+    as_file(tmp_path / "x.ztok", [b""] * 9000, coder)
+    assert from_file(tmp_path / "x.ztok", coder) == [b""] * 9000
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1000])
@@ -166,5 +186,7 @@ def test_numbers():
 def test_mistakes(base):
     with pytest.raises(CodecError, match="context: expected an integer from 1"):
         TextCoder(base, context=0)
+    with pytest.raises(CodecError, match="context: expected a power of two, got 48"):
+        TextCoder(base, context=48)
     with pytest.raises(CodecError, match="rows: expected an integer from 1"):
         TextCoder(base, rows=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ztok_fast.cli import common, streams
 
 if TYPE_CHECKING:
-    from ztok_fast.codec.coded import TextCoder
+    from ztok_fast.codec.base_model import BaseModel
 
 
 def is_coded(path: str) -> bool:
@@ -25,24 +25,25 @@ def is_coded(path: str) -> bool:
 
 def compress(options: argparse.Namespace, output_name: str) -> int:
     """Files or stdin to one file of coded units."""
-    from ztok_fast.codec.coded_file import write_coded
+    from ztok_fast.codec.coded import TextCoder
+    from ztok_fast.codec.coded_file import PRECISIONS, write_coded
 
     if options.corpus is not None:
         raise common.UsageError("--units coded: expected text files, got --corpus")
-    for name, given in (
-        ("--exact", options.exact),
-        ("--levels", options.levels),
-        ("--fixed-units", options.fixed_units),
-    ):
-        if given:
-            raise common.UsageError(f"--units coded: expected no {name}, which is for learned units (coded are exact)")
+    for name in ("exact", "ratio", "levels", "fixed_units"):
+        if getattr(options, name):
+            given = name.replace("_", "-")
+            raise common.UsageError(
+                f"--units coded: expected no --{given}, which is for learned units (coded are exact)"
+            )
     output = common.check_output(output_name, suffix=".ztok", inputs=options.files)
     for name in options.files:
         if name != "-":
             common.check_input(name)
     total = sum(Path(name).stat().st_size for name in options.files if name != "-")
     started, done = time.perf_counter(), [0]
-    coder = _coder(options)
+    base, precision = _base(options)
+    coder = TextCoder(base, precision or PRECISIONS[0], 512 if options.context is None else options.context)
     with common.progress_bar(total or None, "compress", unit="B") as progress:
 
         def count(size: int) -> None:
@@ -59,7 +60,7 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
 
 def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, str], None]) -> int:
     """A file of coded units back to its documents."""
-    from ztok_fast.codec.coded_file import read_coded, stored_length
+    from ztok_fast.codec.coded_file import coder_for, read_coded, stored_length
     from ztok_fast.files import replace_atomically
 
     documents, size = stored_length(options.file)
@@ -69,7 +70,7 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
     output = None if options.output == "-" else Path(options.output)
     if output is not None:
         check_output(output, 1 if wanted is not None else documents, options.file)
-    coder = _coder(options)
+    coder = coder_for(options.file, *_base(options))
     with ExitStack() as stack:
         progress = stack.enter_context(common.progress_bar(size, "decompress", unit="B"))
         parts = _numbered(read_coded(options.file, coder, progress))
@@ -92,15 +93,16 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
     return 0
 
 
-def _coder(options: argparse.Namespace) -> TextCoder:
-    from ztok_fast.codec.coded import TextCoder
+def _base(options: argparse.Namespace) -> tuple[BaseModel, str | None]:
+    """The base model, and the precision that is asked for, ``None`` for any."""
+    from ztok_fast.codec.base_model import load_base
+    from ztok_fast.codec.coded import DEFAULT_BASE
 
     if options.engine == "float" or options.device != "cpu":
         raise common.UsageError(
             "coded units: expected --engine int8 or float32 on the CPU, whose bits are the same anywhere"
         )
-    precision = "int8" if options.engine == "auto" else options.engine
-    return TextCoder.from_pretrained(options.base, precision, options.context)
+    return load_base(str(options.base or DEFAULT_BASE)), None if options.engine == "auto" else options.engine
 
 
 def _all_parts(names: list[str]) -> Iterator[tuple[bytes, bool]]:

@@ -25,7 +25,7 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--text-column", default="text", metavar="NAME", help="with --corpus: the column of the texts (default: text)"
     )
-    parser.add_argument("-r", "--ratio", type=float, default=4.0, help="text tokens per Z-token (default: 4)")
+    parser.add_argument("-r", "--ratio", type=float, help="text tokens per Z-token (default: 4)")
     parser.add_argument("--exact", action="store_true", help="also store corrections, so that every byte is restored")
     parser.add_argument("--levels", type=int, metavar="N", help="residual quantizer levels to use (default: all)")
     parser.add_argument(
@@ -42,7 +42,10 @@ def add_commands(commands) -> None:
         "(--base, default: mini-base), far smaller than xz (default: learned)",
     )
     parser.add_argument(
-        "--context", type=int, default=512, metavar="N", help="with --units coded: tokens read together (default: 512)"
+        "--context",
+        type=int,
+        metavar="N",
+        help="with --units coded: tokens read together, a power of two (default: 512)",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="with --units coded: do not decode what was encoded to compare it"
@@ -56,6 +59,10 @@ def run(options: argparse.Namespace) -> int:
         from ztok_fast.cli import coded
 
         return coded.compress(options, _output_name(options))
+    if options.context is not None or options.no_verify:
+        name = "--no-verify" if options.no_verify else "--context"
+        raise common.UsageError(f"{name}: expected --units coded with it, got learned units")
+    options.ratio = 4.0 if options.ratio is None else options.ratio
     if options.corpus is not None:
         return _run_corpus(options)
     output = common.check_output(_output_name(options), suffix=".ztok", inputs=options.files)

@@ -24,9 +24,6 @@ def add_commands(commands) -> None:
         help="file to write, or a new folder for several documents (default: -, all documents to stdout)",
     )
     parser.add_argument("--document", type=int, metavar="N", help="decompress only document N, counted from 0")
-    parser.add_argument(
-        "--context", type=int, default=512, metavar="N", help="for coded units: as they were compressed (default: 512)"
-    )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
 

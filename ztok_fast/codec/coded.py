@@ -36,8 +36,15 @@ CODED, RAW, LZMA = range(3)
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": PART_BYTES}]
 _LOGIT_ROWS = 1024
 _FORMAT = b"ztok coded 1"
+MOST_CONTEXT = 1 << 15
 
 Progress = Callable[[int], None]
+
+
+def identity_of(base: BaseModel, precision: str, context: int) -> bytes:
+    """8 bytes that name all that decoding depends on: model, tokenizer, precision, context and format."""
+    named = f"{base.fingerprint} {base.tokenizer_fingerprint} {precision} {context}".encode()
+    return hashlib.sha256(_FORMAT + named).digest()[:8]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class TextCoder:
     Args:
         base: the model and its tokenizer, which must have a start token (bos).
         precision: "int8" or "float32", the engine's arithmetic.
-        context: tokens of one segment, its start token not counted. Longer ones take fewer bits and decode slower.
+        context: tokens of one segment, its start token not counted, a power of two. Longer ones take fewer bits and
+            decode slower.
         rows: segments that are decoded side by side.
 
     Raises:
@@ -63,17 +71,17 @@ class TextCoder:
     """
 
     def __init__(self, base: BaseModel, precision: str = "int8", context: int = 512, rows: int = 128) -> None:
-        for name, value, most in (("context", context, 1 << 16), ("rows", rows, 1 << 12)):
+        for name, value, most in (("context", context, MOST_CONTEXT), ("rows", rows, 1 << 12)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise CodecError(f"{name}: expected an integer from 1 to {most}, got {value!r}")
+        if context & (context - 1):
+            raise CodecError(f"context: expected a power of two, got {context}")
         if base.bos_token_id is None:
             raise CodecError(f"base model {base.name!r}: expected a tokenizer with a start token (bos), got none")
         self.base, self.context, self.rows = base, context, rows
         self._start: int = base.bos_token_id
         self.engine = Engine.from_model(base.model, None, precision, slots=rows, capacity=context)
-        named = f"{base.fingerprint} {base.tokenizer_fingerprint} {precision} {context}".encode()
-        self.identity = hashlib.sha256(_FORMAT + named).digest()[:8]
-        """Names all that decoding depends on: model, tokenizer, precision, context and format."""
+        self.identity = identity_of(base, precision, context)
 
     @classmethod
     def from_pretrained(

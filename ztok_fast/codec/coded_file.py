@@ -14,14 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW, Part, Progress, TextCoder
+from ztok_fast.codec.base_model import BaseModel
+from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW, Part, Progress, TextCoder, identity_of
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
 from ztok_fast.codec.zfile import CODED_MAGIC as MAGIC
+from ztok_fast.codec.zfile import begins_as_coded
 
 IDENTITY_BYTES = HASH_BYTES = 8
-BATCH_BYTES = 192 << 10
-"""Bytes of text whose parts are coded side by side."""
+HEADER_BYTES = len(MAGIC) + 1 + IDENTITY_BYTES
+BATCH_BYTES, BATCH_PARTS = 192 << 10, 4096
+"""Bytes of text, and parts of it, that are coded side by side at most."""
+
+PRECISIONS = ("int8", "float32")
+_VERSION = 1
 
 _GOES_ON = 128
 _RECORD_HEAD = 1 + MOST_BYTES + HASH_BYTES + MOST_BYTES
@@ -45,10 +51,38 @@ def digest_of(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
+def header_of(coder: TextCoder) -> bytes:
+    """What a coder's file begins with: the magic, a byte of version and context, and the coder's identity."""
+    return MAGIC + bytes([_VERSION << 4 | coder.context.bit_length() - 1]) + coder.identity
+
+
 def is_coded_file(path: str | Path) -> bool:
     """Whether a file begins as one of coded units does."""
     with open(path, "rb") as stream:
-        return stream.read(len(MAGIC)) == MAGIC
+        return begins_as_coded(stream.read(HEADER_BYTES))
+
+
+def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, rows: int = 128) -> TextCoder:
+    """The coder that reads a file: the file states its context; its precision is found, unless it is given.
+
+    Raises:
+        ZFileError: no coder with this base model (and precision) made the file, or it is of another kind.
+    """
+    with open(path, "rb") as stream:
+        head = stream.read(HEADER_BYTES)
+    if not begins_as_coded(head) or len(head) < HEADER_BYTES:
+        raise ZFileError(f"{path}: expected a file of coded units, got another kind")
+    if head[2] >> 4 != _VERSION:
+        raise ZFileError(f"{path}: expected version {_VERSION} of coded units, got {head[2] >> 4}")
+    context, identity = 1 << (head[2] & 15), head[-IDENTITY_BYTES:]
+    for own in PRECISIONS if precision is None else (precision,):
+        if identity_of(base, own, context) == identity:
+            return TextCoder(base, own, context, rows)
+    wanted = "int8 or float32" if precision is None else precision
+    raise ZFileError(
+        f"{path}: expected a file coded with base model {base.name} in {wanted}, got one of another base model or "
+        f"precision (identity {identity.hex()})"
+    )
 
 
 def parts_of(stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
@@ -85,7 +119,7 @@ def write_coded(
         verify: decode what was encoded; a part that does not come back is stored otherwise, with a warning.
         progress: called with the bytes of text just finished.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, the file that it points to
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     remaining = iter(parts)
@@ -94,7 +128,7 @@ def write_coded(
         batch: list[tuple[bytes, bool]] = [first] if first is not None else []
         size = len(first[0]) if first is not None else 0
         for part in remaining:
-            if batch and size + len(part[0]) > BATCH_BYTES:
+            if batch and (size + len(part[0]) > BATCH_BYTES or len(batch) == BATCH_PARTS):
                 _write_batch(out, batch, coder, verify, progress)
                 batch, size = [], 0
             batch.append(part)
@@ -110,7 +144,7 @@ def _resume(
     out: BinaryIO, parts: Iterator[tuple[bytes, bool]], coder: TextCoder, progress
 ) -> tuple[bytes, bool] | None:
     """Leave ``out`` after the records that an earlier run wrote for these parts; the first part that is not there."""
-    head, part = MAGIC + coder.identity, None
+    head, part = header_of(coder), None
     out.seek(0)
     if out.read(len(head)) != head:
         out.seek(0)
@@ -163,31 +197,33 @@ def read_coded(path: str | Path, coder: TextCoder, progress: Progress | None = N
         try:
             check_header(stream, coder)
             batch: list[Record] = []
+            size = 0
             while True:
                 record = _read_record(stream)
-                if batch and (record is None or sum(r.length for r in batch) + record.length > BATCH_BYTES):
+                if batch and (record is None or size + record.length > BATCH_BYTES or len(batch) == BATCH_PARTS):
                     texts = coder.decode([r.part for r in batch], [r.length for r in batch], progress)
                     for own, text in zip(batch, texts):
                         if digest_of(text) != own.digest:
                             raise ZFileError("a part does not have the hash that the file states: it is damaged")
                         yield text, own.goes_on
-                    batch = []
+                    batch, size = [], 0
                 if record is None:
                     return
                 batch.append(record)
+                size += record.length
         except ZFileError as error:
             raise ZFileError(f"{path}: {error}") from error
 
 
 def check_header(stream: BinaryIO, coder: TextCoder) -> None:
     """Raise `ZFileError` unless a file of this coder begins here."""
-    if stream.read(len(MAGIC)) != MAGIC:
+    head = stream.read(HEADER_BYTES)
+    if not begins_as_coded(head):
         raise ZFileError("expected a file of coded units, got another kind")
-    identity = stream.read(IDENTITY_BYTES)
-    if identity != coder.identity:
+    if head != header_of(coder):
         raise ZFileError(
-            f"expected a file of coder {coder.identity.hex()} (its base model, precision and context), "
-            f"got one of {identity.hex()}"
+            f"expected a file of coder {header_of(coder)[2:].hex()} (version, context, base model and precision), got "
+            f"one of {head[2:].hex()}"
         )
 
 
@@ -195,7 +231,7 @@ def stored_length(path: str | Path) -> tuple[int, int]:
     """Documents, and bytes of text, that a file states; read without decoding it."""
     documents = size = 0
     with open(path, "rb") as stream:
-        stream.seek(len(MAGIC) + IDENTITY_BYTES)
+        stream.seek(HEADER_BYTES)
         try:
             while (record := _read_record(stream)) is not None:
                 size += record.length

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 FORMAT = "ztok"
 FORMAT_VERSION = 1
-CODED_MAGIC = b"ZC1"
+CODED_MAGIC = b"ZC"
 """How files of coded units begin (`ztok_fast.codec.coded_file`)."""
 TENSORS = ("codes", "unit_lengths", "segment_rows", "correction_gaps", "correction_tokens", "patches", "raw")
 _SETTINGS = ("num_codebooks", "codebook_size", "max_unit_length", "segments", "segment_bits")
@@ -122,6 +122,11 @@ def content_sha256(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> 
     return digest.hexdigest()
 
 
+def begins_as_coded(head: bytes) -> bool:
+    """Whether a file begins as one of coded units, and not as a safetensors file whose header has such a length."""
+    return head.startswith(CODED_MAGIC) and head[4:9] != b"\0\0\0\0{"
+
+
 def load_zfile(path: str | Path, make: type[ZBatch]) -> ZBatch:
     """Read and check a ``.ztok`` file.
 
@@ -136,7 +141,7 @@ def load_zfile(path: str | Path, make: type[ZBatch]) -> ZBatch:
     if not path.is_file():
         raise ZFileError(f"{path}: expected an existing .ztok file, got none")
     with path.open("rb") as stream:
-        if stream.read(len(CODED_MAGIC)) == CODED_MAGIC:
+        if begins_as_coded(stream.read(16)):
             raise ZFileError(
                 f"{path}: expected Z-tokens, got coded units, which are text for storage: decompress the file, and "
                 "compress the text without --units coded"
