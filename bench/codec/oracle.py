@@ -13,7 +13,7 @@ from torch import Tensor
 import ztok_fast
 from bench.codec import files
 from ztok_fast.codec.codec import ZTokCodec
-from ztok_fast.codec.passes import encode_documents
+from ztok_fast.codec.passes import encode_documents, teacher_forced
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.ops.spec import Mismatch
 
@@ -111,3 +111,16 @@ def check_tokens(name: str, device: str, z: ZBatch, found: list[list[int]], prec
     if wrong > CHANGED_BY.get(precision, 0) * len(tokens):
         by = f"by up to {float(short.max()):.3g} in the logit"
         raise Mismatch(f"tokens: {wrong} of {len(tokens)} are not the arg-max ({by})")
+
+
+@torch.inference_mode()
+def check_steps(codec: ZTokCodec, z: ZBatch, found: list[list[int]]) -> None:
+    """Raise `Mismatch` unless steps of the engine wrote exactly what one pass of it over the text predicts."""
+    if z.precision == "float":
+        return
+    sections = z.sections(codec.config.section_segments)[0]
+    tokens = torch.tensor([token for own in found for token in own], dtype=torch.int64)
+    predicted = teacher_forced(codec.model, sections, tokens)[0]
+    if not torch.equal(predicted, tokens):
+        wrong = int((predicted != tokens).sum())
+        raise Mismatch(f"tokens: {wrong} of {len(tokens)} are not those of one pass of the engine")

@@ -127,8 +127,11 @@ class Decompress(CodecRun):
         return inputs["codec"].decompress(inputs["z"])
 
     def check(self, case, inputs, found):
+        from bench.codec import oracle
+
         answer = inputs["codec"].decompress_tokens(inputs["z"]), found
         self.check_baseline(case, inputs, answer, inputs["z"].precision)
+        oracle.check_steps(inputs["codec"], inputs["z"], answer[0])
 
     def check_baseline(self, case, inputs, answer, precision="float"):
         """Tokens by the oracle, and texts that are those of the tokens."""
