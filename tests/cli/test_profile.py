@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import TEXT, assert_mistake
-from ztok_fast.cli import profile, profile_machine, profile_ways
+from ztok_fast.cli import common, profile_machine, profile_ways
 from ztok_fast.cli.common import UsageError
 from ztok_fast.cli.profile_machine import Marks, Weights
 from ztok_fast.codec.codec import ZTokCodec
@@ -188,5 +188,5 @@ def test_mistakes(tiny, texts, compressed, tmp_path, monkeypatch):
     assert_mistake(tiny("bench", "compress", text, "--trace", tmp_path / "x.txt"), "ends in .json")
     same = tmp_path / "same.json"
     assert_mistake(tiny("bench", "compress", text, "--trace", same, "--json", same), "another file")
-    monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     assert_mistake(tiny("bench", "compress", text, "--plot", tmp_path / "x.png"), "ztok-fast[bench]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import warnings
@@ -147,6 +148,26 @@ def check_output(path: str | Path, suffix: str | None = None, inputs: Sequence[s
     if not path.exists() or path.is_file():  # a device or a pipe is written to where it is
         check_parent(path)
     return path
+
+
+def check_outputs(
+    options: argparse.Namespace, wanted: Sequence[tuple[str, str | None]], inputs: Sequence[str]
+) -> dict[str, Path]:
+    """The files of options such as ``--json``, each checked as in `check_output`; ``plot`` needs matplotlib.
+
+    Args:
+        wanted: names of options and the suffixes that their files have.
+    """
+    found: dict[str, Path] = {}
+    for name, suffix in wanted:
+        if (value := getattr(options, name)) is not None:
+            path = check_output(value, suffix, inputs)
+            if path.absolute() in (other.absolute() for other in found.values()):
+                raise UsageError(f"--{name} {path}: expected another file than the other outputs")
+            found[name] = path
+    if "plot" in found and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot: needs matplotlib, pip install 'ztok-fast[bench]'")
+    return found
 
 
 def check_parent(path: Path) -> None:

@@ -1,9 +1,11 @@
-"""``ztok bench``: where the time of compress, decompress and generate goes, on the user's own files."""
+"""``ztok bench``: where the time of compress, decompress and generate goes, on the user's own files.
+
+`ztok_fast.cli.profile_files` has ``ztok bench files``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import time
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ztok_fast.cli import common, report
+from ztok_fast.cli import common, profile_files, report
 
 if TYPE_CHECKING:
     from ztok_fast.cli.profile_ways import Work
@@ -35,15 +37,27 @@ PROFILED_SHARE, MOST_PROFILES = 0.2, 20
 
 
 def add_commands(commands) -> None:
-    parser = commands.add_parser(
+    bench = commands.add_parser(
         "bench",
-        help="time a codec on your files, by stage",
-        description="Time compress, decompress or generate on your own files: tokens per second, time per stage, "
-        "memory, and the share of what this machine can do, beside Hugging Face + PEFT in the same run.",
+        help="time a codec on your files, by stage; compare sizes",
+        description="Measure on your own files: the time of a codec by stage, or the size of coded units beside "
+        "general compressors. `ztok bench WHAT --help` lists the options.",
+    )
+    kinds = bench.add_subparsers(title="what", metavar="WHAT", dest="what", required=True)
+    for what in ("compress", "decompress", "generate"):
+        _add_way(kinds, what)
+    profile_files.add_command(kinds)
+
+
+def _add_way(kinds, what: str) -> None:
+    parser = kinds.add_parser(
+        what,
+        help=f"time {what}",
+        description=f"Time {what} on your own files: tokens per second, time per stage, memory, and the share of what "
+        "this machine can do, beside Hugging Face + PEFT in the same run.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("compress", "decompress", "generate"), help="what to time")
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="text files, - for stdin, or .ztok files (not for compress)"
     )
@@ -108,16 +122,8 @@ def _check(options: argparse.Namespace) -> dict[str, Path]:
             common.check_input(name)
     if options.gguf is not None:
         common.check_input(options.gguf)
-    outputs: dict[str, Path] = {}
-    for name, suffix in (("trace", ".json"), ("json", None), ("plot", ".png")):
-        if (value := getattr(options, name)) is not None:
-            path = common.check_output(value, suffix, inputs=[own for own in options.files if own != "-"])
-            if path.absolute() in (other.absolute() for other in outputs.values()):
-                raise common.UsageError(f"--{name} {path}: expected another file than the other outputs")
-            outputs[name] = path
-    if "plot" in outputs and importlib.util.find_spec("matplotlib") is None:
-        raise common.UsageError("--plot: needs matplotlib, pip install 'ztok-fast[bench]'")
-    return outputs
+    inputs = [own for own in options.files if own != "-"]
+    return common.check_outputs(options, (("trace", ".json"), ("json", None), ("plot", ".png")), inputs)
 
 
 def measure(options: argparse.Namespace, work: Work) -> tuple[dict, Profile]:
