@@ -12,9 +12,9 @@
 #include "buffer.h"
 #include "int8_products.h"
 #include "int8_rows_kernel.h"
+#include "panel_linear.h"
 #include "share.h"
 #include "standard_arithmetic.h"
-#include "tensors.h"
 
 namespace ztok {
 namespace {
@@ -77,16 +77,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& panels, const Tensor& scales, 
   ZTOK_CHECK(scales.dim() == 2 && scales.scalar_type() == ScalarType::Float && scales.size(0) == num_adapters &&
                  scales.size(1) == padded,
              kOp, "scales: expected float32 [", num_adapters, ", ", padded, "]");
-  ZTOK_CHECK(out_features <= padded && out_features > padded - kPanelColumns, kOp, "out_features: expected at most ",
-             padded, " and more than ", padded - kPanelColumns, ", got ", out_features);
-  Tensor offset = scales;
-  const float* offsets = nullptr;
-  if (bias.has_value()) {
-    ZTOK_CHECK(bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == ScalarType::Float, kOp,
-               "bias: expected float32 [", out_features, "]");
-    offset = torch::stable::contiguous(*bias);
-    offsets = offset.const_data_ptr<float>();
-  }
+  const std::optional<Tensor> held = bias_of(kOp, bias, out_features, padded);
+  const float* offsets = held.has_value() ? held->const_data_ptr<float>() : nullptr;
   const std::vector<int32_t> chosen = adapters_of_rows(rows, num_adapters, adapters, cu_seqlens);
   Tensor y = new_tensor(x, {rows, out_features});
   if (rows == 0 || out_features == 0) return y;

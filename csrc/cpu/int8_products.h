@@ -18,6 +18,17 @@ using Int8Products = void (*)(const int8_t* rows, int64_t row_stride, int64_t co
                               const uint8_t* panels, int64_t depth, int64_t num_panels, int32_t* sums,
                               int64_t sums_stride);
 
+// The arguments as they are handed on, without the numbers of rows and panels.
+struct Int8Call {
+  const int8_t* rows;
+  int64_t row_stride;
+  const int32_t* row_sums;
+  const uint8_t* panels;
+  int64_t depth;
+  int32_t* sums;
+  int64_t sums_stride;
+};
+
 // The best one for this processor and the instruction set in use (isa.h), or the one that a test has forced.
 Int8Products int8_products();
 

@@ -32,16 +32,6 @@ void configure(int64_t upper, int64_t lower) {
   _tile_loadconfig(&config);
 }
 
-struct Int8Call {
-  const int8_t* rows;
-  int64_t row_stride;
-  const int32_t* row_sums;
-  const uint8_t* panels;
-  int64_t depth;
-  int32_t* sums;
-  int64_t sums_stride;
-};
-
 template <bool kLower, bool kRight>
 void tiles(const Int8Call& call, int64_t row, int64_t panel) {
   const uint8_t* left = call.panels + panel * kPanelColumns * call.depth;

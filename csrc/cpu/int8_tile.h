@@ -17,16 +17,6 @@ namespace {
 
 constexpr int64_t kQuadBytes = 4 * kPanelColumns;  // of a panel, 4 products deep
 
-struct Int8Call {
-  const int8_t* rows;
-  int64_t row_stride;
-  const int32_t* row_sums;
-  const uint8_t* panels;
-  int64_t depth;
-  int32_t* sums;
-  int64_t sums_stride;
-};
-
 // A tile of few rows keeps several sums of each, of every kPhases-th quad: enough independent ones to hide the latency
 // of the instructions while a single panel is read from front to back, as memory likes it. Integer sums have no order.
 constexpr int parts_of(int rows) { return 2 * rows <= kMostSums ? 2 : 1; }

@@ -6,11 +6,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "buffer.h"
-#include "int8_products.h"
 #include "ordered_products_kernel.h"
+#include "panel_linear.h"
 #include "share.h"
 #include "standard_arithmetic.h"
-#include "tensors.h"
 
 namespace ztok {
 namespace {
@@ -25,16 +24,8 @@ Tensor ordered_linear(const Tensor& x, const Tensor& panels, int64_t out_feature
                  panels.size(2) == kPanelColumns,
              kOp, "panels: expected float32 [panels, ", depth, ", 16]");
   const int64_t num_panels = panels.size(0), padded = num_panels * kPanelColumns;
-  ZTOK_CHECK(out_features <= padded && out_features > padded - kPanelColumns, kOp, "out_features: expected at most ",
-             padded, " and more than ", padded - kPanelColumns, ", got ", out_features);
-  Tensor offset = x;
-  const float* offsets = nullptr;
-  if (bias.has_value()) {
-    ZTOK_CHECK(bias->dim() == 1 && bias->size(0) == out_features && bias->scalar_type() == ScalarType::Float, kOp,
-               "bias: expected float32 [", out_features, "]");
-    offset = torch::stable::contiguous(*bias);
-    offsets = offset.const_data_ptr<float>();
-  }
+  const std::optional<Tensor> held = bias_of(kOp, bias, out_features, padded);
+  const float* offsets = held.has_value() ? held->const_data_ptr<float>() : nullptr;
   Tensor y = new_tensor(x, {rows, out_features});
   if (rows == 0 || out_features == 0) return y;
   const Tensor states = with_adjacent_elements(x), weights = torch::stable::contiguous(panels);

@@ -11,28 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ztok_fast.ops.triton_arithmetic import exp
+
 BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
 def count_of(x):
-    """int64: 1 + rint(exp(x) * 2^30) for x <= 0, with the exp of docs/determinism.md."""
-    clamped = tl.maximum(x, -87.0)
-    shifted = tl.fma(clamped, tl.full(x.shape, 1.44269504, tl.float32), tl.full(x.shape, 12582912.0, tl.float32))
-    n = shifted - 12582912.0
-    r = tl.fma(n, tl.full(x.shape, -0.693359375, tl.float32), clamped)
-    r = tl.fma(n, tl.full(x.shape, 2.12194440e-4, tl.float32), r)
-    p = tl.full(x.shape, 1.9875691500e-4, tl.float32)
-    p = tl.fma(p, r, tl.full(x.shape, 1.3981999507e-3, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 8.3334519073e-3, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 4.1665795894e-2, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 1.6666665459e-1, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 5.0000001201e-1, tl.float32))
-    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    weight = (tl.fma(p, r * r, r) + 1.0) * power * 1073741824.0
+    """int64: 1 + rint(exp(x) * 2^30) for x <= 0."""
+    weight = exp(x) * 1073741824.0
     # Adding 2^23 rounds to an integer, ties to even; what is not below 2^23 is one.
     rounded = tl.where(weight < 8388608.0, (weight + 8388608.0) - 8388608.0, weight)
-    return tl.where(x < -87.0, 0, rounded.to(tl.int32)).to(tl.int64) + 1
+    return rounded.to(tl.int32).to(tl.int64) + 1
 
 
 @triton.jit(do_not_specialize=["V"])
