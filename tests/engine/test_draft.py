@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.models import random_model
-from ztok_fast.engine import Engine, write, write_blocks, write_steps
+from ztok_fast.engine import Engine, write_blocks, write_steps
 
 V, D = 50, 32
 
@@ -101,17 +101,6 @@ def test_a_text_that_does_not_depend_on_its_own_tokens_takes_few_passes():
     engine().release(sequences)
 
 
-@pytest.mark.parametrize(("count", "drafts"), [(1, True), (2, True), (3, False)])
-def test_few_sequences_are_drafted(count, drafts):
-    prompts, given = inputs([20] * count, 6)
-    given["biases"] *= 1000  # so that the draft is right
-    sequences = engine().prefill(prompts)
-    found = write(engine(), sequences, **given)
-    assert torch.equal(found.tokens, write_steps(engine(), sequences, **given).tokens)
-    assert bool((found.passes < 19).all()) == drafts
-    engine().release(sequences)
-
-
 def test_float32_too():
     prompts, given = inputs([24, 24, 9], 5)
     own = engine("float32")
@@ -119,7 +108,7 @@ def test_float32_too():
     assert torch.equal(write_blocks(own, sequences, **given).tokens, write_steps(own, sequences, **given).tokens)
 
 
-@pytest.mark.parametrize("way", [write, write_steps, write_blocks])
+@pytest.mark.parametrize("way", [write_steps, write_blocks])
 def test_nothing_to_write(way):
     sequences = engine().prefill([[1], [2]])
     found = way(engine(), sequences, torch.tensor([0, 0]))
@@ -129,7 +118,7 @@ def test_nothing_to_write(way):
     assert way(engine(), nobody, torch.empty(0).long()).tokens.shape == (0, 0)
 
 
-@pytest.mark.parametrize("way", [write, write_steps, write_blocks])
+@pytest.mark.parametrize("way", [write_steps, write_blocks])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,9 +16,10 @@ from ztok_fast.engine.engine import Engine
 from ztok_fast.engine.sequences import Sequences
 
 DRAFTED_SEQUENCES = 2
-"""Up to so many sequences `write` drafts. A pass over few rows costs what reading the weights costs, so more rows are
-nearly free there. With more sequences steps fill a pass themselves, and wrong guesses cost more than they save. On
-ztok-mini (int8, one thread, CPU time) blocks won for one sequence, were even for two and lost from four on."""
+"""Up to so many sequences `write_blocks` is the faster way. A pass over few rows costs what reading the weights costs,
+so more rows are nearly free there. With more sequences steps fill a pass themselves, and wrong guesses cost more than
+they save. On ztok-mini (int8, one thread, CPU time) blocks won for one sequence, were even for two and lost from four
+on."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,6 @@ class _Texts:
     def finish(self) -> Written:
         columns = torch.arange(self.tokens.shape[1])
         return Written(self.tokens.masked_fill(columns >= self.lengths[:, None], -1), self.passes)
-
-
-def write(
-    engine: Engine,
-    sequences: Sequences,
-    lengths: Tensor,
-    vectors: Tensor | None = None,
-    biases: Tensor | None = None,
-    forced: Tensor | None = None,
-) -> Written:
-    """`write_blocks` for up to `DRAFTED_SEQUENCES` sequences, `write_steps` for more: the tokens are the same."""
-    way = write_blocks if len(sequences) <= DRAFTED_SEQUENCES else write_steps
-    return way(engine, sequences, lengths, vectors, biases, forced)
 
 
 @torch.inference_mode()
