@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "entropy_kernel.h"
+#include "standard_arithmetic.h"
 
 namespace ztok {
 namespace {
@@ -33,6 +34,7 @@ struct Logits {
   void each(const char* op, const Body& body) const {
     std::atomic<bool> finite{true};
     share(rows, 16, static_cast<double>(rows) * width / kCountsPerNanosecond, [&](int64_t begin, int64_t end) {
+      const StandardArithmetic standard;  // counts are floats that are rounded
       for (int64_t i = begin; i < end; ++i) {
         if (!body(i)) finite = false;
       }

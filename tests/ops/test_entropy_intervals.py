@@ -1,8 +1,11 @@
 """Intervals of tokens: the same integers everywhere, close to the probabilities that they stand for."""
 
+import ctypes
+import ctypes.util
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 from fractions import Fraction
@@ -15,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.entropy_cases import adversarial, bits_of, draws, instruction_set, realistic
-from ztok_fast import ops
+from ztok_fast import native, ops
 from ztok_fast.ops import arithmetic
 from ztok_fast.ops.entropy import reference
 
@@ -141,6 +144,33 @@ def test_the_same_integers_on_every_instruction_set_and_number_of_threads(isa, t
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     assert torch.equal(decoded.tokens, targets)
     assert torch.equal(decoded.state, reference.decode_tokens(logits, state, streams.data)[1])
+
+
+UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}.get(platform.machine())
+
+
+@pytest.mark.skipif(not native.status("cpu").available, reason="no compiled CPU library")
+@pytest.mark.skipif(UPWARD is None or not ctypes.util.find_library("m"), reason="how to round upward is not known here")
+def test_the_same_integers_whatever_the_mode_of_the_thread():
+    logits, targets = samples(5001, torch.Generator().manual_seed(4))
+    rounding = ctypes.CDLL(ctypes.util.find_library("m"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ops.backend("cpp"):
+            expected = ops.token_intervals(logits, targets)
+            streams = ops.range_encode(*expected, torch.arange(len(targets) + 1))
+            state = ops.range_decoder(*streams)
+            assert torch.set_flush_denormal(True) and rounding.fesetround(UPWARD) == 0
+            found = ops.token_intervals(logits, targets)
+            decoded = ops.decode_tokens(logits, state, streams.data)
+            assert rounding.fegetround() == UPWARD  # the mode of the thread is as it was
+    finally:
+        torch.set_flush_denormal(False)
+        rounding.fesetround(0)
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert torch.equal(decoded.tokens, targets)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
