@@ -151,13 +151,13 @@ class Runner {
     for_rows([&](int64_t row) {
       float* out = b.normed + row * m.hidden;
       ZTOK_SELECT(engine_norm)(b.x + row * m.hidden, weight, m.hidden, m.eps, out);
-      if (m.is_int8) ZTOK_SELECT(engine_quantise)(out, m.hidden, b.quantised, row);
+      if (m.is_int8) quantise_row(out, m.hidden, b.quantised, row);
     });
   }
 
   void quantise(const float* rows, int64_t width) {
     if (!m.is_int8) return;
-    for_rows([&](int64_t row) { ZTOK_SELECT(engine_quantise)(rows + row * width, width, b.quantised, row); });
+    for_rows([&](int64_t row) { quantise_row(rows + row * width, width, b.quantised, row); });
   }
 
   // Columns in blocks of a multiple of `step` panels.

@@ -38,7 +38,7 @@ class HeadRows {
             StandardArithmetic standard;
             for (int64_t i = begin * width_; added != nullptr && i < end * width_; ++i) floats_[i] = rows[i] + added[i];
             for (int64_t row = begin; model.is_int8 && row < end; ++row) {
-              ZTOK_SELECT(engine_quantise)(all.floats + row * width_, width_, all.quantised, row);
+              quantise_row(all.floats + row * width_, width_, all.quantised, row);
             }
           });
   }

@@ -179,44 +179,6 @@ void engine_norm(const float* x, const float* weight, int64_t width, float eps, 
   }
 }
 
-void engine_quantise(const float* x, int64_t width, const QuantisedRows& rows, int64_t row) {
-  Lanes largest = splat(0.0f), second = splat(0.0f);
-  int64_t k = 0;
-  for (; k + 2 * kLaneCount <= width; k += 2 * kLaneCount) {
-    largest = larger_bits(largest, magnitude(load16(x + k)));
-    second = larger_bits(second, magnitude(load16(x + k + kLaneCount)));
-  }
-  for (; k < width; k += kLaneCount) largest = larger_bits(largest, magnitude(load16(x + k)));
-  largest = larger_bits(largest, second);
-  const bool finite = all_finite(largest);
-  const float most = tree_max(largest);
-  int8_t* values = rows.values + row * rows.stride;
-  for (int64_t i = width; i < rows.stride; ++i) values[i] = 0;
-  if (!finite || most < 0x1p-100f) {
-    for (int64_t i = 0; i < width; ++i) values[i] = 0;
-    rows.sums[row] = 0;
-    rows.scales[row] = finite ? 0.0f : __builtin_nanf("");
-    return;
-  }
-  const Lanes inverse = splat(127.0f / most), rounder = splat(kRounder);
-  Lanes total = splat(0.0f), other = splat(0.0f);  // exact: whole numbers below 2^24
-  for (k = 0; k + 2 * kLaneCount <= width; k += 2 * kLaneCount) {
-    const Lanes a = load16(x + k) * inverse + rounder, b = load16(x + k + kLaneCount) * inverse + rounder;
-    total = total + (a - rounder);
-    other = other + (b - rounder);
-    store_bytes16(values + k, a);
-    store_bytes16(values + k + kLaneCount, b);
-  }
-  for (; k < width; k += kLaneCount) {
-    const Lanes a = load16(x + k) * inverse + rounder;
-    total = total + (a - rounder);
-    store_bytes16(values + k, a);
-  }
-  total = total + other;
-  rows.sums[row] = static_cast<int32_t>(tree_sum(total));
-  rows.scales[row] = most / 127.0f;
-}
-
 void engine_store(const Products& products, float* out, int64_t out_stride) {
   const Scaler scaler{products};
   for (int64_t r = 0; r < products.rows; ++r) {

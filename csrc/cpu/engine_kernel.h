@@ -8,14 +8,6 @@
 
 namespace ztok {
 
-// An int8 row: `values`, and beside them their sum and the scale.
-struct QuantisedRows {
-  int8_t* values;  // [rows, stride]; zeros from the width to the stride
-  int64_t stride;
-  int32_t* sums;
-  float* scales;
-};
-
 // Products of a block of columns on their way to the layer's result: int32 sums to be scaled, or float32 sums as they
 // are (weight_scales is then null).
 struct Products {
@@ -36,8 +28,6 @@ struct HeadCache {
 };
 
 ZTOK_KERNEL(void, engine_norm, const float* x, const float* weight, int64_t width, float eps, float* out)
-
-ZTOK_KERNEL(void, engine_quantise, const float* x, int64_t width, const QuantisedRows& rows, int64_t row)
 
 // out[r, c] = product
 ZTOK_KERNEL(void, engine_store, const Products& products, float* out, int64_t out_stride)

@@ -6,6 +6,7 @@
 
 #include "engine_kernel.h"
 #include "engine_model.h"
+#include "int8_rows_kernel.h"
 #include "ordered_products_kernel.h"
 #include "share.h"
 #include "standard_arithmetic.h"
@@ -13,6 +14,20 @@
 namespace ztok {
 
 inline int64_t padded_depth(int64_t width) { return (width + kDepthStep - 1) / kDepthStep * kDepthStep; }
+
+// Rows in int8 with their sums and scales.
+struct QuantisedRows {
+  int8_t* values;  // [rows, stride]; zeros from a layer's width to its padded depth
+  int64_t stride;
+  int32_t* sums;
+  float* scales;
+};
+
+inline void quantise_row(const float* x, int64_t width, const QuantisedRows& rows, int64_t row) {
+  ZTOK_SELECT(quantize_rows)
+  (x, width, 1, width, rows.values + row * rows.stride, rows.stride, padded_depth(width), rows.sums + row,
+   rows.scales + row);
+}
 
 // Input rows of a linear layer: as floats, and in int8 where the model is.
 struct EngineRows {

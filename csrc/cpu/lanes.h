@@ -2,10 +2,9 @@
 // everywhere. Included by kernel files only (see isa.h).
 //
 //   load16, store16 (of float, or Half, rounded to nearest even), splat, + - * /, fma (rounded once), square_root
-//   larger(a, b): a > b ? a : b       smaller_of(a, b): a < b ? a : b       negated, magnitude: of the sign alone
+//   larger(a, b): a > b ? a : b       smaller_of(a, b): a < b ? a : b       negated: of the sign alone
 //   first_lanes(a, n): the n first lanes of a, 0 in the others
 //   tree_sum, tree_max: over the lanes
-//   larger_bits(a, b): of magnitudes by their bits, so that what is not finite is the largest; all_finite(magnitudes)
 //   exp16, silu16: as specified
 #pragma once
 
@@ -41,17 +40,10 @@ ZTOK_LANES Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)};
 ZTOK_LANES Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 ZTOK_LANES Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 ZTOK_LANES Lanes smaller_of(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
-ZTOK_LANES Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.v)}; }
 ZTOK_LANES Lanes negated(Lanes a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
 ZTOK_LANES Lanes first_lanes(Lanes a, int64_t n) {
   const auto mask = static_cast<__mmask16>(n >= kLaneCount ? 0xffff : n <= 0 ? 0 : (1u << n) - 1u);
   return {_mm512_maskz_mov_ps(mask, a.v)};
-}
-ZTOK_LANES Lanes larger_bits(Lanes a, Lanes b) {
-  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
-}
-ZTOK_LANES bool all_finite(Lanes a) {
-  return _mm512_cmpge_epi32_mask(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7f800000)) == 0;
 }
 // 0 where x < limit, else a
 ZTOK_LANES Lanes zero_below(Lanes x, float limit, Lanes a) {
@@ -64,11 +56,6 @@ ZTOK_LANES Lanes power_of_two(Lanes shifted) {
 }
 ZTOK_LANES Lanes from_ints16(const int32_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_loadu_si512(static_cast<const void*>(p)))};
-}
-// int8 of shifted = n + 12582912, for |n| <= 127
-ZTOK_LANES void store_bytes16(int8_t* p, Lanes shifted) {
-  const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(shifted.v), _mm512_set1_epi32(0x4B400000));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(n));
 }
 
 #elif defined(__AVX2__)
@@ -100,10 +87,6 @@ ZTOK_LANES Lanes fma(Lanes x, Lanes y, Lanes z) {
 }
 ZTOK_LANES Lanes larger(Lanes x, Lanes y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 ZTOK_LANES Lanes smaller_of(Lanes x, Lanes y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
-ZTOK_LANES Lanes magnitude(Lanes x) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
-}
 ZTOK_LANES Lanes negated(Lanes x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_xor_ps(x.a, sign), _mm256_xor_ps(x.b, sign)};
@@ -113,14 +96,6 @@ ZTOK_LANES Lanes first_lanes(Lanes x, int64_t n) {
   const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm256_and_ps(x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, low))),
           _mm256_and_ps(x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, high)))};
-}
-ZTOK_LANES Lanes larger_bits(Lanes x, Lanes y) {
-  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(y.a))),
-          _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x.b), _mm256_castps_si256(y.b)))};
-}
-ZTOK_LANES bool all_finite(Lanes x) {
-  const __m256i most = _mm256_max_epi32(_mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
-  return _mm256_testz_si256(_mm256_cmpgt_epi32(most, _mm256_set1_epi32(0x7f7fffff)), _mm256_set1_epi32(-1)) != 0;
 }
 ZTOK_LANES Lanes zero_below(Lanes x, float limit, Lanes y) {
   const __m256 bound = _mm256_set1_ps(limit);
@@ -135,14 +110,6 @@ ZTOK_LANES Lanes power_of_two(Lanes shifted) { return {power_of_two8(shifted.a),
 ZTOK_LANES Lanes from_ints16(const int32_t* p) {
   const auto* q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256(q)), _mm256_cvtepi32_ps(_mm256_loadu_si256(q + 1))};
-}
-ZTOK_LANES void store_bytes16(int8_t* p, Lanes shifted) {
-  const __m256i offset = _mm256_set1_epi32(0x4B400000);
-  const __m256i low = _mm256_sub_epi32(_mm256_castps_si256(shifted.a), offset);
-  const __m256i high = _mm256_sub_epi32(_mm256_castps_si256(shifted.b), offset);
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
 #else
@@ -201,22 +168,11 @@ ZTOK_LANES Lanes larger(Lanes a, Lanes b) {
 ZTOK_LANES Lanes smaller_of(Lanes a, Lanes b) {
   return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
-ZTOK_LANES Lanes magnitude(Lanes a) {
-  return each([&](int i) { return float_of(word_of(a.v[i]) & 0x7fffffffu); });
-}
 ZTOK_LANES Lanes negated(Lanes a) {
   return each([&](int i) { return -a.v[i]; });
 }
 ZTOK_LANES Lanes first_lanes(Lanes a, int64_t n) {
   return each([&](int i) { return i < n ? a.v[i] : 0.0f; });
-}
-ZTOK_LANES Lanes larger_bits(Lanes a, Lanes b) {
-  return each([&](int i) { return word_of(a.v[i]) > word_of(b.v[i]) ? a.v[i] : b.v[i]; });
-}
-ZTOK_LANES bool all_finite(Lanes a) {
-  bool finite = true;
-  for (int i = 0; i < kLaneCount; ++i) finite &= word_of(a.v[i]) < 0x7f800000u;
-  return finite;
 }
 ZTOK_LANES Lanes zero_below(Lanes x, float limit, Lanes a) {
   return each([&](int i) { return x.v[i] < limit ? 0.0f : a.v[i]; });
@@ -226,11 +182,6 @@ ZTOK_LANES Lanes power_of_two(Lanes shifted) {
 }
 ZTOK_LANES Lanes from_ints16(const int32_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
-}
-ZTOK_LANES void store_bytes16(int8_t* p, Lanes shifted) {
-  for (int i = 0; i < kLaneCount; ++i) {
-    p[i] = static_cast<int8_t>(static_cast<int32_t>(word_of(shifted.v[i]) - 0x4B400000u));
-  }
 }
 
 #endif
