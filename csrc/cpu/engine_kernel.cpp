@@ -296,9 +296,10 @@ bool engine_weights(const float* logits, int64_t count, float temperature, int64
   float largest = -infinite;
   for (int64_t i = 0; i < count; ++i) {
     const float z = logits[i] / temperature;
-    if (!(z > -infinite && z < infinite)) return false;
+    if (!(z < infinite)) return false;
     largest = largest > z ? largest : z;
   }
+  if (largest == -infinite) return false;
   for (int64_t i = 0; i < count; i += kLaneCount) {
     float lanes[kLaneCount];
     const int64_t valid = count - i < kLaneCount ? count - i : kLaneCount;

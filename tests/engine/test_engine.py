@@ -263,6 +263,16 @@ def test_ties_go_to_the_lowest_token():
     assert logits[10] == logits[30] == logits.max() and int(engine.argmax(hidden)) == 10
 
 
+def test_a_logit_of_minus_infinity_is_never_chosen():
+    model = random_model(seed=6, tie_word_embeddings=False)
+    model.lm_head.weight[:40] = -3e38
+    engine = Engine.from_model(model, precision="float32", cache=False)
+    hidden, ids = torch.full((64, D), 10.0), torch.arange(64)
+    assert bool((engine.logits(hidden)[:, :40] == -torch.inf).all())
+    drawn = engine.sample(hidden, 50.0, 1.0, 0, ids, ids)
+    assert int(engine.argmax(hidden).min()) >= 40 and int(drawn.min()) >= 40 and len(drawn.unique()) > 1
+
+
 def test_what_is_not_finite_stays_in_its_row():
     engine, oracles = shared("int8")
     tokens = torch.tensor([1, 2, 3, 4])

@@ -175,3 +175,13 @@ def test_a_text_may_fill_its_slot():
     """The last token is written and not read, so it needs no row."""
     (text,) = engine().generate([[1, 2]], 95, end_tokens=())
     assert len(text) == 95
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_without_finite_logits_is_named(temperature):
+    model = random_model("llama", 3, tie_word_embeddings=False)
+    model.model.embed_tokens.weight[5] = torch.nan
+    own = Engine.from_model(model, slots=2, capacity=32, cache=False)
+    with pytest.raises(ValueError, match="prompts\\[2\\]: expected finite logits, got NaN or infinity from the model"):
+        own.generate([[1], [2], [5, 1]], [4, 2, 3], temperature=temperature, end_tokens=())
+    assert own.slots.free == 2

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from ztok_fast.engine import cuda  # noqa: E402
 from ztok_fast.engine import triton as pieces  # noqa: E402
-from ztok_fast.engine.sampling import draw  # noqa: E402
+from ztok_fast.engine.sampling import draw, greatest  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "vocab_size": 20}
@@ -132,11 +132,22 @@ def test_no_rows_and_no_sequences():
         assert engine.sample(hidden, 1.0, 1.0, 0, empty, empty).shape == engine.argmax(hidden).shape == (0,)
 
 
-def test_logits_that_are_not_finite_give_no_token():
-    logits = torch.zeros(2, 5, device=DEVICE)
-    logits[1, 3] = torch.nan
-    with pytest.raises(ValueError, match="engine: row 1: expected finite logits, got nan"):
-        draw(logits, 1.0, 1.0, 0, torch.zeros(2).long(), torch.zeros(2).long())
+def test_rows_without_a_token():
+    """Logits that are -inf in part are drawn from; rows with NaN or infinity are refused, on both devices."""
+    logits = torch.zeros(4, 5, device=DEVICE)
+    logits[1, 3], logits[2, 0], logits[3, 1:] = torch.nan, torch.inf, -torch.inf
+    ids = torch.zeros(4).long()
+    assert greatest(logits).tolist() == [0, -1, -1, 0]
+    drawn = draw(logits, 1.0, 1.0, 0, ids, ids).tolist()
+    assert drawn[0] >= 0 and drawn[1:] == [-1, -1, 0]
+    assert draw(logits.clamp(max=1e30) * 0 + 1e30, 1e-20, 1.0, 0, ids, ids).tolist()[0] == -1
+    for engine in engines("llama", "int8", (), {}):
+        states = to(engine, torch.zeros(3, 16))
+        states[1] = torch.inf
+        with pytest.raises(ValueError, match="engine: row 1: expected finite logits, got NaN or infinity"):
+            engine.argmax(states)
+        with pytest.raises(ValueError, match="engine: row 1: expected finite logits, got NaN or infinity"):
+            engine.sample(states, 1.0, 1.0, 0, ids[:3], ids[:3])
 
 
 def test_a_device_that_the_engine_does_not_run_on_is_refused():

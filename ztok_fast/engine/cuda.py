@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ztok_fast.engine import weights as packed
 from ztok_fast.engine.architecture import Settings
-from ztok_fast.engine.sampling import check_finite, draw
+from ztok_fast.engine.sampling import draw, greatest
 from ztok_fast.engine.triton import attention, gated, rms_norm, rotary_angles, rotate
 from ztok_fast.engine.weights import PackedWeights
 from ztok_fast.ops.int8 import triton as linear
@@ -278,11 +278,9 @@ class CudaPasses:
             return self.head(x.contiguous(), _Rows(table))
 
     def argmax(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
-        """As `Engine.argmax`; the tokens are on the CPU."""
-        logits = self.logits(hidden, bias)
-        check_finite(logits)
-        return logits.argmax(-1).cpu()
+        """As `Engine.argmax`, with -1 in rows that have no token; the tokens are on the CPU."""
+        return greatest(self.logits(hidden, bias))
 
     def sample(self, hidden, bias, temperature: float, top_p: float, seed: int, row_ids, steps) -> Tensor:
-        """As `Engine.sample`; the tokens are on the CPU."""
+        """As `Engine.sample`, with -1 in rows that have no token; the tokens are on the CPU."""
         return draw(self.logits(hidden, bias), temperature, top_p, seed, row_ids, steps)

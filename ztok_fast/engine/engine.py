@@ -12,6 +12,7 @@ from ztok_fast import native
 from ztok_fast.engine import checks
 from ztok_fast.engine.architecture import BASE, EngineUnsupported, Settings, read
 from ztok_fast.engine.generate import generate
+from ztok_fast.engine.sampling import check_tokens
 from ztok_fast.engine.sequences import Sequences, Slots
 from ztok_fast.engine.weights import PackedWeights, pack
 from ztok_fast.profiling import HEAD, MODEL, stage
@@ -336,12 +337,16 @@ class Engine:
             return torch.ops.ztok.engine_logits(self.weights.blob, self.weights.layout, hidden, bias)
 
     def argmax(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The token with the highest logit, int64 [r]; the lowest of several."""
+        """The token with the highest logit, int64 [r]; the lowest of several.
+
+        Raises:
+            ValueError: a row has no token, because a logit is NaN or the highest is not finite; `sample` too.
+        """
         self._check_hidden(hidden, bias)
         with stage(HEAD, len(hidden)):
             if self._passes is not None:
-                return self._passes.argmax(hidden, bias)
-            return torch.ops.ztok.engine_argmax(self.weights.blob, self.weights.layout, hidden, bias)
+                return check_tokens(self._passes.argmax(hidden, bias))
+            return check_tokens(torch.ops.ztok.engine_argmax(self.weights.blob, self.weights.layout, hidden, bias))
 
     def sample(
         self,
@@ -367,18 +372,11 @@ class Engine:
         for name, value in (("row_ids", row_ids), ("steps", steps)):
             checks.tensor(name, value, (len(hidden),), torch.int64)
         with stage(HEAD, len(hidden)):
+            options = float(temperature), float(top_p), seed, row_ids.contiguous(), steps.contiguous()
             if self._passes is not None:
-                return self._passes.sample(hidden, bias, float(temperature), float(top_p), seed, row_ids, steps)
-            return torch.ops.ztok.engine_sample(
-                self.weights.blob,
-                self.weights.layout,
-                hidden,
-                bias,
-                float(temperature),
-                float(top_p),
-                seed,
-                row_ids.contiguous(),
-                steps.contiguous(),
+                return check_tokens(self._passes.sample(hidden, bias, *options))
+            return check_tokens(
+                torch.ops.ztok.engine_sample(self.weights.blob, self.weights.layout, hidden, bias, *options)
             )
 
     def _check_hidden(self, hidden: Tensor, bias: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ztok_fast.engine import checks
+from ztok_fast.engine.sampling import NoToken
 
 if TYPE_CHECKING:
     from ztok_fast.engine.engine import Engine
@@ -23,9 +24,13 @@ class _Choice:
         self.engine, self.temperature, self.top_p, self.seed, self.row_ids = engine, temperature, top_p, seed, row_ids
 
     def __call__(self, hidden: Tensor, texts: Tensor, counts: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return self.engine.argmax(hidden)
-        return self.engine.sample(hidden, self.temperature, self.top_p, self.seed, self.row_ids[texts], counts)
+        try:
+            if self.temperature == 0:
+                return self.engine.argmax(hidden)
+            return self.engine.sample(hidden, self.temperature, self.top_p, self.seed, self.row_ids[texts], counts)
+        except NoToken as error:
+            name = f"prompts[{int(texts[error.row])}]"
+            raise ValueError(f"engine: {name}: expected finite logits, got NaN or infinity from the model") from None
 
 
 class _Running:
@@ -81,9 +86,8 @@ def generate(
             written[running.slots, running.counts] = running.tokens = tokens
             running.counts = running.counts + 1
             at_end = torch.isin(tokens, ends)
-            ended = at_end | (running.counts == running.limits) | (tokens < 0)
+            ended = at_end | (running.counts == running.limits)
             if ended.any():
-                _check_finite(running)
                 lengths = (running.counts - at_end.long())[ended].tolist()
                 for text, slot, length in zip(running.texts[ended].tolist(), running.slots[ended].tolist(), lengths):
                     results[text] = written[slot, :length].tolist()
@@ -92,13 +96,6 @@ def generate(
     finally:
         engine.slots.release(running.slots)
     return results
-
-
-def _check_finite(running: _Running) -> None:
-    """Where logits are not finite, there is no token: the head gives -1."""
-    if int(running.tokens.min()) < 0:
-        text = int(running.texts[running.tokens < 0][0])
-        raise ValueError(f"engine: prompts[{text}]: expected finite logits, got NaN or infinity from the model")
 
 
 def _step(engine: Engine, running: _Running) -> Tensor:
