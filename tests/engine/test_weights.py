@@ -1,6 +1,7 @@
 """Packed weights: the oracle's quantisation in the places that the layout names; the cache and its damages."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -142,6 +143,31 @@ def test_the_cache_gives_the_same_bytes_without_packing(monkeypatch, cache_folde
     assert again.blob.data_ptr() % 64 == 0 and again.blob.data_ptr() != packed.blob.data_ptr()
     ranges = [line.split(" ")[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
     assert any(int(low, 16) <= again.blob.data_ptr() < int(high, 16) for low, high in ranges), "mapped, not copied"
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "kept"),
+    [
+        (16, 1 << 20, "abcdef"),
+        (3, 1 << 20, "aef"),  # a was used last, f is new
+        (16, 3000, "af"),  # each file has 1 kB and a header
+        (16, 10, "f"),
+    ],
+)
+def test_files_used_longest_ago_are_removed(monkeypatch, cache_folder, files, size, kept):
+    monkeypatch.setattr(store, "KEPT_FILES", files)
+    blob = torch.zeros(1000, dtype=torch.uint8)
+    for age, key in enumerate("edcba"):
+        store.save(key, blob)
+        os.utime(store.path_of(key), (1000 - age, 1000 - age))
+    assert store.load("a", 1000) is not None
+    monkeypatch.setattr(store, "KEPT_BYTES", size)
+    (cache_folder / "ztok_fast" / "engine" / "notes.txt").write_text("another's")
+    store.save("f", blob)
+    assert "".join(sorted(path.stem for path in cache_folder.rglob("*.safetensors"))) == kept
+    assert (cache_folder / "ztok_fast" / "engine" / "notes.txt").exists()
+    for key in kept:
+        assert torch.equal(store.load(key, 1000), blob)
 
 
 def test_fingerprints_tell_models_apart():

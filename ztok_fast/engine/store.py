@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 from ztok_fast.files import cache_folder, replace_atomically
 
 ALIGNMENT = 64
+KEPT_FILES, KEPT_BYTES = 16, 8 << 30
+"""What the folder holds at most: those used last stay. The file that was just written stays whatever its size."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +52,8 @@ def load(key: str, size: int) -> Tensor | None:
     if described.get("sha256") != _digest(blob):
         _log.warning("engine: %s is damaged and will be written again: its bytes have another SHA-256", path)
         return None
+    with suppress(OSError):
+        os.utime(path)  # it was used
     return blob if blob.data_ptr() % ALIGNMENT == 0 else aligned_bytes(size).copy_(blob)
 
 
@@ -59,6 +66,26 @@ def save(key: str, blob: Tensor) -> None:
             stream.write(blob.numpy().data)
     except OSError as error:
         _log.warning("engine: the packed weights cannot be kept: %s", error)
+        return
+    _prune(path, blob.numel())
+
+
+def _prune(written: Path, size: int) -> None:
+    """Remove the files that were used longest ago, until all are within the limits; `written`, of `size` bytes, stays.
+
+    Processes that have mapped a removed file keep its bytes.
+    """
+    others = []
+    for path in written.parent.glob("*.safetensors"):
+        with suppress(OSError):  # another process may have removed it
+            if path != written:
+                status = path.stat()
+                others.append((status.st_mtime_ns, path, status.st_size))
+    for count, (_, path, bytes_here) in enumerate(sorted(others, reverse=True), 2):
+        size += bytes_here
+        if count > KEPT_FILES or size > KEPT_BYTES:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _header(key: str, blob: Tensor) -> bytes:
