@@ -12,7 +12,7 @@ PROSE = b"It was a dark and stormy night; the rain fell in torrents, except at o
 def test_round_trip_of_one_file(tmp_path, capsys):
     text = tmp_path / "a.txt"
     text.write_bytes(PROSE)
-    assert main(["compress", str(text), "--units", "coded", "--context", "64"]) == 0
+    assert main(["compress", str(text), "--units", "coded", "--context", "64", "--window", "32"]) == 0
     said = capsys.readouterr().out
     packed = tmp_path / "a.txt.ztok"
     assert re.search(rf"{len(PROSE)} bytes -> {packed.stat().st_size}, \d\.\d+ bits per byte, \d+\.\d s", said)
@@ -47,6 +47,7 @@ def test_several_documents(tmp_path, capsys):
         (["--ratio", "4"], "expected no --ratio"),
         (["--context", "48"], "context: expected a power of two"),
         (["--engine", "float"], "expected --engine int8 or float32"),
+        (["--window", "3"], "window: expected a power of two"),
         (["--context", "0"], "context: expected an integer from 1"),
         (["--base", "nowhere-at-all"], "was not found"),
     ],
@@ -66,7 +67,7 @@ def test_damage_is_said(tmp_path, capsys):
     assert str(packed) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--context", "64"], ["--no-verify"]])
+@pytest.mark.parametrize("option", [["--context", "64"], ["--window", "64"], ["--no-verify"]])
 def test_options_of_coded_units_are_refused_without_them(tmp_path, capsys, option):
     (tmp_path / "a.txt").write_bytes(PROSE)
     assert main(["compress", str(tmp_path / "a.txt"), *option]) == 2

@@ -78,6 +78,28 @@ def test_segments_side_by_side_do_not_change_a_bit(base, coder):
     assert one.decode(parts, [len(d) for d in DOCUMENTS]) == DOCUMENTS
 
 
+def test_a_segment_longer_than_the_window_is_read_in_windows(tmp_path, base):
+    text = (PROSE * 2 + "The end.").encode()
+    sliding = TextCoder(base, context=128, rows=3, window=16)
+    [part] = sliding.encode([text])
+    assert part.mode == CODED
+    assert sliding.decode([part], [len(text)]) == [text]
+    one = TextCoder(base, context=128, rows=1, window=16)
+    assert one.encode([text]) == [part] and one.decode([part], [len(text)]) == [text]
+    # What is read again helps: segments of one window each take more, one window for all takes less.
+    blind, whole = (TextCoder(base, context=n, rows=8).encode([text])[0] for n in (16, 128))
+    assert len(whole.payload) < len(part.payload) < 0.95 * len(blind.payload)
+    assert len({c.identity for c in (sliding, TextCoder(base, context=128), TextCoder(base, context=16))}) == 3
+    as_file(tmp_path / "x.ztok", [text], sliding)
+    found = coder_for(tmp_path / "x.ztok", base)
+    assert (found.context, found.window) == (128, 16)
+    assert from_file(tmp_path / "x.ztok", found) == [text]
+
+
+def test_a_window_of_no_use_changes_nothing(base):
+    assert TextCoder(base, context=32, window=32).identity == TextCoder(base, context=32, window=64).identity
+
+
 def test_instruction_sets_read_each_other(coder):
     before, text = torch.ops.ztok.isa_native(-1), [PROSE.encode()[:60]]
     try:
@@ -188,5 +210,7 @@ def test_mistakes(base):
         TextCoder(base, context=0)
     with pytest.raises(CodecError, match="context: expected a power of two, got 48"):
         TextCoder(base, context=48)
+    with pytest.raises(CodecError, match="window: expected a power of two, got 3"):
+        TextCoder(base, window=3)
     with pytest.raises(CodecError, match="rows: expected an integer from 1"):
         TextCoder(base, rows=True)

@@ -43,7 +43,8 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
     total = sum(Path(name).stat().st_size for name in options.files if name != "-")
     started, done = time.perf_counter(), [0]
     base, precision = _base(options)
-    coder = TextCoder(base, precision or PRECISIONS[0], 512 if options.context is None else options.context)
+    sizes = {name: getattr(options, name) for name in ("context", "window") if getattr(options, name) is not None}
+    coder = TextCoder(base, precision or PRECISIONS[0], **sizes)
     with common.progress_bar(total or None, "compress", unit="B") as progress:
 
         def count(size: int) -> None:

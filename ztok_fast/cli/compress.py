@@ -45,7 +45,14 @@ def add_commands(commands) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="with --units coded: tokens read together, a power of two (default: 512)",
+        help="with --units coded: tokens of one segment, a power of two; more take fewer bits and decode slower "
+        "(default: 512)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="with --units coded: tokens that the model sees at once, a power of two (default: 512)",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="with --units coded: do not decode what was encoded to compare it"
@@ -59,8 +66,9 @@ def run(options: argparse.Namespace) -> int:
         from ztok_fast.cli import coded
 
         return coded.compress(options, _output_name(options))
-    if options.context is not None or options.no_verify:
-        name = "--no-verify" if options.no_verify else "--context"
+    for name in ("--context", "--window", "--no-verify"):
+        if getattr(options, name[2:].replace("-", "_")) in (None, False):
+            continue
         raise common.UsageError(f"{name}: expected --units coded with it, got learned units")
     options.ratio = 4.0 if options.ratio is None else options.ratio
     if options.corpus is not None:

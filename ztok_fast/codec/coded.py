@@ -4,8 +4,8 @@ Each token costs -log2 of the probability that the model gives it (arithmetic co
 models: Delétang et al., arXiv 2309.10668). The model runs in the engine, whose passes have the bits of its steps:
 encoding is one packed pass, and decoding, token by token, sees the same counts on any machine (docs/determinism.md).
 
-A part of a text is cut into segments of ``context`` tokens. Each is read on its own after the start token, so that the
-segments of many parts decode side by side.
+A part of a text is cut into segments of ``context`` tokens. Each is read on its own, so that the segments of many parts
+decode side by side; the model sees at most ``window`` tokens at once (`ztok_fast/codec/reading.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.codec.errors import CodecError, ZFileError
+from ztok_fast.codec.layout import offsets
+from ztok_fast.codec.reading import Reader
 from ztok_fast.codec.text import detokenize, tokenize
 from ztok_fast.codec.varint import read_varint, varint
 from ztok_fast.engine import Engine
-from ztok_fast.ops import decode_tokens, range_decoder, range_encode, token_intervals
+from ztok_fast.ops import decode_tokens, range_decoder, range_encode
 from ztok_fast.ops.entropy.range_encode import Streams
 
 DEFAULT_BASE = Path(__file__).resolve().parent.parent / "models" / "mini-base" / "base"
@@ -34,17 +37,20 @@ CODED, RAW, LZMA = range(3)
 """How a part is stored: its tokens, its bytes, or its bytes compressed, whichever is smallest."""
 
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": PART_BYTES}]
-_LOGIT_ROWS = 1024
 _FORMAT = b"ztok coded 1"
 MOST_CONTEXT = 1 << 15
+DEFAULT_CONTEXT = DEFAULT_WINDOW = 512
+"""The window is what mini-base was trained with."""
 
 Progress = Callable[[int], None]
 
 
-def identity_of(base: BaseModel, precision: str, context: int) -> bytes:
-    """8 bytes that name all that decoding depends on: model, tokenizer, precision, context and format."""
-    named = f"{base.fingerprint} {base.tokenizer_fingerprint} {precision} {context}".encode()
-    return hashlib.sha256(_FORMAT + named).digest()[:8]
+def identity_of(base: BaseModel, precision: str, context: int, window: int) -> bytes:
+    """8 bytes that name all that decoding depends on: model, tokenizer, precision, context, window and format."""
+    named = f"{base.fingerprint} {base.tokenizer_fingerprint} {precision} {context}"
+    if window < context:
+        named += f" {window}"
+    return hashlib.sha256(_FORMAT + named.encode()).digest()[:8]
 
 
 @dataclass(frozen=True)
@@ -61,43 +67,56 @@ class TextCoder:
     Args:
         base: the model and its tokenizer, which must have a start token (bos).
         precision: "int8" or "float32", the engine's arithmetic.
-        context: tokens of one segment, its start token not counted, a power of two. Longer ones take fewer bits and
-            decode slower.
+        context: tokens of one segment, a power of two. Longer ones take fewer bits, and fewer of them decode side by
+            side.
         rows: segments that are decoded side by side.
+        window: tokens that the model sees at most, a power of two; where a segment is longer, the last quarter of them
+            is read again. More than the model was trained with takes more bits, not fewer.
 
     Raises:
         CodecError: a base without a start token, sizes below 1.
         EngineUnsupported: the engine does not run this base model, or not on this processor.
     """
 
-    def __init__(self, base: BaseModel, precision: str = "int8", context: int = 512, rows: int = 128) -> None:
-        for name, value, most in (("context", context, MOST_CONTEXT), ("rows", rows, 1 << 12)):
+    def __init__(
+        self,
+        base: BaseModel,
+        precision: str = "int8",
+        context: int = DEFAULT_CONTEXT,
+        rows: int = 128,
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
+        sizes = (("context", context, MOST_CONTEXT), ("window", window, MOST_CONTEXT), ("rows", rows, 1 << 12))
+        for name, value, most in sizes:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise CodecError(f"{name}: expected an integer from 1 to {most}, got {value!r}")
-        if context & (context - 1):
-            raise CodecError(f"context: expected a power of two, got {context}")
+            if name != "rows" and value & (value - 1):
+                raise CodecError(f"{name}: expected a power of two, got {value}")
         if base.bos_token_id is None:
             raise CodecError(f"base model {base.name!r}: expected a tokenizer with a start token (bos), got none")
-        self.base, self.context, self.rows = base, context, rows
-        self._start: int = base.bos_token_id
-        self.engine = Engine.from_model(base.model, None, precision, slots=rows, capacity=context)
-        self.identity = identity_of(base, precision, context)
+        self.base, self.context, self.rows, self.window = base, context, rows, min(context, window)
+        self.engine = Engine.from_model(base.model, None, precision, slots=rows, capacity=self.window)
+        self.reader = Reader(self.engine, base.bos_token_id, rows, self.window)
+        self.identity = identity_of(base, precision, context, self.window)
 
     @classmethod
     def from_pretrained(
-        cls, base: str | Path | None = None, precision: str = "int8", context: int = 512, rows: int = 128
+        cls,
+        base: str | Path | None = None,
+        precision: str = "int8",
+        context: int = DEFAULT_CONTEXT,
+        rows: int = 128,
+        window: int = DEFAULT_WINDOW,
     ) -> TextCoder:
         """With a base model by name or folder (`load_base`); ``None`` is the one that ships, mini-base."""
-        return cls(load_base(str(base or DEFAULT_BASE)), precision, context, rows)
+        return cls(load_base(str(base or DEFAULT_BASE)), precision, context, rows, window)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[bytes], progress: Progress | None = None) -> list[Part]:
         """Store texts of at most `PART_BYTES` bytes each; ``progress`` is told the bytes just finished."""
         tokens = self._tokens(texts)
         segments = [own[i : i + self.context] for own in tokens if own for i in range(0, len(own), self.context)]
-        streams: list[bytes] = []
-        for first in range(0, len(segments), self.rows):
-            streams += self._encode_segments(segments[first : first + self.rows])
+        streams = self._encode_segments(segments)
         parts, at = [], 0
         for text, own in zip(texts, tokens):
             count = -(-len(own) // self.context) if own else 0
@@ -155,21 +174,9 @@ class TextCoder:
         found = [own.tolist() for own in tokenize(self.base.tokenizer, valid)]
         return [own if detokenize(self.base.tokenizer, own) == text else [] for own, text in zip(found, texts)]
 
-    def _encode_segments(self, segments: list[list[int]]) -> list[bytes]:
-        """A stream for each of at most ``rows`` segments."""
-        counts = torch.tensor([len(s) for s in segments])
-        targets = torch.tensor([t for s in segments for t in s])
-        inputs = torch.tensor([t for s in segments for t in [self._start, *s[:-1]]])
-        positions = torch.cat([torch.arange(n) for n in counts.tolist()])
-        cu = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        slots = torch.arange(len(segments), dtype=torch.int32)
-        hidden = self.engine.forward(inputs, positions, cu, slots, torch.zeros_like(slots))
-        intervals = [
-            token_intervals(self.engine.logits(rows), own)
-            for rows, own in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS))
-        ]
-        start, size, total = (torch.cat(values) for values in zip(*intervals))
-        return range_encode(start, size, total, cu).to_bytes()
+    def _encode_segments(self, segments: Sequence[Sequence[int]]) -> list[bytes]:
+        lengths = torch.tensor([len(segment) for segment in segments], dtype=torch.int64)
+        return range_encode(*self.reader.intervals(segments), offsets(lengths)).to_bytes()
 
     def _segments(self, payload: bytes, length: int) -> list[tuple[int, bytes]]:
         """Token counts and streams of a coded part of ``length`` bytes."""
@@ -195,36 +202,22 @@ class TextCoder:
         """The tokens of segments; rows that end make room for those that wait."""
         data, cu_bytes = Streams.from_bytes([stream for _, _, stream in segments])
         decoder = range_decoder(data, cu_bytes)
-        counts = torch.tensor([count for _, count, _ in segments], dtype=torch.int64)
-        longest = int(counts.max()) if len(segments) else 0
-        written = torch.zeros(len(segments), longest, dtype=torch.int64)
-        waiting = counts.argsort(descending=True, stable=True)  # those of equal length end together
-        running = slots = torch.empty(0, dtype=torch.int64)
-        done = tokens = torch.empty(0, dtype=torch.int64)
-        free = torch.arange(self.rows)
-        while len(running) or len(waiting):
-            entering = waiting[: len(free)]
-            if len(entering):
-                running, waiting = torch.cat([running, entering]), waiting[len(entering) :]
-                slots, free = torch.cat([slots, free[: len(entering)]]), free[len(entering) :]
-                done = torch.cat([done, torch.zeros_like(entering)])
-                tokens = torch.cat([tokens, torch.full_like(entering, self._start)])
-            cu = torch.arange(len(running) + 1, dtype=torch.int32)
-            hidden = self.engine.forward(tokens, done, cu, slots.int(), done.int())
-            tokens, state = decode_tokens(self.engine.logits(hidden), decoder[running], data)
+
+        def choose(logits: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+            tokens, state = decode_tokens(logits, decoder[running], data)
             decoder[running] = state
-            written[running, done] = tokens
-            done = done + 1
-            ended = done == counts[running]
-            if bool(ended.any()):
-                if progress:
-                    for index in running[ended].tolist():
-                        part, count, _ = segments[index]
-                        progress(_share(lengths[part], count, index, segments))
-                free = torch.cat([free, slots[ended]])
-                going = ~ended
-                running, slots, done, tokens = running[going], slots[going], done[going], tokens[going]
-        return [row[:count] for row, count in zip(written.tolist(), counts.tolist())]
+            return tokens, torch.zeros(len(running), dtype=torch.bool)
+
+        def ended(which: Tensor) -> None:
+            if progress is None:
+                return
+            for index in which.tolist():
+                part, count, _ = segments[index]
+                progress(_share(lengths[part], count, index, segments))
+
+        limits = torch.tensor([count for _, count, _ in segments], dtype=torch.int64)
+        written, _ = self.reader.write(limits, choose, ended)
+        return [row[:count] for row, count in zip(written.tolist(), limits.tolist())]
 
 
 def _share(length: int, count: int, index: int, segments) -> int:

@@ -24,7 +24,10 @@ from ztok_fast.codec.zfile import begins_as_coded
 IDENTITY_BYTES = HASH_BYTES = 8
 HEADER_BYTES = len(MAGIC) + 1 + IDENTITY_BYTES
 BATCH_BYTES, BATCH_PARTS = 192 << 10, 4096
-"""Bytes of text, and parts of it, that are coded side by side at most."""
+"""Bytes of text, and parts of it, that are coded side by side at most; more bytes where that many do not fill all rows
+with segments."""
+
+_BYTES_PER_TOKEN = 3
 
 PRECISIONS = ("int8", "float32")
 _VERSION = 1
@@ -47,6 +50,10 @@ class Record:
         return head + varint(self.length) + self.digest + varint(len(self.part.payload)) + self.part.payload
 
 
+def _batch_bytes(coder: TextCoder) -> int:
+    return max(BATCH_BYTES, _BYTES_PER_TOKEN * coder.rows * coder.context)
+
+
 def digest_of(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
@@ -63,7 +70,7 @@ def is_coded_file(path: str | Path) -> bool:
 
 
 def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, rows: int = 128) -> TextCoder:
-    """The coder that reads a file: the file states its context; its precision is found, unless it is given.
+    """The coder that reads a file, which states its context; its window is found, and its precision unless it is given.
 
     Raises:
         ZFileError: no coder with this base model (and precision) made the file, or it is of another kind.
@@ -76,8 +83,9 @@ def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, r
         raise ZFileError(f"{path}: expected version {_VERSION} of coded units, got {head[2] >> 4}")
     context, identity = 1 << (head[2] & 15), head[-IDENTITY_BYTES:]
     for own in PRECISIONS if precision is None else (precision,):
-        if identity_of(base, own, context) == identity:
-            return TextCoder(base, own, context, rows)
+        for window in (1 << log for log in range(context.bit_length())):
+            if identity_of(base, own, context, window) == identity:
+                return TextCoder(base, own, context, rows, window)
     wanted = "int8 or float32" if precision is None else precision
     raise ZFileError(
         f"{path}: expected a file coded with base model {base.name} in {wanted}, got one of another base model or "
@@ -128,7 +136,7 @@ def write_coded(
         batch: list[tuple[bytes, bool]] = [first] if first is not None else []
         size = len(first[0]) if first is not None else 0
         for part in remaining:
-            if batch and (size + len(part[0]) > BATCH_BYTES or len(batch) == BATCH_PARTS):
+            if batch and (size + len(part[0]) > _batch_bytes(coder) or len(batch) == BATCH_PARTS):
                 _write_batch(out, batch, coder, verify, progress)
                 batch, size = [], 0
             batch.append(part)
@@ -200,7 +208,8 @@ def read_coded(path: str | Path, coder: TextCoder, progress: Progress | None = N
             size = 0
             while True:
                 record = _read_record(stream)
-                if batch and (record is None or size + record.length > BATCH_BYTES or len(batch) == BATCH_PARTS):
+                full = record is None or size + record.length > _batch_bytes(coder) or len(batch) == BATCH_PARTS
+                if batch and full:
                     texts = coder.decode([r.part for r in batch], [r.length for r in batch], progress)
                     for own, text in zip(batch, texts):
                         if digest_of(text) != own.digest:
