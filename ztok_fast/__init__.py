@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.coded_documents import CodedFile
     from ztok_fast.codec.config import ZTokConfig
     from ztok_fast.codec.corpus import compress_corpus, read_corpus, write_corpus
     from ztok_fast.codec.zbatch import ZBatch
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 # name -> module that defines it
 _EXPORTS = {
+    "CodedFile": "ztok_fast.codec.coded_documents",
     "ZBatch": "ztok_fast.codec.zbatch",
     "ZTokCodec": "ztok_fast.codec.codec",
     "ZTokConfig": "ztok_fast.codec.config",
@@ -29,6 +31,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CodedFile",
     "ZBatch",
     "ZTokCodec",
     "ZTokConfig",

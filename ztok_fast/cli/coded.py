@@ -26,7 +26,8 @@ def is_coded(path: str) -> bool:
 def compress(options: argparse.Namespace, output_name: str) -> int:
     """Files or stdin to one file of coded units."""
     from ztok_fast.codec.coded import TextCoder
-    from ztok_fast.codec.coded_file import PRECISIONS, write_coded
+    from ztok_fast.codec.coded_file import PRECISIONS
+    from ztok_fast.codec.coded_writer import write_coded
 
     if options.corpus is not None:
         raise common.UsageError("--units coded: expected text files, got --corpus")
@@ -61,7 +62,8 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
 
 def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, str], None]) -> int:
     """A file of coded units back to its documents."""
-    from ztok_fast.codec.coded_file import coder_for, read_coded, stored_length
+    from ztok_fast.codec.coded_documents import CodedFile, stored_length
+    from ztok_fast.codec.coded_file import coder_for, read_coded
     from ztok_fast.files import replace_atomically
 
     documents, size = stored_length(options.file)
@@ -73,19 +75,22 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
         check_output(output, 1 if wanted is not None else documents, options.file)
     coder = coder_for(options.file, *_base(options))
     with ExitStack() as stack:
-        progress = stack.enter_context(common.progress_bar(size, "decompress", unit="B"))
-        parts = _numbered(read_coded(options.file, coder, progress))
+        parts: Iterator[tuple[int, bytes]]
+        if wanted is not None:
+            file = stack.enter_context(CodedFile(options.file, coder))
+            parts = ((wanted, text) for text in file.parts(wanted))
+        else:
+            progress = stack.enter_context(common.progress_bar(size, "decompress", unit="B"))
+            parts = _numbered(read_coded(options.file, coder, progress))
         if output is None:
-            for number, text in parts:
-                if wanted in (None, number):
-                    streams.write(text)
+            for _, text in parts:
+                streams.write(text)
             return 0
         temporary = stack.enter_context(replace_atomically(output))
         if documents == 1 or wanted is not None:
             with temporary.open("wb") as out:
-                for number, text in parts:
-                    if wanted in (None, number):
-                        out.write(text)
+                for _, text in parts:
+                    out.write(text)
             return 0
         temporary.mkdir()
         for number, text in parts:

@@ -37,6 +37,9 @@ CODED, RAW, LZMA = range(3)
 """How a part is stored: its tokens, its bytes, or its bytes compressed, whichever is smallest."""
 
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": PART_BYTES}]
+_MOST_TOKENS = 64
+"""Tokens in a byte of a coded part at most: what a damaged count can ask for. Text that takes less is LZMA's."""
+
 _FORMAT = b"ztok coded 1"
 MOST_CONTEXT = 1 << 15
 DEFAULT_CONTEXT = DEFAULT_WINDOW = 512
@@ -124,7 +127,9 @@ class TextCoder:
             if count:
                 mine = streams[at : at + count]
                 head = varint(len(own)) + b"".join(varint(len(s)) for s in mine[:-1])
-                best = min(best, Part(CODED, head + b"".join(mine)), key=lambda p: len(p.payload))
+                own_part = Part(CODED, head + b"".join(mine))
+                if len(own) <= _MOST_TOKENS * len(own_part.payload):
+                    best = min(best, own_part, key=lambda p: len(p.payload))
             at += count
             packed = Part(LZMA, lzma.compress(text, lzma.FORMAT_RAW, filters=_LZMA))
             parts.append(min(best, packed, key=lambda p: len(p.payload)))
@@ -181,9 +186,10 @@ class TextCoder:
     def _segments(self, payload: bytes, length: int) -> list[tuple[int, bytes]]:
         """Token counts and streams of a coded part of ``length`` bytes."""
         total, at = read_varint(payload, 0)
-        # A token is at least one byte.
-        if not 1 <= total <= length:
-            raise ZFileError(f"coded part: expected 1 to {length} tokens, got {total}: the file is damaged")
+        # A token is at least one byte of text.
+        most = min(length, _MOST_TOKENS * len(payload))
+        if not 1 <= total <= most:
+            raise ZFileError(f"coded part: expected 1 to {most} tokens, got {total}: the file is damaged")
         counts = [min(self.context, total - i) for i in range(0, total, self.context)]
         sizes = []
         for _ in counts[1:]:
@@ -238,7 +244,9 @@ def _share(length: int, count: int, index: int, segments) -> int:
 
 def _unpacked(payload: bytes, length: int) -> bytes:
     try:
-        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
+        # No distance is longer than the text: its length is dictionary enough.
+        filters = [{**_LZMA[0], "dict_size": max(4096, length)}]
+        reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
         return reader.decompress(payload, length + 1)
     except (lzma.LZMAError, EOFError) as error:
         raise ZFileError(f"compressed part: {error}: the file is damaged") from error

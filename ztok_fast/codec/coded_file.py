@@ -1,28 +1,37 @@
-"""Files of coded units: texts stored exactly, read and written part by part in constant memory.
+"""Files of coded units, read part by part in constant memory.
 
-docs/file-format.md specifies the layout. A file is written beside its name and takes it when it is whole. What an
-interrupted run left there is checked against the texts and gone on from: the same command gives the same bytes.
+docs/file-format.md specifies the layout, `ztok_fast.codec.coded_records` has its records,
+`ztok_fast.codec.coded_writer` writes it, and `CodedFile` reads one document of many.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from ztok_fast.codec.base_model import BaseModel
-from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW, Part, Progress, TextCoder, identity_of
+from ztok_fast.codec.coded import PART_BYTES, Part, Progress, TextCoder, identity_of
+from ztok_fast.codec.coded_records import (
+    HASH_BYTES,
+    HEADER_BYTES,
+    IDENTITY_BYTES,
+    INDEXED,
+    RUN,
+    VERSION,
+    Head,
+    Index,
+    check_end,
+    digest_of,
+    header_with_index,
+    read_head,
+    read_header,
+)
 from ztok_fast.codec.errors import ZFileError
-from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
-from ztok_fast.codec.zfile import CODED_MAGIC as MAGIC
-from ztok_fast.codec.zfile import begins_as_coded
+from ztok_fast.codec.zfile import CODED_MAGIC, begins_as_coded
 
-IDENTITY_BYTES = HASH_BYTES = 8
-HEADER_BYTES = len(MAGIC) + 1 + IDENTITY_BYTES
 BATCH_BYTES, BATCH_PARTS = 192 << 10, 4096
 """Bytes of text, and parts of it, that are coded side by side at most; more bytes where that many do not fill all rows
 with segments."""
@@ -30,37 +39,15 @@ with segments."""
 _BYTES_PER_TOKEN = 3
 
 PRECISIONS = ("int8", "float32")
-_VERSION = 1
-
-_GOES_ON = 128
-_RECORD_HEAD = 1 + MOST_BYTES + HASH_BYTES + MOST_BYTES
 
 
-@dataclass(frozen=True)
-class Record:
-    """A stored part of a document, ``length`` bytes of text with hash ``digest``; the last one unless ``goes_on``."""
-
-    part: Part
-    length: int
-    digest: bytes
-    goes_on: bool
-
-    def to_bytes(self) -> bytes:
-        head = bytes([self.part.mode | (_GOES_ON if self.goes_on else 0)])
-        return head + varint(self.length) + self.digest + varint(len(self.part.payload)) + self.part.payload
-
-
-def _batch_bytes(coder: TextCoder) -> int:
+def batch_bytes(coder: TextCoder) -> int:
     return max(BATCH_BYTES, _BYTES_PER_TOKEN * coder.rows * coder.context)
-
-
-def digest_of(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
 def header_of(coder: TextCoder) -> bytes:
     """What a coder's file begins with: the magic, a byte of version and context, and the coder's identity."""
-    return MAGIC + bytes([_VERSION << 4 | coder.context.bit_length() - 1]) + coder.identity
+    return CODED_MAGIC + bytes([VERSION << 4 | coder.context.bit_length() - 1]) + coder.identity
 
 
 def is_coded_file(path: str | Path) -> bool:
@@ -76,12 +63,11 @@ def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, r
         ZFileError: no coder with this base model (and precision) made the file, or it is of another kind.
     """
     with open(path, "rb") as stream:
-        head = stream.read(HEADER_BYTES)
-    if not begins_as_coded(head) or len(head) < HEADER_BYTES:
-        raise ZFileError(f"{path}: expected a file of coded units, got another kind")
-    if head[2] >> 4 != _VERSION:
-        raise ZFileError(f"{path}: expected version {_VERSION} of coded units, got {head[2] >> 4}")
-    context, identity = 1 << (head[2] & 15), head[-IDENTITY_BYTES:]
+        try:
+            head, context = read_header(stream)
+        except ZFileError as error:
+            raise ZFileError(f"{path}: {error}") from error
+    identity = head[-IDENTITY_BYTES:]
     for own in PRECISIONS if precision is None else (precision,):
         for window in (1 << log for log in range(context.bit_length())):
             if identity_of(base, own, context, window) == identity:
@@ -114,86 +100,6 @@ def parts_of(stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
         rest = rest[cut:] + after
 
 
-def write_coded(
-    path: str | Path,
-    parts: Iterable[tuple[bytes, bool]],
-    coder: TextCoder,
-    verify: bool = True,
-    progress: Progress | None = None,
-) -> int:
-    """Write the parts of documents (`parts_of`, one document after another); returns the file's size in bytes.
-
-    Args:
-        verify: decode what was encoded; a part that does not come back is stored otherwise, with a warning.
-        progress: called with the bytes of text just finished.
-    """
-    path = Path(os.path.realpath(path))  # of a link, the file that it points to
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    remaining = iter(parts)
-    with open(partial, "r+b" if partial.exists() else "w+b") as out:
-        first = _resume(out, remaining, coder, progress)
-        batch: list[tuple[bytes, bool]] = [first] if first is not None else []
-        size = len(first[0]) if first is not None else 0
-        for part in remaining:
-            if batch and (size + len(part[0]) > _batch_bytes(coder) or len(batch) == BATCH_PARTS):
-                _write_batch(out, batch, coder, verify, progress)
-                batch, size = [], 0
-            batch.append(part)
-            size += len(part[0])
-        _write_batch(out, batch, coder, verify, progress)
-        os.fsync(out.fileno())
-        size = out.tell()
-    os.replace(partial, path)
-    return size
-
-
-def _resume(
-    out: BinaryIO, parts: Iterator[tuple[bytes, bool]], coder: TextCoder, progress
-) -> tuple[bytes, bool] | None:
-    """Leave ``out`` after the records that an earlier run wrote for these parts; the first part that is not there."""
-    head, part = header_of(coder), None
-    out.seek(0)
-    if out.read(len(head)) != head:
-        out.seek(0)
-        out.truncate()
-        out.write(head)
-        return None
-    whole = out.tell()
-    for part in parts:
-        try:
-            record = _read_record(out)
-        except ZFileError:
-            record = None
-        text, goes_on = part
-        if record is None or (record.length, record.digest, record.goes_on) != (len(text), digest_of(text), goes_on):
-            break
-        whole, part = out.tell(), None
-        if progress:
-            progress(len(text))
-    out.seek(whole)
-    out.truncate()
-    return part
-
-
-def _write_batch(out: BinaryIO, batch: list[tuple[bytes, bool]], coder: TextCoder, verify: bool, progress) -> None:
-    texts = [text for text, _ in batch]
-    stored = coder.encode(texts, progress)
-    if verify:
-        coded = [i for i, part in enumerate(stored) if part.mode == CODED]
-        try:
-            back = coder.decode([stored[i] for i in coded], [len(texts[i]) for i in coded])
-        except ZFileError:
-            back = [b""] * len(coded)
-        for i, text in zip(coded, back):
-            if text != texts[i]:
-                warnings.warn("a part did not come back as it was and is stored without the model", stacklevel=2)
-                stored[i] = Part(RAW, texts[i])
-    for (text, goes_on), part in zip(batch, stored):
-        out.write(Record(part, len(text), digest_of(text), goes_on).to_bytes())
-    out.flush()
-
-
 def read_coded(path: str | Path, coder: TextCoder, progress: Progress | None = None) -> Iterator[tuple[bytes, bool]]:
     """The parts of all documents in order, each with whether its document goes on.
 
@@ -203,70 +109,84 @@ def read_coded(path: str | Path, coder: TextCoder, progress: Progress | None = N
     path = Path(path)
     with open(path, "rb") as stream:
         try:
-            check_header(stream, coder)
-            batch: list[Record] = []
-            size = 0
-            while True:
-                record = _read_record(stream)
-                full = record is None or size + record.length > _batch_bytes(coder) or len(batch) == BATCH_PARTS
-                if batch and full:
-                    texts = coder.decode([r.part for r in batch], [r.length for r in batch], progress)
-                    for own, text in zip(batch, texts):
-                        if digest_of(text) != own.digest:
-                            raise ZFileError("a part does not have the hash that the file states: it is damaged")
-                        yield text, own.goes_on
-                    batch, size = [], 0
-                if record is None:
-                    return
-                batch.append(record)
-                size += record.length
+            end = os.fstat(stream.fileno()).st_size
+            header, index = check_header(stream, coder), Index()
+            yield from decode_records(stream, coder, index, end, whole=True, progress=progress)
+            check_end(stream, header, index)
         except ZFileError as error:
             raise ZFileError(f"{path}: {error}") from error
 
 
-def check_header(stream: BinaryIO, coder: TextCoder) -> None:
-    """Raise `ZFileError` unless a file of this coder begins here."""
-    head = stream.read(HEADER_BYTES)
-    if not begins_as_coded(head):
-        raise ZFileError("expected a file of coded units, got another kind")
-    if head != header_of(coder):
+def check_header(stream: BinaryIO, coder: TextCoder) -> bytes:
+    """The header of a file; `ZFileError` unless a file of this coder begins here."""
+    head, _ = read_header(stream)
+    own = header_of(coder)
+    if head not in (own, header_with_index(own)):
+        got = head[2:3].hex() if not head[2] & INDEXED else bytes([head[2] & ~INDEXED]).hex()
         raise ZFileError(
-            f"expected a file of coder {header_of(coder)[2:].hex()} (version, context, base model and precision), got "
-            f"one of {head[2:].hex()}"
+            f"expected a file of coder {own[2:].hex()} (version, context, base model and precision), got one of "
+            f"{got}{head[3:].hex()}"
         )
+    return head
 
 
-def stored_length(path: str | Path) -> tuple[int, int]:
-    """Documents, and bytes of text, that a file states; read without decoding it."""
-    documents = size = 0
-    with open(path, "rb") as stream:
-        stream.seek(HEADER_BYTES)
-        try:
-            while (record := _read_record(stream)) is not None:
-                size += record.length
-                documents += not record.goes_on
-        except ZFileError as error:
-            raise ZFileError(f"{path}: {error}") from error
-    return documents, size
+def decode_records(
+    stream: BinaryIO, coder: TextCoder, index: Index, end: int, whole: bool, progress: Progress | None = None
+) -> Iterator[tuple[bytes, bool]]:
+    """The texts of the records from here on, each with whether its document goes on.
+
+    Args:
+        index: of the records before; those that are read are counted in it.
+        end: bytes of the file.
+        whole: to the last record, and not only to the end of this document.
+    """
+    batch: list[tuple[Head, bytes]] = []
+    size = 0
+    while True:
+        start = stream.tell()
+        head = read_head(stream, index.records, index.documents, end)
+        if batch and (head.kind == RUN or size + head.length > batch_bytes(coder) or len(batch) == BATCH_PARTS):
+            yield from _decode_batch(batch, coder, progress)
+            batch, size = [], 0
+        if head.kind == RUN:
+            yield from _read_run(stream, head, progress)
+        else:
+            batch.append((head, stream.read(head.stored)))
+            size += head.length
+        index.add(head, stream.tell() - start)
+        if not head.follows or not (whole or head.goes_on):
+            yield from _decode_batch(batch, coder, progress)
+            return
 
 
-def _read_record(stream: BinaryIO) -> Record | None:
-    """The next record, or ``None`` at the end."""
-    start = stream.tell()
-    head = stream.read(_RECORD_HEAD)
-    if not head:
-        return None
-    mode, goes_on = head[0] & ~_GOES_ON, bool(head[0] & _GOES_ON)
-    if mode not in (CODED, RAW, LZMA):
-        raise ZFileError(f"record: expected a kind of storage from 0 to 2, got {mode}: the file is damaged")
-    length, at = read_varint(head, 1)
-    digest = head[at : at + HASH_BYTES]
-    stored, at = read_varint(head, at + HASH_BYTES)
-    # What is stored is never larger than the part itself.
-    if length > PART_BYTES or stored > length:
-        raise ZFileError(f"record: expected at most {PART_BYTES} bytes, got {length} in {stored}: the file is damaged")
-    stream.seek(start + at)
-    payload = stream.read(stored)
-    if len(payload) < stored:
-        raise ZFileError(f"record: expected {stored} bytes, got {len(payload)}: the file is truncated")
-    return Record(Part(mode, payload), length, digest, goes_on)
+def _decode_batch(batch: list[tuple[Head, bytes]], coder: TextCoder, progress) -> Iterator[tuple[bytes, bool]]:
+    parts = [Part(head.kind, payload) for head, payload in batch]
+    for (head, _), text in zip(batch, coder.decode(parts, [head.length for head, _ in batch], progress)):
+        _check_digest(digest_of(text), head)
+        yield text, head.goes_on
+
+
+def _read_run(stream: BinaryIO, head: Head, progress: Progress | None) -> Iterator[tuple[bytes, bool]]:
+    """The text of a run in parts; the last of them only when the hash of all is right."""
+    digest, left = hashlib.blake2b(digest_size=HASH_BYTES), head.length
+    while True:
+        text = stream.read(min(left, PART_BYTES))
+        digest.update(text)
+        left -= len(text)
+        if not left or not text:
+            break
+        yield text, True
+        if progress:
+            progress(len(text))
+    _check_digest(digest.digest(), head)
+    yield text, head.goes_on
+    if progress:
+        progress(len(text))
+
+
+def _check_digest(found: bytes, head: Head) -> None:
+    if found != head.digest:
+        raise ZFileError(
+            f"part of {head.length} bytes: expected the hash {head.digest.hex()} that the file states for this place, "
+            f"got {found.hex()}: the file is damaged"
+        )

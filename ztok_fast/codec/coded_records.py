@@ -1,0 +1,233 @@
+"""Records of a file of coded units, a part of a document each, and the index over them.
+
+docs/file-format.md lays out the bytes. Every count is checked against the file's size before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW
+from ztok_fast.codec.errors import ZFileError
+from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
+from ztok_fast.codec.zfile import CODED_MAGIC, begins_as_coded
+
+VERSION = 2
+INDEXED = 128
+"""In the header's third byte: the file ends with an index."""
+
+IDENTITY_BYTES = HASH_BYTES = 8
+HEADER_BYTES = len(CODED_MAGIC) + 1 + IDENTITY_BYTES
+
+RUN = 15
+"""Text stored as it is, longer than a part: its record grows while it is written, and its length has a fixed place."""
+RUN_LENGTH_BYTES = 5
+RUN_HEAD_BYTES = 1 + RUN_LENGTH_BYTES + HASH_BYTES
+MOST_RUN = (1 << 8 * RUN_LENGTH_BYTES) - 1
+
+STRETCH = 256
+"""Records that share an entry of the index: whoever looks for a document reads so many heads at most."""
+
+_GOES_ON, _FOLLOWS, _KIND = 128, 64, 63
+_MOST_HEAD = 1 + 2 * MOST_BYTES + HASH_BYTES
+_LENGTH_BYTES = 4
+
+
+class Head(NamedTuple):
+    """What stands before the bytes of a record.
+
+    Attributes:
+        kind: how it is stored, `CODED`, `RAW`, `LZMA` or `RUN`.
+        length: bytes of text; stored: bytes of the record after this head.
+        digest: 8 bytes, `digest_of` the text.
+        goes_on: the document has another record; follows: the file has another record.
+    """
+
+    kind: int
+    length: int
+    stored: int
+    digest: bytes
+    goes_on: bool
+    follows: bool
+
+    def to_bytes(self, number: int, document: int) -> bytes:
+        """As record ``number`` of a file, of its document ``document``."""
+        first = bytes([self.kind | self.goes_on * _GOES_ON | self.follows * _FOLLOWS])
+        digest = _bound(self.digest, number, document, self.goes_on, self.follows)
+        if self.kind == RUN:
+            return first + self.length.to_bytes(RUN_LENGTH_BYTES, "little") + digest
+        # What is stored raw is as long as the text, and a record that is alone has the rest of the file.
+        stated = b"" if self.kind == RAW or is_alone(number, self.follows) else varint(self.stored)
+        return first + varint(self.length) + digest + stated
+
+
+def digest_of(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
+
+
+def is_alone(number: int, follows: bool) -> bool:
+    """Whether a record is its file's only one."""
+    return number == 0 and not follows
+
+
+def _bound(digest: bytes, number: int, document: int, goes_on: bool, follows: bool) -> bytes:
+    """A hash that holds at one place of a file only, so that records cannot change places; its own inverse."""
+    turned = int.from_bytes(document.to_bytes(HASH_BYTES, "little"), "big")  # far from the number of the record
+    mask = turned ^ (number << 2 | goes_on << 1 | follows)
+    return (int.from_bytes(digest, "little") ^ mask).to_bytes(HASH_BYTES, "little")
+
+
+def read_head(stream: BinaryIO, number: int, document: int, end: int) -> Head:
+    """The head of record ``number``, of document ``document``; the stream is left where what is stored begins.
+
+    Args:
+        end: bytes of the file.
+
+    Raises:
+        ZFileError: the file ends, or there is no record.
+    """
+    start = stream.tell()
+    data = stream.read(_MOST_HEAD)
+    if not data:
+        raise ZFileError(f"record {number}: expected a record, got the end: the file is truncated")
+    kind, goes_on, follows = data[0] & _KIND, bool(data[0] & _GOES_ON), bool(data[0] & _FOLLOWS)
+    if kind not in (CODED, RAW, LZMA, RUN):
+        raise ZFileError(f"record {number}: expected a kind of storage of 0, 1, 2 or 15, got {kind}: it is damaged")
+    if goes_on and not follows:
+        raise ZFileError(f"record {number}: expected the document to go on, got the last record: it is damaged")
+    if kind == RUN:
+        length, at = int.from_bytes(data[1 : 1 + RUN_LENGTH_BYTES], "little"), 1 + RUN_LENGTH_BYTES
+    else:
+        length, at = read_varint(data, 1)
+    digest, at = data[at : at + HASH_BYTES], at + HASH_BYTES
+    if len(digest) < HASH_BYTES:
+        raise ZFileError(f"record {number}: expected a hash of {HASH_BYTES} bytes, got the end: the file is truncated")
+    if kind in (RAW, RUN):
+        stored = length
+    elif is_alone(number, follows):
+        stored = end - start - at
+    else:
+        stored, at = read_varint(data, at)
+    if kind != RUN and length > PART_BYTES or stored > length:
+        raise ZFileError(
+            f"record {number}: expected at most {PART_BYTES} bytes, got {length} in {stored}: it is damaged"
+        )
+    if stored > end - start - at:
+        raise ZFileError(
+            f"record {number}: expected {stored} bytes, got {end - start - at}: the file is truncated or damaged"
+        )
+    stream.seek(start + at)
+    return Head(kind, length, stored, _bound(digest, number, document, goes_on, follows), goes_on, follows)
+
+
+def walk(stream: BinaryIO, number: int, document: int, end: int) -> Iterator[tuple[int, int, Head]]:
+    """Number, first byte and head of the records from here to the last; the payloads are passed over."""
+    while True:
+        start = stream.tell()
+        head = read_head(stream, number, document, end)
+        after = stream.tell() + head.stored
+        yield number, start, head
+        if not head.follows:
+            stream.seek(after)
+            return
+        stream.seek(after)
+        number, document = number + 1, document + (not head.goes_on)
+
+
+class Index:
+    """Where the records of a file begin: one entry for `STRETCH` of them.
+
+    Attributes:
+        records: of the file so far; documents: that end in them; text: their bytes of text; at: where the next begins.
+        before: documents, bytes of text and place in the file where each stretch begins.
+    """
+
+    def __init__(self) -> None:
+        self.records = self.documents = self.text = 0
+        self.at = HEADER_BYTES
+        self.before = [(0, 0, HEADER_BYTES)]
+
+    def add(self, head: Head, size: int) -> None:
+        """Count a record of ``size`` bytes in the file."""
+        self.records += 1
+        self.documents += not head.goes_on
+        self.text += head.length
+        self.at += size
+        if self.records % STRETCH == 0:
+            self.before.append((self.documents, self.text, self.at))
+
+    def to_bytes(self, header: bytes) -> bytes:
+        """What a file with this header ends with; nothing where there are few records."""
+        if self.records <= STRETCH:
+            return b""
+        # An entry for each stretch that another record follows: after the last entry there is one at least.
+        begins = self.before[: (self.records - 1) // STRETCH + 1]
+        entries = b"".join(
+            varint(after - own) for here, there in zip(begins, begins[1:]) for own, after in zip(here, there)
+        )
+        digest = digest_of(header_with_index(header) + entries)
+        return entries + digest + len(entries).to_bytes(_LENGTH_BYTES, "little")
+
+    def stretch_of(self, ended: int) -> int:
+        """The stretch in which so many documents have ended."""
+        return bisect_left(self.before, ended, key=lambda own: own[0]) - 1
+
+    @staticmethod
+    def load(stream: BinaryIO, header: bytes, end: int) -> Index:
+        """The index at the end of a file, without the records after the last entry.
+
+        Raises:
+            ZFileError: it is damaged.
+        """
+        tail = HASH_BYTES + _LENGTH_BYTES
+        stream.seek(max(HEADER_BYTES, end - tail))
+        data = stream.read(tail)
+        size = int.from_bytes(data[HASH_BYTES:], "little")
+        if len(data) < tail or size > end - tail - HEADER_BYTES:
+            raise ZFileError(f"index: expected {size} bytes and {tail}, got fewer: the file is truncated or damaged")
+        stream.seek(end - tail - size)
+        entries = stream.read(size)
+        if digest_of(header + entries) != data[:HASH_BYTES]:
+            raise ZFileError("index: expected the hash that the file states, got another: it is truncated or damaged")
+        found, at = Index(), 0
+        while at < size:
+            documents, at = read_varint(entries, at)
+            text, at = read_varint(entries, at)
+            length, at = read_varint(entries, at)
+            found.records += STRETCH
+            found.documents, found.text, found.at = found.documents + documents, found.text + text, found.at + length
+            found.before.append((found.documents, found.text, found.at))
+            if documents > STRETCH or found.at > end - tail - size:
+                raise ZFileError(f"index: expected at most {STRETCH} documents in records before it, got more: damaged")
+        return found
+
+
+def header_with_index(header: bytes) -> bytes:
+    return header[:2] + bytes([header[2] | INDEXED]) + header[3:]
+
+
+def read_header(stream: BinaryIO) -> tuple[bytes, int]:
+    """The header at the begin of a file, and the context that it states.
+
+    Raises:
+        ZFileError: the file is of another kind or version.
+    """
+    head = stream.read(HEADER_BYTES)
+    if not begins_as_coded(head) or len(head) < HEADER_BYTES:
+        raise ZFileError("expected a file of coded units, got another kind")
+    version = head[2] >> 4 & 7
+    if version != VERSION:
+        raise ZFileError(f"expected version {VERSION} of coded units, got {version}")
+    return head, 1 << (head[2] & 15)
+
+
+def check_end(stream: BinaryIO, header: bytes, index: Index) -> None:
+    """Raise `ZFileError` unless the file ends here, with the index of the records that were read where it has one."""
+    indexed = bool(header[2] & INDEXED)
+    expected = index.to_bytes(header) if indexed else b""
+    found = stream.read(len(expected) + 1)
+    if indexed != (index.records > STRETCH) or found != expected:
+        raise ZFileError(f"record {index.records}: expected the end of the file, got more, or a wrong index")
