@@ -129,7 +129,7 @@ def test_unknown_engine_is_refused():
 
 def test_on_a_gpu_a_codec_keeps_its_float_path():
     """The engine's passes there have not been run on one yet; another device stands for it."""
-    elsewhere = type("Model", (), {"codebooks": torch.empty(0, device="meta"), "engine": None})()
+    elsewhere = type("Model", (), {"device": torch.device("meta"), "engine": None})()
     assert Engines(elsewhere, "auto").use() == "float"
     with pytest.raises(CodecError, match="device of a codec: expected cpu, got meta"):
         Engines(elsewhere, "int8").use()

@@ -243,7 +243,7 @@ trainer = Trainer(settings, tiny_base())
 assert trainer.accelerator.num_processes == 2
 trainer.run()
 state = {n: p.detach().clone() for n, p in trainer.model.codec_state().items()}
-torch.save({"state": state, "usage": trainer.care.usage, "first": trainer.stream.buffer[0].tokens},
+torch.save({"state": state, "usage": trainer.method.care.usage, "first": trainer.stream.buffer[0].tokens},
            Path(sys.argv[1]) / f"rank-{trainer.accelerator.process_index}.pt")
 """
 

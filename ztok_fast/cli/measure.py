@@ -87,7 +87,7 @@ def measure(codec: ZTokCodec, text: str, ratio: float) -> Measurement:
     compressed = time.perf_counter()
     written = codec.decompress_tokens(z)[0]
     decompressed = time.perf_counter()
-    device, limit = codec.model.codebooks.device, codec.config.section_tokens
+    device, limit = codec.model.device, codec.config.section_tokens
     sections, predicted = [tokens[i : i + limit] for i in range(0, len(tokens), limit)], []
     encoded, _ = z.sections(codec.config.section_segments)
     for index, section in enumerate(sections):
@@ -107,7 +107,7 @@ def measure(codec: ZTokCodec, text: str, ratio: float) -> Measurement:
 @torch.inference_mode()
 def surprisal(codec: ZTokCodec, tokens: list[int]) -> torch.Tensor:
     """Bits of every token under the bare base model, fp32 ``[N]`` on the CPU, each segment on its own."""
-    device = codec.model.codebooks.device
+    device = codec.model.device
     segments, _ = split_segments([len(tokens)], codec.config.segment_length)
     bits = codec.model.surprisal(torch.tensor(tokens, device=device), offsets(torch.tensor(segments, device=device)))
     return bits.float().cpu()

@@ -16,7 +16,7 @@ import torch
 
 from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row
-from ztok_fast.codec.model import ZTokModel
+from ztok_fast.codec.pooled_model import PooledModel
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import ragged_gather, ragged_layout
 
@@ -26,9 +26,9 @@ STOP_THRESHOLD = 0.5
 
 @torch.inference_mode()
 def write_ztokens(
-    model: ZTokModel, tokens, cu_segments, cu_documents, ratio, levels: torch.Tensor | None = None
+    model: PooledModel, tokens, cu_segments, cu_documents, ratio, levels: torch.Tensor | None = None
 ) -> ZTokens:
-    """Write the Z-tokens of packed segments, greedily; the arguments are those of `ZTokModel.encode`.
+    """Write the Z-tokens of packed segments, greedily; the arguments are those of `PooledModel.encode`.
 
     A segment ends at the first step whose mass of end-of-Z reaches `STOP_THRESHOLD`, and its last unit takes in
     what text is left; so end-of-Z counts only where that fits one unit, and where no text is left it is certain. A unit
@@ -85,11 +85,11 @@ def write_ztokens(
     return ZTokens(torch.stack(codes, dim=1)[is_kept], units[is_kept].int(), offsets(kept), cu_documents)
 
 
-def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens, embeddings) -> torch.Tensor:
+def autoregressive_loss(model: PooledModel, tokens, cu_segments, ratio, z: ZTokens, embeddings) -> torch.Tensor:
     """Cross-entropy of the Z-tokens ``z``, and of end-of-Z, written one by one; nats, the mean over rows.
 
     Args:
-        tokens, cu_segments, ratio: as in `ZTokModel.encode`.
+        tokens, cu_segments, ratio: as in `PooledModel.encode`.
         z: the Z-tokens to write; embeddings: theirs, ``[K, D]``. No gradient flows into either.
     """
     head = model.autoregressive
@@ -118,7 +118,7 @@ def autoregressive_loss(model: ZTokModel, tokens, cu_segments, ratio, z: ZTokens
     return head.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
 
 
-def _rows(model: ZTokModel, text, cu_segments, embeddings=None, lengths=None, cu_units=None):
+def _rows(model: PooledModel, text, cu_segments, embeddings=None, lengths=None, cu_units=None):
     """Packed rows of every segment: its text, the mark that writes the first unit, and the Z-tokens given, if any.
 
     Args:

@@ -20,6 +20,8 @@ def check_fits(z: ZBatch, config: ZTokConfig, vocabulary: int) -> None:
     for name in ("num_codebooks", "codebook_size", "max_unit_length"):
         if getattr(z, name) != getattr(config, name):
             raise ZBatchError(f"{name}: expected {getattr(config, name)}, as the codec has, got {getattr(z, name)}")
+    if (z.slot_offsets is not None) != (config.emission == "slots"):
+        raise ZBatchError("Z-tokens: expected slots from a codec of slots and from no other")
     _check_segments(z, config.segment_length)
     for index, document in enumerate(z.documents):
         corrections = document.corrections

@@ -18,7 +18,7 @@ from ztok_fast.codec.continuation import answer_question, check_count, continue_
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError
-from ztok_fast.codec.model import ZTokModel
+from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
 from ztok_fast.codec.text import detokenize, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
@@ -50,7 +50,7 @@ class ZTokCodec:
     def __init__(self, base: BaseModel, config: ZTokConfig, engine: str = AUTO) -> None:
         self.base, self.config = base, config
         self.tokenizer = base.tokenizer
-        self.model = ZTokModel(base.model, config).eval()
+        self.model = make_model(base.model, config).eval()
         self._engines = Engines(self.model, engine)
         self._fingerprint: str | None = None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 FORMAT_VERSION = 1
 Z_POSITIONS = ("start", "center", "end")
-EMISSIONS = ("fire", "fixed", "stop")
+EMISSIONS = ("fire", "fixed", "stop", "slots")
 
 _FORMER_NAMES = {"window_segments": "section_segments"}
 """Names in the settings of codecs that are in use, and what they are called now."""

@@ -12,7 +12,7 @@ from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.emission import steps_before_stop
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.layout import offsets
-from ztok_fast.codec.model import ZTokModel
+from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
 from ztok_fast.ops import ragged_gather
@@ -21,7 +21,7 @@ from ztok_fast.profiling import HEAD, count_rows, measuring, stage
 
 @torch.inference_mode()
 def continue_ztokens(
-    model: ZTokModel,
+    model: SegmentModel,
     z: ZBatch,
     max_new_ztokens: int,
     temperature: float = 0.0,
@@ -43,7 +43,7 @@ def continue_ztokens(
         raise CodecError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
     if end_threshold is not None and (not _is_number(end_threshold) or not 0 < end_threshold <= 1):
         raise CodecError(f"end_threshold: expected None or a probability in (0, 1], got {end_threshold!r}")
-    device = model.codebooks.device
+    device = model.device
     embeds, position_ids, cu_prefix = _context(model, z)
     count = len(z)
     if not count:
@@ -98,7 +98,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_positions(model: ZTokModel, cu_prefix: torch.Tensor, new_rows: int) -> None:
+def check_positions(model: SegmentModel, cu_prefix: torch.Tensor, new_rows: int) -> None:
     """Raise `CodecError` where prefixes and new rows do not fit the base's learned position table."""
     limit = model.adapted.position_limit
     if limit is None:
@@ -132,12 +132,12 @@ def _as_documents(model, z, codes, lengths, kept) -> tuple[ZTokens, list[Documen
 
 @torch.inference_mode()
 def answer_question(
-    model: ZTokModel, z: ZBatch, questions: Sequence[Sequence[int]], max_new_tokens: int
+    model: SegmentModel, z: ZBatch, questions: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers, as token lists, to one question for every document."""
     if not len(z):
         return []
-    device = model.codebooks.device
+    device = model.device
     embeds, _, cu_context = _context(model, z)
     marks = model.zspace.marks.to(embeds.dtype)
     words = model.adapted.embedding(torch.tensor([t for q in questions for t in q], dtype=torch.int64, device=device))
@@ -160,9 +160,9 @@ def answer_question(
     )
 
 
-def _context(model: ZTokModel, z: ZBatch):
+def _context(model: SegmentModel, z: ZBatch):
     """Packed inferencer inputs: the start mark and the Z-tokens of every document, at running positions."""
-    device = model.codebooks.device
+    device = model.device
     embeddings = model.z_embeddings(model.dequantize(z.codes.to(device)), z.unit_lengths.to(device))
     cu_z = z.cu_ztokens.to(device)
     cu_start = torch.arange(len(z) + 1, dtype=torch.int32, device=device)

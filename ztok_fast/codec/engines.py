@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from ztok_fast.codec.errors import CodecError, EngineFallbackWarning
-from ztok_fast.codec.model import ZTokModel
+from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.runtime import ENGINE_ADAPTERS, EngineRuntime
 from ztok_fast.codec.zbatch import FLOAT, PRECISIONS, ZBatch
 from ztok_fast.engine import Engine, EngineUnsupported
@@ -26,7 +26,7 @@ class Engines:
             "float32" or "float".
     """
 
-    def __init__(self, model: ZTokModel, choice: str) -> None:
+    def __init__(self, model: SegmentModel, choice: str) -> None:
         if choice not in CHOICES:
             raise CodecError(f"engine: expected one of {', '.join(CHOICES)}, got {choice!r}")
         self.choice = choice
@@ -57,14 +57,14 @@ class Engines:
             if self.choice != AUTO or exact:
                 raise CodecError(str(error)) from error
             self._model.engine = None
-            if not self._told and self._model.codebooks.device.type == "cpu":
+            if not self._told and self._model.device.type == "cpu":
                 self._told = True
                 warnings.warn(EngineFallbackWarning(str(error)), stacklevel=3)
             return FLOAT
         return wanted
 
     def _get(self, precision: str) -> EngineRuntime:
-        device = self._model.codebooks.device
+        device = self._model.device
         if device.type != "cpu":  # passes on a GPU have not been run on one yet (docs/engine.md)
             raise EngineUnsupported(f"engine: device of a codec: expected cpu, got {device}")
         # Training and loading change parameters in place, which counts their versions up.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ztok_fast.codec.corrections import Corrections
-from ztok_fast.codec.model import ZTokModel
+from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.passes import (
     BATCH_TOKENS,
     Progress,
@@ -33,7 +33,7 @@ ROUNDS = 3
 
 
 def find_corrections(
-    model: ZTokModel,
+    model: SegmentModel,
     z: ZTokens,
     documents: Sequence[Tokens],
     *,
@@ -51,7 +51,7 @@ def find_corrections(
     first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
     members = sorted(first_use.values())
     corrections: dict[int, dict[int, int]] = {}
-    device = model.codebooks.device
+    device = model.device
     for batch in batches([len(documents[i]) for i in members], batch_tokens):
         own = [members[b] for b in batch]
         truth = pack_tokens([documents[i] for i in own], device)

@@ -15,7 +15,10 @@ import torch
 from ztok_fast.codec.autoregressive import write_ztokens
 from ztok_fast.codec.decoding import decode_text
 from ztok_fast.codec.layout import offsets, split_segments
-from ztok_fast.codec.model import Encoding, ZTokModel
+from ztok_fast.codec.pooled_model import Encoding, PooledModel
+from ztok_fast.codec.segment_model import SegmentModel
+from ztok_fast.codec.selection import choose_ztokens
+from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
 from ztok_fast.ops import ragged_gather, ragged_layout
 
@@ -45,7 +48,7 @@ def batches(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def encode_documents(
-    model: ZTokModel,
+    model: PooledModel,
     documents: Sequence[Tokens],
     ratio: float,
     fixed_units: bool | None = None,
@@ -56,7 +59,7 @@ def encode_documents(
 
 
 def emit_documents(
-    model: ZTokModel,
+    model: SegmentModel,
     documents: Sequence[Tokens],
     ratio: float,
     fixed_units: bool | None = None,
@@ -68,9 +71,12 @@ def emit_documents(
         fixed_units: ``True`` for units of ``ratio`` tokens, ``False`` for units by halting mass, both in one pass;
             ``None`` for what is configured.
     """
+    packed = _packed(model, documents, ratio, levels)
+    if isinstance(model, SlotModel):
+        return choose_ztokens(model, *packed[:-1], fixed_units=bool(fixed_units))
     if fixed_units is None and model.config.emission == "stop":
-        return write_ztokens(model, *_packed(model, documents, ratio, levels))
-    return encode_documents(model, documents, ratio, fixed_units, levels).z
+        return write_ztokens(model, *packed)
+    return model.encode(*packed, fixed_units).z
 
 
 def pack_tokens(documents: Sequence[Tokens], device) -> torch.Tensor:
@@ -79,11 +85,11 @@ def pack_tokens(documents: Sequence[Tokens], device) -> torch.Tensor:
 
 
 def _packed(
-    model: ZTokModel, documents: Sequence[Tokens], ratio: float, levels: int | None
+    model: SegmentModel, documents: Sequence[Tokens], ratio: float, levels: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """tokens, cu_segments, cu_documents, ratio and levels, as `ZTokModel.encode` takes them."""
+    """tokens, cu_segments, cu_documents, ratio and levels, as `PooledModel.encode` takes them."""
     segments, counts = split_segments([len(d) for d in documents], model.config.segment_length)
-    device = model.codebooks.device
+    device = model.device
     return (
         pack_tokens(documents, device),
         offsets(torch.tensor(segments, dtype=torch.int64, device=device)),
@@ -95,7 +101,7 @@ def _packed(
 
 @torch.inference_mode()
 def compress_documents(
-    model: ZTokModel,
+    model: SegmentModel,
     documents: Sequence[Tokens],
     ratio: float,
     *,
@@ -113,7 +119,7 @@ def compress_documents(
     uses = Counter(keys)
     first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first_use.values())
-    parts = [no_documents(model.config.num_codebooks)]
+    parts = [no_documents(model.config.num_codebooks, isinstance(model, SlotModel))]
     for batch in batches([len(documents[i]) for i in unique], batch_tokens):
         members = [documents[unique[i]] for i in batch]
         parts.append(emit_documents(model, members, ratio, fixed_units, levels).to("cpu"))
@@ -128,7 +134,7 @@ def compress_documents(
 
 @torch.inference_mode()
 def decode_segments(
-    model: ZTokModel,
+    model: SegmentModel,
     z: ZTokens,
     forced: Sequence[dict[int, int] | None] | None = None,
     batch_segments: int = BATCH_SEGMENTS,
@@ -141,7 +147,7 @@ def decode_segments(
         forced: for each segment a mapping position → token that is written whatever the model says, or ``None``.
         vectors: ``[K, d_z]`` to decode in place of the code vectors.
     """
-    embeddings = model.z_embeddings(model.dequantize(z.codes) if vectors is None else vectors, z.unit_lengths)
+    embeddings = model.embed(z, vectors)
     rows, positions, cu_prefix = model.prefix(z)
     start_position = model.config.context_segments * model.config.segment_length
     bounds, device = cu_prefix.tolist(), embeddings.device
@@ -149,7 +155,8 @@ def decode_segments(
     segment_lengths = [b - a for a, b in zip(cu_text[:-1], cu_text[1:])]
     # Segments of like length share a batch, so that short ones do not wait for long ones.
     order = sorted(range(len(segment_lengths)), key=lambda s: -segment_lengths[s])
-    conditioning, logit_bias = model.conditioning(embeddings, z.unit_lengths, cu_text[-1])
+    conditioning, logit_bias = model.conditioning(embeddings, z, cu_text[-1])
+    named = model.written(z)
     written: list[list[int]] = [[] for _ in segment_lengths]
     for begin in range(0, len(order), batch_segments):
         members = [s for s in order[begin : begin + batch_segments] if segment_lengths[s]]
@@ -166,9 +173,9 @@ def decode_segments(
             [positions[own], positions.new_full((len(members),), start_position)]
         )
         counts = torch.tensor([segment_lengths[s] for s in members], device=device)
-        fixed = None
+        fixed = _padded_rows(named, cu_text, members, -1)
         if forced is not None and any(forced[s] for s in members):
-            fixed = torch.full((len(members), int(counts.max())), -1, dtype=torch.int64)
+            fixed = torch.full((len(members), int(counts.max())), -1) if fixed is None else fixed.cpu()
             for row, s in enumerate(members):
                 for position, token in (forced[s] or {}).items():
                     fixed[row, position] = token
@@ -189,16 +196,19 @@ def decode_segments(
     return written
 
 
-def _padded_rows(rows: torch.Tensor | None, cu_text: list[int], segments: list[int]) -> torch.Tensor | None:
-    """Packed text rows of some segments as ``[B, longest, D]``."""
+def _padded_rows(
+    rows: torch.Tensor | None, cu_text: list[int], segments: list[int], padding: float = 0.0
+) -> torch.Tensor | None:
+    """Packed text rows ``[T, ...]`` of some segments as ``[B, longest, ...]``."""
     if rows is None:
         return None
-    return torch.nn.utils.rnn.pad_sequence([rows[cu_text[s] : cu_text[s + 1]] for s in segments], batch_first=True)
+    own = [rows[cu_text[s] : cu_text[s + 1]] for s in segments]
+    return torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=padding)
 
 
 @torch.inference_mode()
 def decompress_documents(
-    model: ZTokModel,
+    model: SegmentModel,
     z: ZTokens,
     forced: Sequence[dict[int, int] | None] | None = None,
     *,
@@ -230,7 +240,7 @@ def decompress_documents(
             for position, token in (forced[i] or {}).items():
                 segment = bisect_right(cu_text, first + position) - 1
                 per_segment[segment][first + position - cu_text[segment]] = token
-        written = decode_segments(model, own.to(model.codebooks.device), per_segment, batch_segments)
+        written = decode_segments(model, own.to(model.device), per_segment, batch_segments)
         for number, i in enumerate(members):
             segments = written[cu_segments[number] : cu_segments[number + 1]]
             results[keys[i]] = array("i", [t for segment in segments for t in segment])
@@ -240,7 +250,7 @@ def decompress_documents(
 
 
 @torch.inference_mode()
-def teacher_forced(model: ZTokModel, z: ZTokens, tokens: torch.Tensor, vectors: torch.Tensor | None = None):
+def teacher_forced(model: SegmentModel, z: ZTokens, tokens: torch.Tensor, vectors: torch.Tensor | None = None):
     """What the decompressor would write given the true prefix.
 
     Args:
@@ -249,9 +259,9 @@ def teacher_forced(model: ZTokModel, z: ZTokens, tokens: torch.Tensor, vectors: 
 
     Returns:
         For all tokens in order: the predicted tokens int64 ``[T]``, the margin fp32 ``[T]`` by which the best logit
-        leads the second, and the loss fp32 ``[T]`` in nats.
+        leads the second, and the loss fp32 ``[T]`` in nats. Tokens that the Z-tokens name are written without loss.
     """
-    embeddings = model.z_embeddings(model.dequantize(z.codes) if vectors is None else vectors, z.unit_lengths)
+    embeddings = model.embed(z, vectors)
     hidden = model.decompressor_hidden(model.decoder_inputs(embeddings, z, tokens, z.cu_text))
     predicted, margins, losses = [], [], []
     for rows, own in zip(hidden.split(model.rows_at_once), tokens.split(model.rows_at_once)):
@@ -260,4 +270,9 @@ def teacher_forced(model: ZTokModel, z: ZTokens, tokens: torch.Tensor, vectors: 
         predicted.append(logits.argmax(-1))
         margins.append(best.values[:, 0] - best.values[:, 1])
         losses.append(torch.nn.functional.cross_entropy(logits, own, reduction="none"))
-    return torch.cat(predicted), torch.cat(margins), torch.cat(losses)
+    found, margin, loss = torch.cat(predicted), torch.cat(margins), torch.cat(losses)
+    named = model.written(z)
+    if named is None:
+        return found, margin, loss
+    told = named >= 0
+    return torch.where(told, named, found), margin.masked_fill(told, torch.inf), loss.masked_fill(told, 0.0)

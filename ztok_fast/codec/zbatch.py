@@ -11,6 +11,7 @@ import torch
 
 from ztok_fast.codec.documents import MAX_CODEBOOKS, SHA256, DocumentInfo, is_integer
 from ztok_fast.codec.errors import ZBatchError
+from ztok_fast.codec.slot_coding import encode_slots
 from ztok_fast.codec.zfile import load_zfile, save_zfile
 from ztok_fast.codec.ztokens import ZTokens, concatenate
 
@@ -19,7 +20,7 @@ PRECISIONS = ("int8", "float32", FLOAT)
 """Arithmetic of the base model: the engine's two, with the same bits everywhere, and that of transformers' modules."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ZBatch(ZTokens):
     """Compressed documents: their Z-tokens on the CPU, packed without padding, and what else is known of them.
 
@@ -56,8 +57,13 @@ class ZBatch(ZTokens):
     def rate(self) -> float:
         """Bits per text token of codes and unit lengths, K·(L·log2 V + log2 max_unit_length) / N; NaN for N = 0.
 
-        L is the number of levels that a document uses.
+        L is the number of levels that a document uses. Where codes are slots: log2 V for each slot that is filled,
+        and for where they stand what they take in a file.
         """
+        if self.slot_offsets is not None:
+            places = 8 * len(encode_slots(self, self.codebook_size, self.max_unit_length, codes=False))
+            bits = int((self.codes >= 0).sum()) * math.log2(self.codebook_size) + places
+            return bits / self.tokens if self.tokens else math.nan
         rows = self.cu_ztokens.diff().tolist()
         bits = sum(
             count * (document.levels * math.log2(self.codebook_size) + math.log2(self.max_unit_length))
@@ -88,9 +94,9 @@ class ZBatch(ZTokens):
         if not isinstance(other, ZBatch):
             return NotImplemented
         settings = ("documents", "codec_fingerprint", "codebook_size", "max_unit_length", "precision")
-        tensors = ("codes", "unit_lengths", "cu_segments", "cu_documents")
+        tensors = ("codes", "unit_lengths", "cu_segments", "cu_documents", "slot_offsets")
         return all(getattr(self, name) == getattr(other, name) for name in settings) and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in tensors
+            _same(getattr(self, name), getattr(other, name)) for name in tensors
         )
 
     @staticmethod
@@ -149,6 +155,10 @@ class ZBatch(ZTokens):
                 raise ZBatchError(f"{name}: expected a tensor on the CPU, got one on {value.device}")
         if not 1 <= self.num_codebooks <= MAX_CODEBOOKS:
             raise ZBatchError(f"codes: expected 1 to {MAX_CODEBOOKS} codebooks, got shape {list(self.codes.shape)}")
+        if self.slot_offsets is not None and (
+            self.slot_offsets.shape != self.codes.shape or self.slot_offsets.dtype != torch.int32
+        ):
+            raise ZBatchError(f"slot_offsets: expected int32 {list(self.codes.shape)}, got {self.slot_offsets.shape}")
         if len(self.unit_lengths) != self.ztokens:
             raise ZBatchError(
                 f"unit_lengths: expected one for each of {self.ztokens} Z-tokens, got {len(self.unit_lengths)}"
@@ -185,6 +195,9 @@ class ZBatch(ZTokens):
         covered = int(self.unit_lengths[rows].sum())
         if covered != document.tokens:
             raise ZBatchError(f"unit_lengths: expected to cover its {document.tokens} text tokens, got {covered}")
+        if self.slot_offsets is not None:
+            _validate_slots(self.codes[rows], self.slot_offsets[rows], self.unit_lengths[rows], self.codebook_size)
+            return
         used, dropped = self.codes[rows, : document.levels], self.codes[rows, document.levels :]
         if used.numel() and not (0 <= int(used.min()) and int(used.max()) < self.codebook_size):
             raise ZBatchError(
@@ -193,6 +206,27 @@ class ZBatch(ZTokens):
             )
         if bool((dropped != -1).any()):
             raise ZBatchError(f"codes: expected -1 past its {document.levels} levels, got other values")
+
+
+def _validate_slots(codes, places, lengths, codebook_size: int) -> None:
+    used = codes >= 0
+    if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) >= codebook_size):
+        raise ZBatchError(
+            f"codes: expected -1 to {codebook_size - 1} in slots, got {int(codes.min())} to {int(codes.max())}"
+        )
+    if bool((used[:, 1:] & ~used[:, :-1]).any()):
+        raise ZBatchError("codes: expected the first slots of a Z-token to be filled first, got a gap")
+    if bool((places[~used] != -1).any()):
+        raise ZBatchError("slot_offsets: expected -1 at slots that are not filled, got other values")
+    rising = places[:, 1:] > places[:, :-1]
+    if bool((used[:, 1:] & ~rising).any()) or bool((places[used] < 0).any()):
+        raise ZBatchError("slot_offsets: expected places that rise from 0 on in a unit, got others")
+    if bool((places >= lengths[:, None]).any()):
+        raise ZBatchError("slot_offsets: expected places in the unit, got one past its length")
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _validate_offsets(name: str, offsets: torch.Tensor, total: int, things: str) -> None:

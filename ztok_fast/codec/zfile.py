@@ -13,6 +13,9 @@ document. The tensors, all ``uint8`` (packed by `ztok_fast.codec.bitpack`, docum
 ``patches``, ``raw``   exact mode: zlib streams of patches and of whole originals
 =====================  ===========================================================================================
 
+Where the codes are slots (format version 2), ``codes`` is the one stream of `ztok_fast.codec.slot_coding`, for all
+documents, and ``unit_lengths`` is empty.
+
 There is no parser here beyond safetensors, JSON and zlib, and nothing in a file is ever run. Loading checks the
 content's SHA-256, then every count, size and range, and last `ZBatch.validate`. The module is told which class to
 make of a file (`ZBatch`), so that it need not import what imports it.
@@ -38,13 +41,16 @@ from ztok_fast.codec.corrections import Corrections, bit_width
 from ztok_fast.codec.documents import MAX_CODEBOOKS, DocumentInfo
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.exact_patch import Patch
+from ztok_fast.codec.slot_coding import decode_slots, encode_slots
 from ztok_fast.files import replace_atomically
 
 if TYPE_CHECKING:
     from ztok_fast.codec.zbatch import ZBatch
 
 FORMAT = "ztok"
-FORMAT_VERSION = 1
+FORMAT_VERSION, SLOTS_VERSION = 1, 2
+MOST_ZTOKENS_OF_A_BYTE = 1 << 12
+"""A stream that has learned that Z-tokens are all alike holds many in a byte; a damaged one asks for more."""
 CODED_MAGIC = b"ZC"
 """How files of coded units begin (`ztok_fast.codec.coded_file`)."""
 TENSORS = ("codes", "unit_lengths", "segment_rows", "correction_gaps", "correction_tokens", "patches", "raw")
@@ -74,13 +80,18 @@ def to_tensors(batch: ZBatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     rows = batch.cu_segments.diff()
     segment_bits = bit_width(rows)
     parts["segment_rows"].append(pack_codes(rows.numpy(), segment_bits).tobytes())
-    lengths = batch.unit_lengths.numpy() - 1
-    parts["unit_lengths"].append(pack_codes(lengths, _bits_for(batch.max_unit_length)).tobytes())
+    slots = batch.slot_offsets is not None
+    if slots:
+        parts["codes"].append(encode_slots(batch, batch.codebook_size, batch.max_unit_length))
+    else:
+        lengths = batch.unit_lengths.numpy() - 1
+        parts["unit_lengths"].append(pack_codes(lengths, _bits_for(batch.max_unit_length)).tobytes())
     code_bits = _bits_for(batch.codebook_size)
     documents = []
     for one in batch:
         info = one.documents[0]
-        parts["codes"].append(pack_codes(one.codes[:, : info.levels].numpy(), code_bits).tobytes())
+        if not slots:
+            parts["codes"].append(pack_codes(one.codes[:, : info.levels].numpy(), code_bits).tobytes())
         documents.append(
             {
                 "tokens": info.tokens,
@@ -98,7 +109,7 @@ def to_tensors(batch: ZBatch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     tensors = {name: np.frombuffer(b"".join(chunks), np.uint8) for name, chunks in parts.items()}
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(SLOTS_VERSION if slots else FORMAT_VERSION),
         "codec_fingerprint": batch.codec_fingerprint,
         "num_codebooks": str(batch.num_codebooks),
         "codebook_size": str(batch.codebook_size),
@@ -169,8 +180,10 @@ def _check_format(metadata: dict[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise ZFileError("expected a .ztok file, got a safetensors file of another kind")
     version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION):
-        raise ZFileError(f"expected .ztok format version {FORMAT_VERSION}, got {version!r}: another release wrote it")
+    if version not in (str(FORMAT_VERSION), str(SLOTS_VERSION)):
+        raise ZFileError(
+            f"expected .ztok format version {FORMAT_VERSION} or {SLOTS_VERSION}, got {version!r}: another release wrote it"
+        )
 
 
 def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make: type[ZBatch]) -> ZBatch:
@@ -192,6 +205,7 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make:
     code_bits = _bits_for(settings["codebook_size"])
     rows = readers["segment_rows"].codes(settings["segments"], _checked_bits("segment_bits", settings["segment_bits"]))
     codes, documents, cu_documents = [], [], [0]
+    slots = metadata.get("format_version") == str(SLOTS_VERSION)
     for index, entry in enumerate(described):
         try:
             first, last = cu_documents[-1], cu_documents[-1] + _count(entry, "segments")
@@ -201,8 +215,9 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make:
             levels = _count(entry, "levels")
             if not 1 <= levels <= width:
                 raise ZFileError(f"levels: expected 1 to {width}, got {levels}")
-            used = readers["codes"].codes(held * levels, code_bits).reshape(held, levels)
-            codes.append(np.pad(used, ((0, 0), (0, width - levels)), constant_values=-1))
+            if not slots:
+                used = readers["codes"].codes(held * levels, code_bits).reshape(held, levels)
+                codes.append(np.pad(used, ((0, 0), (0, width - levels)), constant_values=-1))
             documents.append(_document_from(entry, levels, readers))
             cu_documents.append(last)
         except (ZFileError, ZBatchError) as error:
@@ -210,12 +225,26 @@ def from_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], make:
     if cu_documents[-1] != len(rows):
         raise ZFileError(f"segments: expected {cu_documents[-1]} as the documents state, got {len(rows)}")
     ztokens = int(rows.sum())
-    lengths = readers["unit_lengths"].codes(ztokens, _bits_for(settings["max_unit_length"])) + 1
+    places = None
+    if slots:
+        # A Z-token takes some bits of the stream, but no more than a few bytes may ask for much memory.
+        stream = readers["codes"].rest()
+        if ztokens > MOST_ZTOKENS_OF_A_BYTE * len(stream):
+            raise ZFileError(f"codes: expected a stream of {ztokens} Z-tokens, got {len(stream)} bytes")
+        stored, lengths, places = decode_slots(
+            stream, ztokens, width, settings["codebook_size"], settings["max_unit_length"]
+        )
+    else:
+        lengths = torch.from_numpy(
+            (readers["unit_lengths"].codes(ztokens, _bits_for(settings["max_unit_length"])) + 1).astype(np.int32)
+        )
+        stored = torch.from_numpy(np.concatenate(codes or [np.zeros((0, width))]).astype(np.int32))
     for reader in readers.values():
         reader.finish()
     batch = make(
-        codes=torch.from_numpy(np.concatenate(codes or [np.zeros((0, width))]).astype(np.int32)),
-        unit_lengths=torch.from_numpy(lengths.astype(np.int32)),
+        codes=stored,
+        unit_lengths=lengths,
+        slot_offsets=places,
         cu_segments=torch.from_numpy(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),
         cu_documents=torch.tensor(cu_documents, dtype=torch.int32),
         documents=documents,
@@ -245,6 +274,9 @@ class _Reader:
             raise ZFileError(f"{self.name}: expected {count} more bytes, got {left}")
         self.used += count
         return self.data[self.used - count : self.used].tobytes()
+
+    def rest(self) -> bytes:
+        return self.take(len(self.data) - self.used)
 
     def codes(self, count: int, bits: int) -> np.ndarray:
         try:

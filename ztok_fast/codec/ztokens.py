@@ -23,12 +23,15 @@ class ZTokens:
         unit_lengths: int32 ``[K]``, text tokens that each Z-token stands for.
         cu_segments: int32 ``[n_segments + 1]``, Z rows of every segment.
         cu_documents: int32 ``[n_documents + 1]``, segments of every document. An empty one has none.
+        slot_offsets: int32 ``[K, L]``, where in its unit the token of each code stands, -1 at slots that are not used;
+            ``None`` where codes are not slots (see `ztok_fast.codec.slots`).
     """
 
     codes: torch.Tensor
     unit_lengths: torch.Tensor
     cu_segments: torch.Tensor
     cu_documents: torch.Tensor
+    slot_offsets: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cu_documents) - 1
@@ -58,8 +61,11 @@ class ZTokens:
         return self.cu_documents.long()[sequence_of_row(self.cu_documents, len(self.cu_segments) - 1)]
 
     def to(self, device) -> ZTokens:
-        tensors = (self.codes, self.unit_lengths, self.cu_segments, self.cu_documents)
-        return ZTokens(*(tensor.to(device) for tensor in tensors))
+        tensors = (self.codes, self.unit_lengths, self.cu_segments, self.cu_documents, self.slot_offsets)
+        return ZTokens(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+    def _offsets_at(self, rows) -> torch.Tensor | None:
+        return None if self.slot_offsets is None else self.slot_offsets[rows]
 
     def part(self, index: int) -> ZTokens:
         """Document ``index`` alone; codes and unit lengths are views."""
@@ -67,7 +73,8 @@ class ZTokens:
         cu = self.cu_segments[first : last + 1]
         begin, end = int(cu[0]), int(cu[-1])
         one = torch.tensor([0, last - first], dtype=torch.int32, device=cu.device)
-        return ZTokens(self.codes[begin:end], self.unit_lengths[begin:end], cu - begin, one)
+        own = slice(begin, end)
+        return ZTokens(self.codes[own], self.unit_lengths[own], cu - begin, one, self._offsets_at(own))
 
     def select(self, documents: Sequence[int]) -> ZTokens:
         """Some of the documents, in the order given; one may come several times."""
@@ -75,7 +82,7 @@ class ZTokens:
         bounds, cu = self.cu_documents.long(), self.cu_segments.long()
         segments, cu_documents = expand_ranges(bounds[chosen], bounds[chosen + 1])
         rows, cu_segments = expand_ranges(cu[segments], cu[segments + 1])
-        return ZTokens(self.codes[rows], self.unit_lengths[rows], cu_segments, cu_documents)
+        return ZTokens(self.codes[rows], self.unit_lengths[rows], cu_segments, cu_documents, self._offsets_at(rows))
 
     def sections(self, segments: int) -> tuple[ZTokens, list[int]]:
         """The same rows with every document cut into sections of at most ``segments`` segments.
@@ -89,17 +96,19 @@ class ZTokens:
             edges += own
             counts.append(len(own))
         cu_documents = torch.tensor(edges, dtype=torch.int32, device=self.codes.device)
-        return ZTokens(self.codes, self.unit_lengths, self.cu_segments, cu_documents), counts
+        return ZTokens(self.codes, self.unit_lengths, self.cu_segments, cu_documents, self.slot_offsets), counts
 
     def joined(self, counts: Sequence[int]) -> ZTokens:
         """The inverse of `sections`: every ``counts[i]`` consecutive documents become one."""
         bounds = offsets(torch.tensor(counts, dtype=torch.int64, device=self.codes.device)).long()
-        return ZTokens(self.codes, self.unit_lengths, self.cu_segments, self.cu_documents[bounds])
+        cu_documents = self.cu_documents[bounds]
+        return ZTokens(self.codes, self.unit_lengths, self.cu_segments, cu_documents, self.slot_offsets)
 
     def keys(self) -> list[tuple[bytes, bytes, bytes]]:
         """Of every document a key that only documents with the same Z-tokens share (tensors on the CPU)."""
         cu, bounds = self.cu_segments.tolist(), self.cu_documents.tolist()
-        codes, lengths = self.codes.contiguous().numpy(), self.unit_lengths.contiguous().numpy()
+        codes = self.codes if self.slot_offsets is None else torch.cat([self.codes, self.slot_offsets], dim=1)
+        codes, lengths = codes.contiguous().numpy(), self.unit_lengths.contiguous().numpy()
         rows = self.cu_segments.diff().contiguous().numpy()
         return [
             (codes[cu[a] : cu[b]].tobytes(), lengths[cu[a] : cu[b]].tobytes(), rows[a:b].tobytes())
@@ -114,10 +123,12 @@ def concatenate(parts: Sequence[ZTokens]) -> ZTokens:
         torch.cat([part.unit_lengths for part in parts]),
         offsets(torch.cat([part.cu_segments.diff() for part in parts])),
         offsets(torch.cat([part.cu_documents.diff() for part in parts])),
+        None if parts[0].slot_offsets is None else torch.cat([part.slot_offsets for part in parts]),
     )
 
 
-def no_documents(num_codebooks: int) -> ZTokens:
-    """No document at all, on the CPU."""
+def no_documents(num_codebooks: int, slots: bool = False) -> ZTokens:
+    """No document at all, on the CPU; ``slots``: its codes would be slots."""
     none, start = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    return ZTokens(none.reshape(0, num_codebooks), none, start, start)
+    codes = none.reshape(0, num_codebooks)
+    return ZTokens(codes, none, start, start, codes if slots else None)

@@ -80,7 +80,7 @@ def evaluate(
     surprisals, base_hits, base_count = [], 0, 0
     members_of_batch = [[documents[i] for i in b] for b in batches([len(d) for d in documents], batch_tokens)]
     for members in members_of_batch:
-        tokens, cu_segments = _pack(members, config.segment_length, model.codebooks.device)
+        tokens, cu_segments = _pack(members, config.segment_length, model.device)
         surprisals.append(model.surprisal(tokens, cu_segments))
         hits, count = _base_hits(model, tokens, cu_segments)
         base_hits, base_count = base_hits + hits, base_count + count
@@ -94,7 +94,7 @@ def evaluate(
         forced_hits = free_hits = total = units = 0
         loss, unit_bits, unit_tokens = 0.0, [], []
         for members, bits in zip(members_of_batch, surprisals):
-            tokens = pack_tokens(members, model.codebooks.device)
+            tokens = pack_tokens(members, model.device)
             if quantized:
                 z, vectors = emit_documents(model, members, budget, fixed_units, levels), None
             else:

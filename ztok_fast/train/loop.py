@@ -14,17 +14,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather, reduce
+from accelerate.utils import DistributedDataParallelKwargs, gather
 from tqdm import tqdm
 
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.train.batches import Batch, SectionStream
-from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_blocks
-from ztok_fast.train.evaluate import dev_documents, evaluate
+from ztok_fast.train.batches import SectionStream
+from ztok_fast.train.evaluate import dev_documents
+from ztok_fast.train.methods import method_of
 from ztok_fast.train.metrics import append_row, drop_rows_after
-from ztok_fast.train.objective import Objective
 from ztok_fast.train.precision import autocast_dtype
 from ztok_fast.train.settings import SettingsError, TrainSettings
 
@@ -65,7 +64,7 @@ class Trainer:
         config = dataclasses.replace(settings.codec_config(), base_model=base.name, base_fingerprint=base.fingerprint)
         self.codec = ZTokCodec(base, config, engine="float")
         self.model = self.codec.model
-        self.care = CodebookCare(config.num_codebooks, config.codebook_size, settings.kmeans_latents)
+        self.method = method_of(self.codec, settings)
         self.stream = SectionStream(
             settings.train_files,
             base.tokenizer,
@@ -80,21 +79,11 @@ class Trainer:
         self.dev = dev_documents(
             settings.dev_files, base.tokenizer, settings.eval_documents, settings.eval_tokens, settings.exclude_sources
         )
-        own = self.model.trainable_parameters()
-        groups = [
-            {"params": [p for n, p in own.items() if n.startswith("adapters.")], "peak": settings.learning_rate},
-            {
-                "params": [p for n, p in own.items() if not n.startswith("adapters.") and n != "codebooks"],
-                "peak": settings.module_learning_rate or settings.learning_rate,
-            },
-            {"params": [own["codebooks"]], "peak": settings.codebook_learning_rate},
-        ]
+        groups = self.method.groups()
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.step = 0
         self._restore(optimizer)
-        self.objective, self.optimizer = self.accelerator.prepare(
-            Objective(self.model, settings.loss_weights()), optimizer
-        )
+        self.objective, self.optimizer = self.accelerator.prepare(self.method.objective, optimizer)
         if settings.compile:
             self.model.adapted.compile(dynamic=True)
 
@@ -124,14 +113,7 @@ class Trainer:
                     if self.step == settings.steps or (settings.eval_every and self.step % settings.eval_every == 0):
                         row["eval"] = self.evaluate()
                     self._log(row)
-                    progress.set_postfix(
-                        loss=f"{row['reconstruction']:.3f}",
-                        acc=f"{row['accuracy']:.3f}",
-                        ratio=f"{row['ratio']:.2f}",
-                        used=min(row["codes_alive"]),
-                        ppl=f"{min(row['perplexity']):.0f}",
-                        refresh=False,
-                    )
+                    progress.set_postfix(**self.method.summary(row), refresh=False)
                     progress.update()
                     if self.step % settings.checkpoint_every == 0:
                         self._save()
@@ -153,27 +135,24 @@ class Trainer:
     def train_step(self) -> dict:
         """One optimiser step over ``accumulation`` batches; returns its metrics."""
         settings, began = self.settings, time.monotonic()
-        if self.step == settings.continuous_steps:
-            self._initialise_codebooks()
-        phase = settings.phase(self.step)
+        device = self.accelerator.device
+        self.method.begin(self.step, lambda: self.stream.next_batch().to(device))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * settings.learning_rate_factor(self.step)
         row: dict = {"step": self.step + 1}
         tokens = units = 0
         for part in range(settings.accumulation):
-            batch = self.stream.next_batch().to(self.accelerator.device)
-            ratio = self._draw_ratios(batch, part)
-            part_phase = dataclasses.replace(phase, seed=phase.seed * settings.accumulation + part)
+            batch = self.stream.next_batch().to(device)
             # Gradients of several processes are averaged once, with the last batch of the step.
             last = part == settings.accumulation - 1
             with _sync_when(last, self.accelerator, self.objective):
                 with self._autocast():
-                    terms, encoded = self.objective(batch, ratio, part_phase)
+                    terms, count = self.method.loss(
+                        self.objective, batch, self.step, part, self.accelerator.process_index
+                    )
                 self.accelerator.backward(terms["total"] / settings.accumulation)
-            # Usage is counted over all processes, so that they agree on which codes are dead.
-            usage = reduce(encoded.quantized.usage, "sum") if phase.blend > 0 else None
-            self.care.observe(encoded.quantized.latents, usage)
-            tokens, units = tokens + len(batch.tokens), units + encoded.z.ztokens
+            self.method.observe()
+            tokens, units = tokens + len(batch.tokens), units + count
             for name, value in terms.items():
                 row[name] = row.get(name, 0.0) + value.item() / settings.accumulation
         # No process may go on alone, so all of them look at whether any has a loss that is not finite.
@@ -185,16 +164,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if phase.blend > 0 and settings.dead_code_every and self.step % settings.dead_code_every == 0:
-            row["codes_replaced"] = self._replace_dead()
-        keep_blocks(self.model.codebooks)
+        row.update(self.method.end(self.step, self.optimizer))
         row.update(
             gradient_norm=float(norm),
             ratio=tokens / max(1, units),
-            blend=phase.blend,
-            sampling=phase.sampling,
-            codes_alive=self.care.alive(),
-            perplexity=self.care.perplexity(),
             tokens_per_second=tokens / (time.monotonic() - began),
         )
         return row
@@ -204,11 +177,10 @@ class Trainer:
         return torch.autocast(device, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def evaluate(self) -> dict:
-        """Teacher-forced and free-running accuracy on the dev documents at every budget; empty without dev files."""
+        """What the method measures on the dev documents; empty without dev files."""
         if not self.dev or not self.accelerator.is_main_process:
             return {}
-        quantized = self.step > self.settings.continuous_steps
-        return evaluate(self.codec, self.dev, self.model.config.budgets, quantized=quantized)
+        return self.method.evaluate(self.dev, self.step)
 
     def _diverged(self, what: str, value: float) -> None:
         kept = self.out / CHECKPOINT
@@ -223,41 +195,6 @@ class Trainer:
             return flag
         return bool(gather(torch.tensor([flag], device=self.accelerator.device)).any())
 
-    def _draw_ratios(self, batch: Batch, part: int) -> torch.Tensor:
-        budgets = torch.tensor(self.model.config.budgets, dtype=torch.float32)
-        draw = torch.Generator().manual_seed(
-            (self.settings.seed * 1_000_003 + self.step) * 64 + part + 7919 * self.accelerator.process_index
-        )
-        chosen = torch.randint(len(budgets), (len(batch.sections),), generator=draw)
-        return budgets[chosen].to(self.accelerator.device)
-
-    @torch.no_grad()
-    def _initialise_codebooks(self) -> None:
-        # Compressing alone costs a fraction of a training step, so the store is filled this way.
-        stored = len(self.care.latents)
-        while stored < self.settings.kmeans_latents:
-            batch = self.stream.next_batch().to(self.accelerator.device)
-            encoded = self.model.encode(
-                batch.tokens, batch.cu_segments, batch.cu_sections, self._draw_ratios(batch, stored)
-            )
-            self.care.observe(encoded.quantized.latents, None)
-            stored += encoded.z.ztokens
-        latents = gather(self.care.latents.to(self.accelerator.device))
-        initialise_codebooks(self.model.codebooks, latents, self.settings.kmeans_iterations, self.settings.seed)
-        broadcast(self.model.codebooks.data)
-
-    def _replace_dead(self) -> int:
-        """Replace dead codes, the same ones with the same values in every process; returns how many."""
-        codebooks, draw = self.model.codebooks, torch.Generator().manual_seed(self.settings.seed * 31 + self.step)
-        replaced = self.care.replace_dead(codebooks, self.settings.dead_code_threshold, draw)
-        broadcast(codebooks.data)
-        moments = self.optimizer.state.get(codebooks, {})
-        for level, dead in enumerate(replaced):
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in moments:
-                    moments[name][level, dead.to(moments[name].device)] = 0.0
-        return sum(len(d) for d in replaced)
-
     def _log(self, row: dict) -> None:
         if self.accelerator.is_main_process:
             append_row(self.out / METRICS, row)
@@ -267,12 +204,12 @@ class Trainer:
         path = self.out / CHECKPOINT
         if not self.accelerator.is_main_process:
             path = self.out / f"stream-{self.accelerator.process_index}.pt"
-            state = {"step": self.step, "stream": streams, "care": self.care.state()}
+            state = {"step": self.step, "stream": streams, **self.method.state()}
         else:
             state = {
                 "step": self.step,
                 "stream": streams,
-                "care": self.care.state(),
+                **self.method.state(),
                 "codec": {n: p.detach() for n, p in self.model.codec_state().items()},
                 "optimizer": self.optimizer.state_dict(),
                 "config": self.model.config.to_dict(),
@@ -306,7 +243,7 @@ class Trainer:
                     f"got {'none' if not own_part.is_file() else state['step']}; go on with as many processes as before"
                 )
         self.stream.load_state(state["stream"])
-        self.care.load_state(state["care"])
+        self.method.load_state(state)
         if self.accelerator.is_main_process:
             drop_rows_after(self.out / METRICS, self.step)
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from ztok_fast.codec.autoregressive import autoregressive_loss
 from ztok_fast.codec.emission import surprisal_mass
 from ztok_fast.codec.layout import offsets, sequence_of_row
-from ztok_fast.codec.model import Encoding, ZTokModel
+from ztok_fast.codec.pooled_model import Encoding, PooledModel
 from ztok_fast.ops import ragged_gather, ragged_layout
 from ztok_fast.train.batches import Batch
 
@@ -68,7 +68,7 @@ class Phase:
 class Objective(nn.Module):
     """Wraps the model so that one ``forward`` gives every loss term (what DDP and FSDP need)."""
 
-    def __init__(self, model: ZTokModel, weights: LossWeights) -> None:
+    def __init__(self, model: PooledModel, weights: LossWeights) -> None:
         super().__init__()
         self.model, self.weights = model, weights
 

@@ -1,22 +1,20 @@
-"""The trainable model: a frozen base under three adapters, halting, quantiser, embeddings and heads."""
+"""Pooled Z-tokens: halting cuts the text into units, and the sum over a unit is quantised in residual levels."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, unit_lengths
-from ztok_fast.codec.layout import block_bounds, expand_ranges, offsets, position_in_sequence, sequence_of_row
-from ztok_fast.codec.runtime import EngineRuntime, FloatRuntime, Runtime
+from ztok_fast.codec.layout import block_bounds, offsets, position_in_sequence, sequence_of_row
+from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
 from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.codec.ztokens import ZTokens
-from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged, ragged_gather, ragged_layout
+from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged
 from ztok_fast.profiling import HALTING, QUANTISE, stage
 
 MASS_GRADIENT = 0.05
@@ -25,9 +23,6 @@ MASS_GRADIENT = 0.05
 
 COPY_LOGIT = 45.0
 """Logit that a token's own embedding, copied whole, would add to its token at the start of training."""
-
-LOGITS_AT_ONCE = 1 << 24
-"""Most logits computed at once where no gradient is needed: 64 MB in float32."""
 
 
 @dataclass
@@ -44,21 +39,6 @@ class Encoding:
     quantized: QuantizedUnits
     raw_mass: torch.Tensor
     mass: torch.Tensor
-
-
-@dataclass
-class DecoderInputs:
-    """Packed decompressor sequences: Z prefix, start row, text; ``text_rows`` are the rows that predict.
-
-    ``logit_bias`` is what the copy path adds to their hidden states, ``[T, D]``, where the codec has one.
-    """
-
-    embeds: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_length: int
-    text_rows: torch.Tensor
-    logit_bias: torch.Tensor | None
 
 
 def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,31 +69,11 @@ def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.T
     return projection, gates.reshape(longest * longest, width)
 
 
-def root_mean_square(weight: torch.Tensor) -> float:
-    """Of all elements, the same on every machine and in any order: it scales what exact documents are decoded by.
-
-    The squares are rounded to multiples of 2^-32 of the largest and summed as integers.
-    """
-    weight = weight.detach().double()
-    largest = weight.abs().max().item()
-    if not largest:
-        return 0.0
-    total = int(((weight / largest).square() * 2.0**32).round().long().sum())
-    return largest * math.sqrt(total / 2.0**32 / weight.numel())
-
-
-class ZTokModel(nn.Module):
-    """Base, adapters and the codec's own small modules.
-
-    Everything a codec saves is in `codec_state`; the base's weights are never part of it.
-    """
+class PooledModel(SegmentModel):
+    """Z-tokens that pool the tokens of their unit in one vector, quantised in residual levels."""
 
     def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.adapted = AdaptedBase(base, config)
-        self.float_runtime = FloatRuntime(self.adapted)
-        self.engine: EngineRuntime | None = None
+        super().__init__(base, config)
         width, latent = self.adapted.hidden_size, config.latent_dim
         rms = root_mean_square(self.adapted.embedding.weight)
         self.halting = HaltingHead(width)
@@ -146,11 +106,6 @@ class ZTokModel(nn.Module):
         self.zspace = ZSpaceHead(width, config, rms)
         # The head of a compressor that writes its Z-tokens one by one.
         self.autoregressive = ZSpaceHead(width, config, rms) if config.emission == "stop" else None
-
-    @property
-    def runtime(self) -> Runtime:
-        """What runs the base model: the engine where the codec has one and no gradient is wanted, else transformers."""
-        return self.float_runtime if self.engine is None or torch.is_grad_enabled() else self.engine
 
     # Compression
 
@@ -254,113 +209,16 @@ class ZTokModel(nn.Module):
         """Input embeddings ``[K, D]`` of Z-tokens with code vectors ``[K, d_z]`` and unit lengths ``[K]``."""
         return self.runtime.linear(self.z_projection, vectors) + self.length_embedding(lengths.long())
 
-    def unit_positions(self, z: ZTokens) -> torch.Tensor:
-        """Position, in its segment, that stands for each unit (as ``z_position`` says), int64 ``[K]``."""
-        lengths = z.unit_lengths
-        start = offsets(lengths).long()[:-1] - z.cu_text.long()[sequence_of_row(z.cu_segments, z.ztokens)]
-        shift = {"start": torch.zeros_like(start), "center": lengths.long() // 2, "end": lengths.long() - 1}
-        return start + shift[self.config.z_position]
+    def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
+        return self.z_embeddings(self.dequantize(z.codes) if vectors is None else vectors, z.unit_lengths)
 
-    def prefix(self, z: ZTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The Z-tokens that each segment's decompressor sees: those of its context segments, then its own.
-
-        Returns:
-            rows int64 ``[R]`` into the Z-tokens, their position ids ``[R]``, int32 offsets ``[S + 1]``.
-        """
-        config, cu_units = self.config, z.cu_segments.long()
-        segments = torch.arange(len(cu_units) - 1, device=cu_units.device)
-        begin = torch.maximum(z.first_segment, segments - config.context_segments)
-        rows, cu_prefix = expand_ranges(cu_units[begin], cu_units[1:])
-        own = self.unit_positions(z)
-        segment_of_unit = sequence_of_row(cu_units, z.ztokens)
-        back = sequence_of_row(cu_prefix, len(rows)) - segment_of_unit[rows]
-        return rows, own[rows] + (config.context_segments - back) * config.segment_length, cu_prefix
-
-    def decoder_inputs(self, embeddings, z: ZTokens, tokens, cu_segments) -> DecoderInputs:
-        """Teacher-forced decompressor inputs of packed segments (see `DecoderInputs`).
-
-        Args:
-            embeddings: ``[K, D]`` of the Z-tokens ``z``; tokens int64 ``[T]``, the text before each prediction;
-                cu_segments: int32 ``[S + 1]``, token offsets of the segments (``z.cu_text``).
-        """
-        total = len(tokens)
-        rows, z_positions, cu_prefix = self.prefix(z)
-        position = position_in_sequence(cu_segments, total)
-        previous = self.adapted.embedding(torch.roll(tokens, 1))
-        text = torch.where((position == 0)[:, None], self.start_embedding.to(previous.dtype), previous)
-        conditioning, logit_bias = self.conditioning(embeddings, z.unit_lengths, total)
-        if conditioning is not None:
-            text = text + conditioning.to(text.dtype)
-        joined = ragged_gather([embeddings.to(text.dtype), text], [rows, None], [cu_prefix, cu_segments])
-        layout = ragged_layout([cu_prefix, cu_segments], [len(rows), total])
-        position_ids = layout.place([z_positions, position + self.config.context_segments * self.config.segment_length])
-        longest = int(layout.cu_seqlens.diff().max()) if len(layout.cu_seqlens) > 1 else 0
-        return DecoderInputs(
-            joined.values, position_ids, layout.cu_seqlens, longest, layout.destinations[1], logit_bias
-        )
-
-    def conditioning(self, embeddings, lengths, total: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the units add to the ``total`` packed text rows that write them.
-
-        Returns:
-            The conditioning ``[total, D]`` of the input rows (``None`` without ``unit_conditioning``), and the logit
-            bias ``[total, D]``, added to the last hidden states (``None`` without ``copy_path``).
-        """
+    def conditioning(self, embeddings, z: ZTokens, total: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """See `SegmentModel`: the first is ``None`` without ``unit_conditioning``, the second without ``copy_path``."""
         if self.offset_embedding is None or self.unbinding is None:
             return None, None
-        unit, gate, offset = self.gate_of_token(lengths, total)
+        unit, gate, offset = self.gate_of_token(z.unit_lengths, total)
         unbound = embeddings[unit] * self.unbinding[gate]
         if self.copy_gains is None:
             return unbound + self.offset_embedding(offset), None
         logit_bias = self.copy_scale * self.copy_gains[0] * unbound
         return self.copy_gains[1] * unbound + self.offset_embedding(offset), logit_bias
-
-    def decompressor_hidden(self, inputs: DecoderInputs) -> torch.Tensor:
-        """Hidden states ``[T, D]`` of the rows that predict the text tokens."""
-        hidden = self.runtime.hidden(
-            inputs.embeds, inputs.position_ids, inputs.cu_seqlens, inputs.max_length, adapter="decompressor"
-        )
-        hidden = hidden[inputs.text_rows]
-        return hidden if inputs.logit_bias is None else hidden + inputs.logit_bias.to(hidden.dtype)
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows whose logits are computed at once where no gradient is needed: few where the vocabulary is large."""
-        return max(1, min(4096, LOGITS_AT_ONCE // len(self.adapted.model.get_output_embeddings().weight)))
-
-    # The bare base model
-
-    @torch.no_grad()
-    def surprisal(self, tokens: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
-        """Bits of every token under the bare base model, each segment on its own, fp32 ``[T]``.
-
-        The first token of a segment has nothing before it; it gets the mean of all others that are given.
-        """
-        total = len(tokens)
-        position = position_in_sequence(cu_segments, total)
-        hidden = self.runtime.hidden(
-            self.adapted.embedding(tokens), position, cu_segments, int(cu_segments.diff().max()), adapter=None
-        )
-        bits = torch.zeros(total, device=tokens.device)
-        step = self.rows_at_once
-        for start in range(0, total - 1, step):
-            stop = min(start + step, total - 1)
-            loss = torch.nn.functional.cross_entropy(
-                self.runtime.logits(hidden[start:stop]).float(), tokens[start + 1 : stop + 1], reduction="none"
-            )
-            bits[start + 1 : stop + 1] = loss / 0.6931471805599453
-        first = position == 0
-        if (~first).any():
-            bits[first] = bits[~first].mean()
-        return bits
-
-    # What a codec saves
-
-    def codec_state(self) -> dict[str, torch.Tensor]:
-        """Adapters, codebooks, projections and heads by name; nothing of the base."""
-        return {**self.trainable_parameters()}
-
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        adapters = {f"adapters.{name}": p for name, p in self.adapted.adapter_parameters()}
-        own = {n: p for n, p in self.named_parameters() if not n.startswith("adapted.")}
-        return {**adapters, **own}

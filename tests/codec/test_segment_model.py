@@ -2,7 +2,7 @@
 
 import torch
 
-from ztok_fast.codec.model import root_mean_square
+from ztok_fast.codec.segment_model import root_mean_square
 
 
 def test_root_mean_square_does_not_depend_on_order_or_threads():

@@ -1,0 +1,81 @@
+"""The codec whose language model does the work: Z-tokens write down what the decompressor would not guess."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ztok_fast.codec.config import ConfigError, ZTokConfig
+from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
+from ztok_fast.codec.slots import ahead, written_tokens
+from ztok_fast.codec.ztokens import ZTokens
+
+AHEAD = 4
+"""Written tokens ahead that every row of the decompressor sees beside the text so far."""
+
+DISTANCES = 16
+"""Distances to them that are told apart; larger ones count as the largest."""
+
+
+class SlotModel(SegmentModel):
+    """Z-tokens of L slots, each with one token of the vocabulary and its place in the unit.
+
+    A unit's input embedding is the sum over its slots. Every text row of the decompressor also sees the next written
+    tokens and how far they are: where they stand is known, and need not be found by attention.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
+        super().__init__(base, config)
+        words = self.adapted.embedding.weight
+        if config.codebook_size != len(words):
+            raise ConfigError(
+                f"codec setting codebook_size: expected the base model's {len(words)} tokens with emission "
+                f"'slots', got {config.codebook_size}"
+            )
+        width = words.shape[1]
+        rms = root_mean_square(words)
+        self.start_embedding = nn.Parameter(torch.randn(width) * rms)
+        self.slot_projection = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.slot_projection.weight)
+        self.slot_gates = nn.Parameter(0.5 + 0.1 * torch.randn(config.num_codebooks, width))
+        self.slot_places = nn.Embedding(DISTANCES, width)
+        nn.init.normal_(self.slot_places.weight, std=0.3 * rms)
+        self.ahead_projection = nn.Linear(width, AHEAD * width, bias=False)
+        with torch.no_grad():
+            self.ahead_projection.weight.copy_(torch.eye(width).repeat(AHEAD, 1))
+        # The base model's own prediction stays nearly as it was at first.
+        self.ahead_gates = nn.Parameter(0.05 * torch.randn(AHEAD, DISTANCES + 1, width))
+        self.ahead_places = nn.Parameter(0.05 * rms * torch.randn(AHEAD, DISTANCES + 1, width))
+
+    def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
+        assert vectors is None  # slots have no vectors beside their codes
+        words = self.runtime.linear(
+            self.slot_projection, self.adapted.embedding(z.codes.clamp(min=0).long()).flatten(0, 1)
+        )
+        words = words.unflatten(0, z.codes.shape)
+        places = self.slot_places(z.slot_offsets.clamp(0, DISTANCES - 1).long())
+        total = torch.zeros_like(places[:, 0])
+        # One addition after another: the sum has the same bits whatever the number of rows.
+        for slot in range(self.config.num_codebooks):
+            own = words[:, slot] * self.slot_gates[slot] + places[:, slot]
+            total = total + torch.where((z.codes[:, slot] >= 0)[:, None], own, 0.0)
+        return total
+
+    def written(self, z: ZTokens) -> torch.Tensor:
+        return written_tokens(z)
+
+    def conditioning(self, embeddings, z: ZTokens, total: int) -> tuple[torch.Tensor, None]:
+        named = written_tokens(z)
+        index, distance = ahead(named >= 0, z.cu_text, AHEAD)
+        # One row more, for those that have nothing ahead to point at.
+        words = self.adapted.embedding(torch.cat([named[named >= 0], named.new_zeros(1)]))
+        words = self.runtime.linear(self.ahead_projection, words).unflatten(1, (AHEAD, -1))
+        near = distance.clamp(max=DISTANCES)
+        # Row 0 of the tables says that there is no token ahead.
+        seen = (distance > 0).to(words.dtype)
+        rows = self.ahead_places[0][near[:, 0]] + words[index[:, 0], 0] * self.ahead_gates[0][near[:, 0]] * seen[:, :1]
+        for step in range(1, AHEAD):
+            gate = self.ahead_gates[step][near[:, step]] * seen[:, step : step + 1]
+            rows = rows + self.ahead_places[step][near[:, step]] + words[index[:, step], step] * gate
+        return rows, None

@@ -1,0 +1,37 @@
+"""Evaluation of a codec of slots while it trains: how much must be written for an exact copy."""
+
+from __future__ import annotations
+
+import torch
+
+from ztok_fast.codec.selection import close, guess
+from ztok_fast.train.batches import Section, make_batch
+
+
+@torch.inference_mode()
+def evaluate_slots(codec, documents: list[list[int]]) -> dict:
+    """The closed loop on documents of one section each.
+
+    Returns:
+        ``written``: share of the tokens that an exact copy writes; ``ratio``: text tokens per Z-token then;
+        ``guessed_bits``: bits per text token of what is guessed; ``base_bits``: bits per text token under the base.
+    """
+    model, config = codec.model, codec.config
+    sections = [Section(list(d[: config.section_tokens])) for d in documents if d]
+    written = tokens = units = 0
+    guessed_bits = base_bits = 0.0
+    for first in range(0, len(sections), 8):
+        batch = make_batch(sections[first : first + 8], config.segment_length).to(model.device)
+        chosen = close(model, batch.tokens, batch.cu_segments)
+        loss = guess(model, batch.tokens, chosen, batch.cu_segments).loss
+        guessed_bits += float((loss * ~chosen).sum()) / 0.6931471805599453
+        base_bits += float(model.surprisal(batch.tokens, batch.cu_segments).sum())
+        tokens, written = tokens + len(batch.tokens), written + int(chosen.sum())
+        before = torch.nn.functional.pad(chosen.long().cumsum(0), (1, 0))[batch.cu_segments.long()]
+        units += int((before.diff() / config.num_codebooks).ceil().clamp(min=1).sum())
+    return {
+        "written": written / tokens,
+        "ratio": tokens / units,
+        "guessed_bits": guessed_bits / tokens,
+        "base_bits": base_bits / tokens,
+    }
