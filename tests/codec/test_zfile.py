@@ -184,8 +184,8 @@ def test_tampered_tensors_are_refused(tmp_path, change, message):
 
 
 METADATA_FAULTS = {
-    "other version": ({"format_version": "2"}, "format version 1, got '2'"),
-    "no version": ({"format_version": None}, "format version 1, got None"),
+    "other version": ({"format_version": "3"}, "format version 1 or 2, got '3'"),
+    "no version": ({"format_version": None}, "format version 1 or 2, got None"),
     "other format": ({"format": "zip"}, "another kind"),
     "fingerprint upper case": ({"codec_fingerprint": "A" * 64}, "codec_fingerprint: expected 64"),
     "fingerprint missing": ({"codec_fingerprint": None}, "codec_fingerprint: expected 64"),

@@ -161,6 +161,8 @@ class ZTokCodec:
         if levels is not None:
             if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks:
                 raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
+            if self.config.emission == "slots" and levels != self.config.num_codebooks:
+                raise CodecError(f"levels: expected None, since slots have no levels to leave out, got {levels}")
         precision = self._engines.use()
         documents = self.tokenize(contents)
         if not exact:

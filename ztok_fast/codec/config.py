@@ -30,12 +30,13 @@ class ZTokConfig:
         context_segments: earlier segments of the section whose Z-tokens the decompressor also sees.
         section_segments: segments of one section. A long text is cut into sections; each has a budget of its own, and
             the context never reaches past it.
-        num_codebooks: residual codes of one Z-token (L).
-        codebook_size: entries of one codebook (V).
+        num_codebooks: codes of one Z-token (L): residual levels, or slots.
+        codebook_size: entries of one codebook (V); for slots, the base model's vocabulary.
         latent_dim: width of a code vector (d_z).
         max_unit_length: most text tokens that one Z-token may stand for.
         budgets: the ratios r that the codec was trained at.
-        emission: ``"fire"`` (learned halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r
+        emission: ``"slots"`` (a Z-token names L text tokens that the decompressor would not guess, and its unit ends
+            when they are full; see `ztok_fast.codec.selection`), or pooled units: ``"fire"`` (learned halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r
             tokens, one pass) or ``"stop"`` (the compressor writes the Z-tokens of a segment one after another until
             the mass of end-of-Z reaches a threshold; see `ztok_fast.codec.autoregressive`).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
@@ -109,6 +110,11 @@ class ZTokConfig:
                 raise ConfigError(f"codec setting {name}: expected {kind.__name__}, got {getattr(self, name)!r}")
         if self.copy_path and not self.unit_conditioning:
             raise ConfigError("codec setting copy_path: expected unit_conditioning to be true with it, got false")
+        if self.emission == "slots" and self.max_unit_length < self.segment_length:
+            raise ConfigError(
+                f"codec setting max_unit_length: expected at least segment_length ({self.segment_length}) with emission "
+                f"'slots', whose units end when their slots are full, got {self.max_unit_length}"
+            )
         if not isinstance(self.budgets, list) or not self.budgets:
             raise ConfigError(f"codec setting budgets: expected a list of at least one ratio, got {self.budgets!r}")
         for ratio in self.budgets:

@@ -47,21 +47,21 @@ def continue_ztokens(
     embeds, position_ids, cu_prefix = _context(model, z)
     count = len(z)
     if not count:
-        return no_documents(model.config.num_codebooks), []
+        return no_documents(model.config.num_codebooks, z.slot_offsets is not None), []
     check_positions(model, cu_prefix, max_new_ztokens - 1)
     position = cu_prefix.diff().long()
     # One id for all: a document's draws depend on the seed alone, not on its place in the batch.
     row_ids = torch.zeros(count, dtype=torch.int64, device=device)
-    chosen_codes, chosen_lengths, masses = [], [], []
+    chosen: list[ZTokens] = []
+    masses = []
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     with model.runtime.session("inferencer", embeds, position_ids, cu_prefix, max_new_ztokens) as session:
         for step in range(max_new_ztokens):
             if measuring():
                 count_rows(count - int(ended.sum()), count)
             with stage(HEAD):
-                codes, lengths, drawn_end = model.zspace.select(
+                following, drawn_end = model.next_ztokens(
                     session.last,
-                    model.codebooks,
                     temperature=temperature,
                     top_p=top_p,
                     seed=seed,
@@ -70,22 +70,17 @@ def continue_ztokens(
                     allow_end=end_threshold is None,
                 )
             # A drawn end-of-Z is all the mass there is.
-            mass = (
-                drawn_end if end_threshold is None else model.zspace.end_mass(session.last, model.codebooks)
-            ).double()
-            chosen_codes.append(codes)
-            chosen_lengths.append(lengths)
+            mass = (drawn_end if end_threshold is None else model.end_mass(session.last)).double()
+            chosen.append(following)
             masses.append(mass)
             ended = ended | (mass >= (end_threshold or 1.0))
             if bool(ended.all()):
                 break
             if step + 1 < max_new_ztokens:
-                session.step(model.z_embeddings(model.dequantize(codes), lengths), position)
+                session.step(model.embed(following), position)
                 position = position + 1
     kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0).tolist()
-    return _as_documents(
-        model, z, torch.stack(chosen_codes, dim=1).cpu(), torch.stack(chosen_lengths, dim=1).tolist(), kept
-    )
+    return _as_documents(model, z, [step.to("cpu") for step in chosen], kept)
 
 
 def check_count(name: str, value: object) -> None:
@@ -110,11 +105,17 @@ def check_positions(model: SegmentModel, cu_prefix: torch.Tensor, new_rows: int)
         )
 
 
-def _as_documents(model, z, codes, lengths, kept) -> tuple[ZTokens, list[DocumentInfo]]:
+def _as_documents(model, z, steps: list[ZTokens], kept: list[int]) -> tuple[ZTokens, list[DocumentInfo]]:
     """The first ``kept`` Z-tokens of every row, cut into segments, and what is known of each document."""
     documents, infos = [], []
+    lengths = torch.stack([step.unit_lengths for step in steps], dim=1).tolist()
+    codes = torch.stack([step.codes for step in steps], dim=1)
+    places = None
+    if steps[0].slot_offsets is not None:
+        places = torch.stack([step.slot_offsets for step in steps if step.slot_offsets is not None], dim=1)
     for row, source in enumerate(z.documents):
-        own_lengths = lengths[row][: kept[row]]
+        first = slice(kept[row])
+        own_lengths = lengths[row][first]
         units, filled = [], model.config.segment_length + 1
         for length in own_lengths:
             if filled + length > model.config.segment_length:
@@ -125,7 +126,8 @@ def _as_documents(model, z, codes, lengths, kept) -> tuple[ZTokens, list[Documen
         segments = torch.tensor([0, len(units)], dtype=torch.int32)
         cu_segments = offsets(torch.tensor(units, dtype=torch.int64))
         own = torch.tensor(own_lengths, dtype=torch.int32)
-        documents.append(ZTokens(codes[row, : kept[row]], own, cu_segments, segments))
+        own_places = None if places is None else places[row, first]
+        documents.append(ZTokens(codes[row, first], own, cu_segments, segments, own_places))
         infos.append(DocumentInfo(tokens=sum(own_lengths), budget=source.budget, levels=model.config.num_codebooks))
     return concatenate(documents), infos
 
@@ -163,7 +165,7 @@ def answer_question(
 def _context(model: SegmentModel, z: ZBatch):
     """Packed inferencer inputs: the start mark and the Z-tokens of every document, at running positions."""
     device = model.device
-    embeddings = model.z_embeddings(model.dequantize(z.codes.to(device)), z.unit_lengths.to(device))
+    embeddings = model.embed(z.to(device))
     cu_z = z.cu_ztokens.to(device)
     cu_start = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
     once = torch.zeros(len(z), dtype=torch.int64, device=device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 from ztok_fast.codec.errors import CodecError, EngineFallbackWarning
-from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.runtime import ENGINE_ADAPTERS, EngineRuntime
+from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.zbatch import FLOAT, PRECISIONS, ZBatch
 from ztok_fast.engine import Engine, EngineUnsupported
 

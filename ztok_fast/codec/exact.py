@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 
 from ztok_fast.codec.corrections import Corrections
-from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.passes import (
     BATCH_TOKENS,
     Progress,
@@ -23,6 +22,7 @@ from ztok_fast.codec.passes import (
     pack_tokens,
     teacher_forced,
 )
+from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.ztokens import ZTokens
 
 MARGIN = 0.01

@@ -1,7 +1,7 @@
 """The codec as one writes it without this library: Hugging Face and PEFT layers, padded batches, plain torch.
 
-It reads the same files and follows the same definitions (`ztok_fast.codec.model`), but runs none of this package's ops,
-attention or decoding. Only what the shipped codecs use is written here; others are refused.
+It reads the same files and follows the same definitions (`ztok_fast.codec.pooled_model`), but runs none of this
+package's ops, attention or decoding. Only what the shipped codecs use is written here; others are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ztok_fast.codec.base_model import BaseModel
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import SEGMENT_SPREAD, mass_floor
 from ztok_fast.codec.errors import CodecError
-from ztok_fast.codec.model import COPY_LOGIT
+from ztok_fast.codec.pooled_model import COPY_LOGIT
 from ztok_fast.codec.weights import load_weights
 from ztok_fast.ops.quantize.reference import RMS_EPS
 

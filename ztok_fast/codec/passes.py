@@ -74,6 +74,7 @@ def emit_documents(
     packed = _packed(model, documents, ratio, levels)
     if isinstance(model, SlotModel):
         return choose_ztokens(model, *packed[:-1], fixed_units=bool(fixed_units))
+    assert isinstance(model, PooledModel)
     if fixed_units is None and model.config.emission == "stop":
         return write_ztokens(model, *packed)
     return model.encode(*packed, fixed_units).z

@@ -13,7 +13,7 @@ from ztok_fast.codec.emission import HaltingHead, fixed_mass, scale_to_budget, u
 from ztok_fast.codec.layout import block_bounds, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
 from ztok_fast.codec.zspace import ZSpaceHead
-from ztok_fast.codec.ztokens import ZTokens
+from ztok_fast.codec.ztokens import ZTokens, one_each
 from ztok_fast.ops import QuantizedUnits, halting_units, quantize_ragged
 from ztok_fast.profiling import HALTING, QUANTISE, stage
 
@@ -71,6 +71,8 @@ def binding_start(config: ZTokConfig, width: int) -> tuple[torch.Tensor, torch.T
 
 class PooledModel(SegmentModel):
     """Z-tokens that pool the tokens of their unit in one vector, quantised in residual levels."""
+
+    zspace: ZSpaceHead
 
     def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
         super().__init__(base, config)
@@ -222,3 +224,16 @@ class PooledModel(SegmentModel):
             return unbound + self.offset_embedding(offset), None
         logit_bias = self.copy_scale * self.copy_gains[0] * unbound
         return self.copy_gains[1] * unbound + self.offset_embedding(offset), logit_bias
+
+    def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
+        codes, lengths, ended = self.zspace.select(hidden, self.codebooks, **settings)
+        return one_each(codes, lengths), ended
+
+    def end_mass(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.zspace.end_mass(hidden, self.codebooks)
+
+    def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
+        codes = z.codes.new_full((len(is_end), z.num_codebooks), -1)
+        lengths = z.unit_lengths.new_ones(len(is_end))
+        codes[~is_end], lengths[~is_end] = z.codes, z.unit_lengths
+        return self.zspace.loss(hidden, codes, lengths, is_end, self.codebooks)

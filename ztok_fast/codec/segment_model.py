@@ -13,6 +13,8 @@ from ztok_fast.codec.adapters import AdaptedBase
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.layout import expand_ranges, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.runtime import EngineRuntime, FloatRuntime, Runtime
+from ztok_fast.codec.slot_space import SlotSpaceHead
+from ztok_fast.codec.zspace import ZSpaceHead
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import ragged_gather, ragged_layout
 
@@ -55,6 +57,7 @@ class SegmentModel(nn.Module):
     """
 
     start_embedding: nn.Parameter
+    zspace: ZSpaceHead | SlotSpaceHead
 
     def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
         super().__init__()
@@ -93,6 +96,26 @@ class SegmentModel(nn.Module):
     def written(self, z: ZTokens) -> torch.Tensor | None:
         """The text tokens that the Z-tokens name, int64 ``[T]``, -1 at others; ``None`` where they name none."""
         return None
+
+    def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
+        """The next Z-token of every row of hidden states ``[B, D]``, each as a document, and whether it ended instead.
+
+        Args:
+            settings: those of `ZSpaceHead.select`.
+        """
+        raise NotImplementedError
+
+    def end_mass(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Probability fp32 ``[B]`` that a row's next Z-token is end-of-Z."""
+        raise NotImplementedError
+
+    def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats, the mean over rows ``[N, D]``, of the Z-tokens ``z`` and of end-of-Z.
+
+        Args:
+            is_end: bool ``[N]``, rows whose target is end-of-Z; the others have those of ``z``, in order.
+        """
+        raise NotImplementedError
 
     # The decompressor's rows
 

@@ -201,22 +201,21 @@ def choose_ztokens(
         tokens: int64 ``[T]``; cu_segments int32 ``[S + 1]``; cu_documents int32 ``[G + 1]`` in segments; ratio
             fp32 ``[G]``.
         fixed_units: units of ``ratio`` tokens each.
-        keep: bool ``[T]``, tokens that are written in any case.
+        keep: bool ``[T]``, tokens that are written in any case, even past the budget.
     """
     slots, total, documents = model.config.num_codebooks, len(tokens), len(cu_documents) - 1
     written = close(model, tokens, cu_segments, keep)
     segment, count = sequence_of_row(cu_segments, total), len(cu_segments) - 1
     document = sequence_of_row(cu_documents, count)
-    price = harm(written, cu_segments)
-    if keep is not None:
-        price = torch.where(keep, price + KEPT, price)
+    keep = torch.zeros_like(written) if keep is None else keep
+    price = torch.where(keep, KEPT, 0.0) + harm(written, cu_segments)
     if fixed_units:
         return _fixed(model, tokens, written, price, cu_segments, cu_documents, ratio)
     needed = (sums(written, segment, count) / slots).ceil().clamp(min=1).long()
     wanted = (cu_segments[cu_documents.long()].diff() / ratio).floor().clamp(min=1).long()
     exact = (_totals(needed, document, documents) < wanted)[document]
     written = torch.where(
-        exact[segment], written, within_budget(price, written, cu_segments, cu_documents, wanted, slots)
+        exact[segment], written, within_budget(price, written, cu_segments, cu_documents, wanted, slots) | keep
     )
     # Segments with slots to spare get more units than they need, as many as the ratio asks. The guesses depend on the
     # units, so they are looked at once more.

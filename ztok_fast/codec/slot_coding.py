@@ -1,8 +1,8 @@
 """The slots of Z-tokens as a range-coded stream.
 
 One stream has, for all Z-tokens of a batch, in this order: the slots that each fills; for every filled slot the tokens
-between it and the one before in its unit; the tokens after a unit's last filled slot; the codes. Each kind has a table of
-counts of its own that starts even and learns from every symbol, so it costs about what its own statistics say.
+between it and the one before in its unit; the tokens after a unit's last filled slot; the codes. Each kind has a table
+of counts of its own that starts even and learns from every symbol: it costs about what its own statistics say.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
+from ztok_fast.codec.slot_space import SlotSpaceHead
 from ztok_fast.codec.slots import ahead, written_tokens
-from ztok_fast.codec.ztokens import ZTokens
+from ztok_fast.codec.ztokens import ZTokens, one_each
 
 AHEAD = 4
 """Written tokens ahead that every row of the decompressor sees beside the text so far."""
@@ -24,6 +25,8 @@ class SlotModel(SegmentModel):
     A unit's input embedding is the sum over its slots. Every text row of the decompressor also sees the next written
     tokens and how far they are: where they stand is known, and need not be found by attention.
     """
+
+    zspace: SlotSpaceHead
 
     def __init__(self, base: PreTrainedModel, config: ZTokConfig) -> None:
         super().__init__(base, config)
@@ -47,9 +50,11 @@ class SlotModel(SegmentModel):
         # The base model's own prediction stays nearly as it was at first.
         self.ahead_gates = nn.Parameter(0.05 * torch.randn(AHEAD, DISTANCES + 1, width))
         self.ahead_places = nn.Parameter(0.05 * rms * torch.randn(AHEAD, DISTANCES + 1, width))
+        self.zspace = SlotSpaceHead(width, config, rms)
 
     def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
-        assert vectors is None  # slots have no vectors beside their codes
+        # Slots have no vectors beside their codes.
+        assert vectors is None and z.slot_offsets is not None
         words = self.runtime.linear(
             self.slot_projection, self.adapted.embedding(z.codes.clamp(min=0).long()).flatten(0, 1)
         )
@@ -79,3 +84,17 @@ class SlotModel(SegmentModel):
             gate = self.ahead_gates[step][near[:, step]] * seen[:, step : step + 1]
             rows = rows + self.ahead_places[step][near[:, step]] + words[index[:, step], step] * gate
         return rows, None
+
+    def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
+        codes, lengths, places, ended = self.zspace.select(hidden, self.adapted.embedding.weight, **settings)
+        return one_each(codes, lengths, places), ended
+
+    def end_mass(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.zspace.end_mass(hidden)
+
+    def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
+        assert z.slot_offsets is not None
+        codes = z.codes.new_full((len(is_end), z.num_codebooks), -1)
+        places = codes.clone()
+        codes[~is_end], places[~is_end] = z.codes, z.slot_offsets
+        return self.zspace.loss(hidden, codes, places, is_end, self.adapted.embedding.weight)

@@ -25,6 +25,7 @@ class SlotSpaceHead(nn.Module):
     def __init__(self, hidden_size: int, config: ZTokConfig, embedding_rms: float) -> None:
         super().__init__()
         self.slots, latent = config.num_codebooks, config.latent_dim
+        self.longest = config.max_unit_length
         # Small, so that an untrained head is near uniform.
         self.queries = nn.Parameter(torch.randn(2 * self.slots, latent, hidden_size) * (0.02 / hidden_size**0.5))
         self.gap_rows = nn.Parameter(torch.randn(self.slots, GAPS + 2, latent) * 0.1)
@@ -87,10 +88,10 @@ class SlotSpaceHead(nn.Module):
                 keep = [*range(GAPS), END] if allow_end else [*range(GAPS)]
                 gap = torch.tensor(keep, device=hidden.device)[draw(0, self.gap_rows[0][keep])]
                 ended = gap == END
-                gap = torch.where(ended, 0, gap)
+                gap = torch.where(ended, 0, gap).clamp(max=self.longest - 1)
             else:
                 gap = draw(2 * slot, self._gaps(slot))
-            going = going & (gap != NONE)
+            going = going & (gap != NONE) & (place + gap + 1 < self.longest)
             chosen = chosen + self.gap_rows[slot][gap]
             code = draw(2 * slot + 1, rows)
             chosen = chosen + rows[code] * going[:, None]

@@ -78,6 +78,7 @@ def fill_slots(
 
 def written_tokens(z: ZTokens) -> torch.Tensor:
     """The tokens that the slots name, int64 ``[T]``; -1 where the decompressor guesses."""
+    assert z.slot_offsets is not None
     filled = z.codes >= 0
     start = offsets(z.unit_lengths)
     named = torch.full((int(start[-1]),), -1, dtype=torch.int64, device=z.codes.device)

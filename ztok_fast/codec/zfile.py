@@ -182,7 +182,8 @@ def _check_format(metadata: dict[str, str]) -> None:
     version = metadata.get("format_version")
     if version not in (str(FORMAT_VERSION), str(SLOTS_VERSION)):
         raise ZFileError(
-            f"expected .ztok format version {FORMAT_VERSION} or {SLOTS_VERSION}, got {version!r}: another release wrote it"
+            f"expected .ztok format version {FORMAT_VERSION} or {SLOTS_VERSION}, got {version!r}: "
+            "another release wrote it"
         )
 
 

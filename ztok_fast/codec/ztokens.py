@@ -61,8 +61,9 @@ class ZTokens:
         return self.cu_documents.long()[sequence_of_row(self.cu_documents, len(self.cu_segments) - 1)]
 
     def to(self, device) -> ZTokens:
-        tensors = (self.codes, self.unit_lengths, self.cu_segments, self.cu_documents, self.slot_offsets)
-        return ZTokens(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+        tensors = [t.to(device) for t in (self.codes, self.unit_lengths, self.cu_segments, self.cu_documents)]
+        places = None if self.slot_offsets is None else self.slot_offsets.to(device)
+        return ZTokens(tensors[0], tensors[1], tensors[2], tensors[3], places)
 
     def _offsets_at(self, rows) -> torch.Tensor | None:
         return None if self.slot_offsets is None else self.slot_offsets[rows]
@@ -107,8 +108,8 @@ class ZTokens:
     def keys(self) -> list[tuple[bytes, bytes, bytes]]:
         """Of every document a key that only documents with the same Z-tokens share (tensors on the CPU)."""
         cu, bounds = self.cu_segments.tolist(), self.cu_documents.tolist()
-        codes = self.codes if self.slot_offsets is None else torch.cat([self.codes, self.slot_offsets], dim=1)
-        codes, lengths = codes.contiguous().numpy(), self.unit_lengths.contiguous().numpy()
+        said = self.codes if self.slot_offsets is None else torch.cat([self.codes, self.slot_offsets], dim=1)
+        codes, lengths = said.contiguous().numpy(), self.unit_lengths.contiguous().numpy()
         rows = self.cu_segments.diff().contiguous().numpy()
         return [
             (codes[cu[a] : cu[b]].tobytes(), lengths[cu[a] : cu[b]].tobytes(), rows[a:b].tobytes())
@@ -117,14 +118,21 @@ class ZTokens:
 
 
 def concatenate(parts: Sequence[ZTokens]) -> ZTokens:
-    """The documents of several parts with equally many codebooks, in order; at least one part."""
+    """The documents of several parts of one kind with equally many codebooks, in order; at least one part."""
+    places = [part.slot_offsets for part in parts if part.slot_offsets is not None]
     return ZTokens(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.unit_lengths for part in parts]),
         offsets(torch.cat([part.cu_segments.diff() for part in parts])),
         offsets(torch.cat([part.cu_documents.diff() for part in parts])),
-        None if parts[0].slot_offsets is None else torch.cat([part.slot_offsets for part in parts]),
+        torch.cat(places) if places else None,
     )
+
+
+def one_each(codes, unit_lengths, slot_offsets=None) -> ZTokens:
+    """Z-tokens that are a document each."""
+    cu = torch.arange(len(codes) + 1, dtype=torch.int32, device=codes.device)
+    return ZTokens(codes, unit_lengths.int(), cu, cu, slot_offsets)
 
 
 def no_documents(num_codebooks: int, slots: bool = False) -> ZTokens:

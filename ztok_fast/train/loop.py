@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.codec.weights import WeightsError, load_weights
 from ztok_fast.train.batches import SectionStream
 from ztok_fast.train.evaluate import dev_documents
 from ztok_fast.train.methods import method_of
@@ -64,6 +65,8 @@ class Trainer:
         config = dataclasses.replace(settings.codec_config(), base_model=base.name, base_fingerprint=base.fingerprint)
         self.codec = ZTokCodec(base, config, engine="float")
         self.model = self.codec.model
+        if settings.start:
+            self._start_from(Path(settings.start))
         self.method = method_of(self.codec, settings)
         self.stream = SectionStream(
             settings.train_files,
@@ -194,6 +197,12 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return flag
         return bool(gather(torch.tensor([flag], device=self.accelerator.device)).any())
+
+    def _start_from(self, folder: Path) -> None:
+        try:
+            self.codec.load_state(load_weights(folder))
+        except WeightsError as error:
+            raise SettingsError(f"training setting start: {folder}: {error}") from error
 
     def _log(self, row: dict) -> None:
         if self.accelerator.is_main_process:

@@ -9,13 +9,15 @@ from accelerate.utils import broadcast, gather, reduce
 from torch import nn
 
 from ztok_fast.codec.codec import ZTokCodec
+from ztok_fast.codec.pooled_model import PooledModel
+from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.train.batches import Batch
 from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_blocks
 from ztok_fast.train.evaluate import evaluate
 from ztok_fast.train.objective import Objective
 from ztok_fast.train.settings import TrainSettings
 from ztok_fast.train.slot_evaluate import evaluate_slots
-from ztok_fast.train.slot_objective import SlotObjective
+from ztok_fast.train.slot_objective import InferencerObjective, SlotObjective
 
 
 class SlotMethod:
@@ -23,11 +25,19 @@ class SlotMethod:
 
     def __init__(self, codec: ZTokCodec, settings: TrainSettings) -> None:
         self.codec, self.settings = codec, settings
-        self.objective: nn.Module = SlotObjective(codec.model)
+        model = codec.model
+        assert isinstance(model, SlotModel)
+        self.objective: nn.Module
+        if settings.part == "inferencer":
+            self.objective = InferencerObjective(model, settings.loss_weights().answer)
+        else:
+            self.objective = SlotObjective(model)
 
     def groups(self) -> list[dict]:
         """The optimiser's groups of parameters, each with its highest learning rate."""
         own, settings = self.codec.model.trainable_parameters(), self.settings
+        inferencers = settings.part == "inferencer"
+        own = {n: p for n, p in own.items() if (".inferencer." in n or n.startswith("zspace.")) == inferencers}
         adapters = [p for n, p in own.items() if n.startswith("adapters.")]
         modules = [p for n, p in own.items() if not n.startswith("adapters.")]
         return [
@@ -56,7 +66,7 @@ class SlotMethod:
 
     def summary(self, row: dict) -> dict:
         """What the progress bar shows of a step."""
-        return {"loss": f"{row['total']:.3f}", "acc": f"{row['accuracy']:.3f}", "written": f"{row['written']:.3f}"}
+        return {name: f"{row[name]:.3f}" for name in ("total", "accuracy", "written", "answer") if name in row}
 
     def state(self) -> dict:
         return {}
@@ -70,8 +80,10 @@ class PooledMethod:
 
     def __init__(self, codec: ZTokCodec, settings: TrainSettings) -> None:
         self.codec, self.settings = codec, settings
-        config = codec.config
-        self.objective: nn.Module = Objective(codec.model, settings.loss_weights())
+        config, model = codec.config, codec.model
+        assert isinstance(model, PooledModel)
+        self.model = model
+        self.objective: nn.Module = Objective(model, settings.loss_weights())
         self.care = CodebookCare(config.num_codebooks, config.codebook_size, settings.kmeans_latents)
         self._observed: tuple = ()
 
@@ -92,7 +104,7 @@ class PooledMethod:
 
         Compressing alone costs a fraction of a training step, so the store is filled this way.
         """
-        settings, model = self.settings, self.codec.model
+        settings, model = self.settings, self.model
         if step != settings.continuous_steps:
             return
         stored = len(self.care.latents)
@@ -119,10 +131,11 @@ class PooledMethod:
         self.care.observe(quantized.latents, reduce(quantized.usage, "sum") if quantising else None)
 
     def end(self, step: int, optimizer) -> dict:
-        settings, phase, row = self.settings, self.settings.phase(step - 1), {}
+        settings, phase = self.settings, self.settings.phase(step - 1)
+        row: dict = {}
         if phase.blend > 0 and settings.dead_code_every and step % settings.dead_code_every == 0:
             row["codes_replaced"] = self._replace_dead(step, optimizer)
-        keep_blocks(self.codec.model.codebooks)
+        keep_blocks(self.model.codebooks)
         row.update(
             blend=phase.blend,
             sampling=phase.sampling,
@@ -151,7 +164,7 @@ class PooledMethod:
 
     def _replace_dead(self, step: int, optimizer) -> int:
         """Replace dead codes, the same ones with the same values in every process; returns how many."""
-        codebooks, draw = self.codec.model.codebooks, torch.Generator().manual_seed(self.settings.seed * 31 + step)
+        codebooks, draw = self.model.codebooks, torch.Generator().manual_seed(self.settings.seed * 31 + step)
         replaced = self.care.replace_dead(codebooks, self.settings.dead_code_threshold, draw)
         broadcast(codebooks.data)
         moments = optimizer.state.get(codebooks, {})

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from ztok_fast.codec.autoregressive import autoregressive_loss
 from ztok_fast.codec.emission import surprisal_mass
-from ztok_fast.codec.layout import offsets, sequence_of_row
+from ztok_fast.codec.layout import sequence_of_row
 from ztok_fast.codec.pooled_model import Encoding, PooledModel
-from ztok_fast.ops import ragged_gather, ragged_layout
 from ztok_fast.train.batches import Batch
+from ztok_fast.train.inferencer import inferencer_losses
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Objective(nn.Module):
         if learn_density and target is not None:
             terms["density"] = ((encoded.raw_mass - target) * ratio[section]).square().mean()
         if (weights.zspace or weights.answer) and quantizing:
-            zspace, answer = self._inferencer(batch, encoded, embeddings)
+            zspace, answer = inferencer_losses(model, batch, encoded.z, embeddings, bool(weights.answer))
             if weights.zspace:
                 terms["zspace"] = zspace
             if answer is not None:
@@ -163,64 +163,6 @@ class Objective(nn.Module):
             swap = torch.rand(tokens.shape, generator=draw, device=tokens.device) < phase.sampling
             tokens = torch.where(swap, own, tokens)
         return logits_of(tokens)
-
-    def _inferencer(self, batch: Batch, encoded: Encoding, embeddings) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """CE of the next Z-token over every section's Z-tokens, and of the answers where there are some."""
-        model, device = self.model, batch.tokens.device
-        marks = model.zspace.marks
-        cu_z = encoded.z.cu_ztokens
-        sections, total = len(cu_z) - 1, encoded.z.ztokens
-        table = embeddings.detach()
-        one_each = torch.arange(sections + 1, dtype=torch.int32, device=device)
-        texts = [
-            (s.question, [*s.answer, *model.adapted.end_tokens[:1]]) if s.answer and self.weights.answer else ([], [])
-            for s in batch.sections
-        ]
-        question, cu_question = _pack([q for q, _ in texts], device)
-        answer, cu_answer = _pack([a for _, a in texts], device)
-        asked = torch.tensor([int(bool(a)) for _, a in texts], device=device)
-        cu_mark = offsets(asked)
-        mark_count = int(cu_mark[-1])
-        words = model.adapted.embedding.weight
-        sources = [
-            (marks[:1].to(table.dtype), torch.zeros(sections, dtype=torch.int64, device=device), one_each),
-            (table, None, cu_z),
-            (marks[1:2].to(table.dtype), torch.zeros(mark_count, dtype=torch.int64, device=device), cu_mark),
-            (words, question, cu_question),
-            (marks[2:3].to(table.dtype), torch.zeros(mark_count, dtype=torch.int64, device=device), cu_mark),
-            (words, answer, cu_answer),
-        ]
-        joined = ragged_gather([s[0] for s in sources], [s[1] for s in sources], [s[2] for s in sources])
-        rows = ragged_layout(
-            [s[2] for s in sources], [sections, total, mark_count, len(question), mark_count, len(answer)]
-        ).destinations
-        hidden = model.adapted(
-            joined.values,
-            joined.position_ids,
-            joined.cu_seqlens,
-            int(joined.cu_seqlens.diff().max()),
-            adapter="inferencer",
-        )
-        # The start row and every Z row predict: the next Z-token, and after the last one the end.
-        order = ragged_layout([one_each, cu_z], [sections, total])
-        predict = order.place(rows[:2])
-        is_end = torch.zeros(sections + total, dtype=torch.bool, device=device)
-        is_end[order.cu_seqlens[1:].long() - 1] = True
-        codes = torch.full((sections + total, model.config.num_codebooks), -1, dtype=torch.int32, device=device)
-        codes[~is_end] = encoded.z.codes
-        lengths = torch.ones(sections + total, dtype=torch.int32, device=device)
-        lengths[~is_end] = encoded.z.unit_lengths
-        zspace = model.zspace.loss(hidden[predict], codes, lengths, is_end, model.codebooks)
-        if not len(answer):
-            return zspace, None
-        # The row before each answer token predicts it: the answer mark first, then the answer's own rows.
-        logits = model.adapted.logits(hidden[rows[5] - 1]).float()
-        return zspace, cross_entropy(logits, answer)
-
-
-def _pack(sequences: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    flat = torch.tensor([t for s in sequences for t in s], dtype=torch.int64, device=device)
-    return flat, offsets(torch.tensor([len(s) for s in sequences], device=device))
 
 
 def blend_vectors(encoded: Encoding, blend: float) -> torch.Tensor:

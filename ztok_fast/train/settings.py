@@ -11,6 +11,9 @@ import yaml
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.objective import LossWeights, Phase
 
+PARTS = ("decompressor", "inferencer")
+"""Of a codec of slots: what the inferencer reads depends on the decompressor, so it is trained after it."""
+
 PRECISIONS = ("auto", "bfloat16", "float32")
 """Of the matrix products in training, see `ztok_fast.train.precision`."""
 
@@ -25,6 +28,8 @@ class TrainSettings:
 
     Attributes:
         base: base model, as ``load_base`` resolves it; out: folder for checkpoint, metrics and codec.
+        part: for the emission "slots", what is trained: "decompressor", or "inferencer" once that is done.
+        start: folder of a codec with the same settings whose weights training starts from.
         codec: codec settings (see `ZTokConfig`); loss: the weights (see `LossWeights`).
         train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.
         steps: optimiser steps; accumulation: batches per step; batch_tokens, section_tokens: text tokens.
@@ -79,6 +84,8 @@ class TrainSettings:
     compile: bool = False
     threads: int = 0
     seed: int = 0
+    part: str = PARTS[0]
+    start: str = ""
 
     def __post_init__(self) -> None:
         check_types(self, "training setting")
@@ -97,6 +104,8 @@ class TrainSettings:
             raise SettingsError(
                 f"training setting precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
+        if self.part not in PARTS:
+            raise SettingsError(f"training setting part: expected one of {', '.join(PARTS)}, got {self.part!r}")
         for name in ("noise", "noise_end", "sampling", "sampling_start", "level_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"training setting {name}: expected a share in [0, 1], got {getattr(self, name)}")

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ztok_fast.codec.selection import guess
+from ztok_fast.codec.layout import sequence_of_row
+from ztok_fast.codec.selection import close, guess
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.slots import fill_slots, slot_mass
-from ztok_fast.codec.layout import sequence_of_row
 from ztok_fast.train.batches import Batch
+from ztok_fast.train.inferencer import inferencer_losses
 
 SHARES = (0.15, 0.9)
 """Of the tokens of a segment that are written, drawn evenly between these."""
@@ -29,8 +30,29 @@ LOOSE = 0.25
 """Share of the segments whose units end before their slots are full, as low ratios ask."""
 
 
+class InferencerObjective(nn.Module):
+    """The inferencer over the Z-tokens of slots: what comes next, and answers. The decompressor stays as it is."""
+
+    def __init__(self, model: SlotModel, answer: float) -> None:
+        super().__init__()
+        self.model, self.answer = model, answer
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
+        """The loss terms, 0-d; ``zspace`` is in nats a Z-token. There are no random draws."""
+        model, tokens, cu = self.model, batch.tokens, batch.cu_segments
+        with torch.no_grad():
+            written = close(model, tokens, cu, prunings=0)
+            z = fill_slots(tokens, written, cu, batch.cu_sections, model.config.num_codebooks)
+            embeddings = model.embed(z)
+        zspace, answer = inferencer_losses(model, batch, z, embeddings, bool(self.answer))
+        terms = {"zspace": zspace, "total": zspace}
+        if answer is not None:
+            terms |= {"answer": answer, "total": zspace + self.answer * answer}
+        return {**terms, "ratio": torch.tensor(len(tokens) / max(1, z.ztokens))}
+
+
 class SlotObjective(nn.Module):
-    """Wraps the model so that one ``forward`` gives every loss term."""
+    """The decompressor guesses what is not written. One ``forward`` gives every loss term."""
 
     def __init__(self, model: SlotModel) -> None:
         super().__init__()

@@ -1,0 +1,166 @@
+"""The closed loop: what is written, so that the decompressor's guesses are right or the budget is used well."""
+
+import pytest
+import torch
+
+from tests.codec.tiny_codec import packed_documents, tiny_base, tiny_codec
+from ztok_fast.codec.config import ConfigError, ZTokConfig
+from ztok_fast.codec.errors import CodecError, ZBatchError
+from ztok_fast.codec.layout import offsets
+from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
+from ztok_fast.codec.selection import close, guess, harm, within_budget
+from ztok_fast.codec.slots import fill_slots
+from ztok_fast.codec.zbatch import ZBatch
+
+SEGMENT = 16
+VOCABULARY = tiny_base().model.get_input_embeddings().weight.shape[0]
+SLOTS = {"emission": "slots", "codebook_size": VOCABULARY, "max_unit_length": SEGMENT, "segment_length": SEGMENT}
+TEXTS = ["a small text to learn a few merges from", "the text is small; as small texts go, it is the text", "", "a"]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    codec = tiny_codec(**SLOTS)
+    with torch.no_grad():
+        # A random model guesses anew whatever it is told; told softly, it keeps some of its guesses.
+        for parameter in (codec.model.slot_gates, codec.model.slot_places.weight, codec.model.ahead_places):
+            parameter.mul_(0.05)
+    return codec
+
+
+@pytest.fixture(params=["int8", "float32", "float"])
+def engine(codec, request, monkeypatch):
+    monkeypatch.setattr(codec._engines, "choice", request.param)
+    codec._engines.use()
+    return request.param
+
+
+@pytest.fixture
+def guessable(codec) -> list[list[int]]:
+    """Texts of which the model guesses a good part: what it writes itself around some random tokens."""
+    model, documents = codec.model, packed_documents(codec, [64, 40, 16, 5], seed=3)
+    codec._engines.use()
+    tokens = pack_tokens(documents, model.device)
+    cu = offsets(torch.tensor([16, 16, 16, 16, 16, 16, 8, 16, 5]))
+    told = torch.rand(len(tokens), generator=torch.Generator().manual_seed(1)) < 0.3
+    cu_documents = torch.tensor([0, 4, 7, 8, 9], dtype=torch.int32)
+    z = fill_slots(tokens, told, cu, cu_documents, codec.config.num_codebooks)
+    return [own.tolist() for own in decompress_documents(model, z)]
+
+
+def packed(documents):
+    lengths = [min(SEGMENT, len(d) - at) for d in documents for at in range(0, len(d), SEGMENT)]
+    return torch.tensor([t for d in documents for t in d]), offsets(torch.tensor(lengths))
+
+
+def test_the_loop_closes_and_leaves_guesses_to_the_decompressor(codec, engine, guessable):
+    tokens, cu = packed(guessable)
+    written = close(codec.model, tokens, cu)
+    assert guess(codec.model, tokens, written, cu).right.all()
+    assert not written.all(), "some tokens are guessed"
+
+
+@pytest.mark.parametrize("ratio", [1, 1.7, 2])
+@pytest.mark.parametrize("fixed_units", [False, True])
+def test_low_ratios_come_back_exactly_without_corrections(codec, engine, guessable, ratio, fixed_units):
+    # Two slots a unit hold every token of two.
+    z = compress_documents(codec.model, guessable, ratio, fixed_units=fixed_units)
+    assert [d.tolist() for d in decompress_documents(codec.model, z)] == guessable
+    if fixed_units:
+        assert (z.unit_lengths < ratio + 1).all()
+
+
+@pytest.mark.parametrize("ratio", [4, 8, 16])
+def test_high_ratios_keep_the_budget_and_what_is_written(codec, guessable, ratio):
+    z = compress_documents(codec.model, guessable, ratio)
+    tokens, _ = packed(guessable)
+    units = z.cu_ztokens.diff()
+    for count, document, segments in zip(units.tolist(), guessable, z.cu_documents.diff().tolist()):
+        assert segments <= count <= max(segments, len(document) / ratio)
+    named = codec.model.written(z)
+    assert torch.equal(named[named >= 0], tokens[named >= 0])
+    predicted, _, loss = teacher_forced(codec.model, z, tokens)
+    assert torch.equal(predicted[named >= 0], tokens[named >= 0]) and (loss[named >= 0] == 0).all()
+
+
+def test_tokens_to_keep_are_written_at_any_ratio(codec, guessable):
+    from ztok_fast.codec.selection import choose_ztokens
+
+    tokens, cu = packed(guessable[:1])
+    keep = torch.zeros(len(tokens), dtype=torch.bool)
+    keep[20:24] = True
+    z = choose_ztokens(
+        codec.model, tokens, cu, torch.tensor([0, len(cu) - 1], dtype=torch.int32), torch.tensor([16.0]), keep=keep
+    )
+    assert torch.equal(codec.model.written(z)[20:24], tokens[20:24])
+
+
+def test_units_go_where_their_tokens_are_dearest():
+    """Two documents: 2 and 1 segments of 4 tokens, 2 slots; the second has no unit to choose."""
+    price = torch.tensor([5.0, 1.0, 4.0, 1.0, 3.0, 3.0, 3.0, 0.5, 9.0, 9.0, 9.0, 9.0])
+    written = torch.ones(12, dtype=torch.bool)
+    written[1] = False
+    cu, documents = (torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 8, 12], [0, 2, 3]))
+    chosen = within_budget(price, written, cu, documents, torch.tensor([3, 1]), 2)
+    # First the dearest two of each segment; then the rest of the second (3 and 0.5) before that of the first (1).
+    assert chosen.int().tolist() == [1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_a_wrong_token_harms_the_guesses_after_it():
+    written = torch.tensor([1, 0, 0, 1, 1, 0, 0, 0]).bool()
+    cu = torch.tensor([0, 5, 8], dtype=torch.int32)
+    following = (harm(written, cu) - 1)[written]
+    assert (following / following[0]).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_texts_through_files(codec, engine, tmp_path):
+    for ratio, exact in ((1, False), (8, True), (16, True)):
+        codec.compress(TEXTS, ratio, exact).save(tmp_path / "x.ztok")
+        z = ZBatch.load(tmp_path / "x.ztok")
+        assert codec.decompress(z) == TEXTS
+        assert [one.slot_offsets.shape for one in z] == [one.codes.shape for one in z]
+    assert z == ZBatch.concatenate(list(z))
+
+
+def test_generated_ztokens_are_slots(codec, engine):
+    z = codec.compress(TEXTS[:2], 4)
+    new, again = (codec.generate(z, 5, temperature=1.0, seed=3, end_threshold=1.0) for _ in range(2))
+    assert new == again
+    assert new.ztokens and (new.codes[:, 0] >= 0).all()
+    assert all(isinstance(text, str) for text in codec.decompress(new))
+    assert len(codec.answer(z, "what?", 3)) == 2
+
+
+def broken(z: ZBatch, **changed) -> ZBatch:
+    return ZBatch(**(vars(z) | changed))
+
+
+def test_slots_that_do_not_fit_are_refused(codec):
+    z = codec.compress(TEXTS[:1], 1)
+    gap = z.codes.clone()
+    gap[:, 0], gap[:, 1] = -1, 3
+    late, twice = z.slot_offsets.clone(), z.slot_offsets.clone()
+    late[0, 0] = z.unit_lengths[0]
+    row = int((z.codes[:, 1] >= 0).int().argmax())
+    twice[row, 1] = twice[row, 0]
+    for changed, message in (
+        ({"slot_offsets": z.slot_offsets[:, :1]}, "slot_offsets: expected int32"),
+        ({"codes": gap}, "first slots of a Z-token"),
+        ({"slot_offsets": late}, "past its length"),
+        ({"codes": z.codes.clamp(max=-1)}, "-1 at slots that are not filled"),
+        ({"codes": z.codes + VOCABULARY}, "codes: expected -1 to"),
+    ):
+        with pytest.raises(ZBatchError, match=message):
+            broken(z, **changed).validate()
+    if bool((z.codes[:, 1] >= 0).any()):
+        with pytest.raises(ZBatchError, match="rise"):
+            broken(z, slot_offsets=twice).validate()
+    with pytest.raises(CodecError, match="levels: expected None"):
+        codec.compress(TEXTS, levels=1)
+
+
+def test_settings_of_slots():
+    with pytest.raises(ConfigError, match="max_unit_length: expected at least segment_length"):
+        ZTokConfig(emission="slots", segment_length=64, max_unit_length=32)
+    with pytest.raises(ConfigError, match="codebook_size: expected the base model's"):
+        tiny_codec(**(SLOTS | {"codebook_size": 16}))
