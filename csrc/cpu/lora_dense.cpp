@@ -12,7 +12,7 @@
 namespace ztok {
 namespace {
 
-// Below either one the kernels here are as fast: they write y once, and have no call to pay for.
+// Estimates. Below either one the kernels here should be as fast: they write y once, and have no call to pay for.
 constexpr int64_t kDenseRows = 16;
 constexpr int64_t kDenseProducts = 20 << 20;
 
