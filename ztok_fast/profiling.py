@@ -81,7 +81,12 @@ class Profile:
     def occupancy(self) -> float | None:
         """Rows that ran over rows of the batch, over all steps; None where nothing was written step by step."""
         places = sum(of for _, _, of in self.counters)
-        return sum(running for _, running, _ in self.counters) / places if places else None
+        return self.passes / places if places else None
+
+    @property
+    def passes(self) -> int:
+        """Passes over all sequences that were written: how many steps each ran, added up."""
+        return sum(running for _, running, _ in self.counters)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, without stages inside it, and of the rest, which is between them."""

@@ -52,6 +52,10 @@ def test_figures_fit_one_another(tiny, texts, tmp_path, command):
     assert 0 < found["host_share"] < 1 and 0 < found["roofline"]
     assert found["peak_memory_bytes"] > 1 << 20
     assert (found["batch_occupancy"] is None) == (command == "compress")
+    if command == "decompress":  # by the float path, step by step
+        assert found["passes_per_segment"] * found["segments"] == found["amount"] and "for a segment" in printed.out
+    else:
+        assert found["passes_per_segment"] is None and "for a segment" not in printed.out
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
@@ -63,7 +67,8 @@ def test_the_engine_is_profiled_too(tiny, compressed, tmp_path):
     assert found["amount"] == codec_batch.tokens and found["engine"] == codec_batch.precision
     rows = {stage["name"]: stage["rows"] for stage in found["stages"]}
     # Each token but a segment's first is read once, each Z-token once, and each segment has a start row.
-    assert len(codec_batch.cu_segments) - 1 > 2  # so many are written step by step
+    assert found["segments"] == len(codec_batch.cu_segments) - 1 > 2  # so many are written step by step
+    assert found["passes_per_segment"] == codec_batch.tokens / found["segments"]
     assert rows[MODEL] == codec_batch.tokens + codec_batch.ztokens and rows[HEAD] == codec_batch.tokens
 
 

@@ -12,6 +12,7 @@ from ztok_fast.codec.engines import Engines
 from ztok_fast.codec.errors import CodecError, EngineFallbackWarning
 from ztok_fast.codec.passes import compress_documents, decode_segments, teacher_forced
 from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.profiling import profile
 
 TEXTS = ["a small text to learn a few merges from", "the text is small; as small texts go, it is the text", "", "a"]
 
@@ -76,7 +77,9 @@ def test_a_pass_says_what_steps_write(codec, choose):
     flat = torch.tensor([t for segment in written for t in segment])
     assert torch.equal(teacher_forced(model, z, flat)[0], flat)
     # One by one, segments are drafted and verified; the text is the same.
-    assert decode_segments(model, z, batch_segments=1) == written
+    with profile() as found:
+        assert decode_segments(model, z, batch_segments=1) == written
+    assert len(found.counters) == len(written)  # one for each that is drafted, not one for each step
 
 
 def test_a_text_decompresses_the_same_on_every_instruction_set(codec, choose):

@@ -23,7 +23,8 @@ EPILOG = """\
 stages: tokenise (both ways), model passes (the base with an adapter), halting, quantise, head (choosing tokens or
 codes); rest is Python and small tensor operations between them. Host share: the part of the time in which the main
 thread is in no torch op and not in the tokenizer, by torch's profiler in a run of its own. Batch occupancy: rows that
-still run over rows of the batch, over all steps. Roofline: the least time that the int8 products and the read
+still run over rows of the batch, over all steps. Passes: of the model for a segment; fewer than it has tokens where it
+was drafted and verified. Roofline: the least time that the int8 products and the read
 bandwidth of this machine, measured in the same run, allow for the linear layers and the head, over the time taken.
 docs/benchmarks.md says more.
 """
@@ -204,6 +205,8 @@ def measure(options: argparse.Namespace, work: Work) -> tuple[dict, Profile]:
         "host_share": host,
         "peak_memory_bytes": peak,
         "batch_occupancy": stages.occupancy,
+        "segments": work.segments,
+        "passes_per_segment": stages.passes / work.segments if work.segments else None,
         "roofline": sum(least.values()) / total,
         "marks": vars(marks),
         "environment": doctor.environment(),
@@ -266,6 +269,7 @@ def render(result: dict) -> str:
             ("host share", report.percent(result["host_share"])),
             ("peak memory", f"{_size(result['peak_memory_bytes'])} of the process, before any baseline was loaded"),
             ("batch occupancy", report.percent(result["batch_occupancy"])),
+            *([("passes", _passes(result))] if result["segments"] else []),
             (
                 "roofline",
                 f"{report.percent(result['roofline'])} of {marks['products'] / 1e9:,.0f} G products/s "
@@ -275,6 +279,11 @@ def render(result: dict) -> str:
         ]
     )
     return "\n\n".join([head, ways, *result["notes"], stages, facts])
+
+
+def _passes(result: dict) -> str:
+    tokens = result["amount"] / result["segments"]
+    return f"{result['passes_per_segment']:.1f} for a segment, which has {tokens:.1f} tokens, the means"
 
 
 def _size(count: int) -> str:

@@ -55,6 +55,11 @@ class Work:
     def documents(self) -> int:
         return len(self.texts) if self.z is None else len(self.z)
 
+    @property
+    def segments(self) -> int | None:
+        """How many segments decompress writes; None for the other commands."""
+        return len(self.z.cu_segments) - 1 if self.command == "decompress" and self.z is not None else None
+
     def small(self) -> Work:
         """A little of it, to warm up with."""
         texts = [text[:WARM_UP_CHARACTERS] for text in self.texts[:1]]

@@ -187,7 +187,8 @@ class EngineSession:
         sequences = Sequences(self._slots, adapters, self._lengths, self._positions, self.last)
         written = write_blocks(engine, sequences, lengths, conditioning, logit_bias, forced)
         if measuring():
-            count_rows(int(written.passes.sum()), int(written.passes.max()) * len(lengths))
+            passes = written.passes + 1  # with the one over the prefix
+            count_rows(int(passes.sum()), int(passes.max()) * len(lengths))
         return written.tokens
 
     def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
