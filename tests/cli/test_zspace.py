@@ -60,3 +60,14 @@ def test_mistakes(tiny, ztok, compressed, other_codec_folder, tmp_path):
     assert_mistake(tiny("answer", tmp_path / "none.ztok", "Who?"), "no such file")
     assert_mistake(tiny("answer", compressed, "caf\udce9?"), "QUESTION", "encoding")
     assert_mistake(ztok("answer", compressed, "Who?", "--codec", other_codec_folder), "fingerprint")
+
+
+def test_coded_units_are_decoded_first_and_that_is_said(tiny, two_documents, tmp_path):
+    texts = [two_documents.parent / name for name in ("a.txt", "b.txt")]
+    coded = tmp_path / "coded.ztok"
+    assert tiny("compress", *texts, "-o", coded, "--units", "coded", "--context", 64).status == 0
+    for command in (("generate", "--max-new-ztokens", 2), ("answer", "Who?")):
+        learned, decoded = (tiny(command[0], file, *command[1:]) for file in (two_documents, coded))
+        assert decoded.status == 0 and decoded.bytes == learned.bytes
+        assert decoded.err.startswith(f"ztok: note: {command[0]} {coded}: a model cannot read coded units")
+        assert not learned.err

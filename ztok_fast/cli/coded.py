@@ -14,6 +14,8 @@ from ztok_fast.cli import common, streams
 
 if TYPE_CHECKING:
     from ztok_fast.codec.base_model import BaseModel
+    from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.zbatch import ZBatch
 
 
 def is_coded(path: str) -> bool:
@@ -97,6 +99,25 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
             with (temporary / f"{number:04d}.txt").open("ab") as out:
                 out.write(text)
     return 0
+
+
+def learned(options: argparse.Namespace, codec: ZTokCodec, what: str) -> ZBatch:
+    """The documents of a file of coded units as learned units of a codec, and a line on stderr that says so."""
+    from ztok_fast.codec.base_model import load_base
+    from ztok_fast.codec.coded import DEFAULT_BASE
+    from ztok_fast.codec.coded_file import coder_for, read_coded
+    from ztok_fast.codec.errors import CodedUnitsWarning, ZFileError
+
+    streams.say(f"ztok: note: {CodedUnitsWarning(f'{what} {options.file}')}")
+    try:
+        coder = coder_for(options.file, load_base(str(DEFAULT_BASE)))
+    except ZFileError:
+        coder = coder_for(options.file, codec.base)
+    documents: list[bytearray] = []
+    for number, text in _numbered(read_coded(options.file, coder)):
+        documents += [bytearray()] * (number == len(documents))
+        documents[number] += text
+    return codec.compress([bytes(document) for document in documents])
 
 
 def _base(options: argparse.Namespace) -> tuple[BaseModel, str | None]:

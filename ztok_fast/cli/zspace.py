@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from ztok_fast.cli import common, streams
+from ztok_fast.cli import coded, common, streams
+
+if TYPE_CHECKING:
+    from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.zbatch import ZBatch
 
 
 def add_commands(commands) -> None:
@@ -46,9 +51,8 @@ def add_commands(commands) -> None:
 
 
 def generate(options: argparse.Namespace) -> int:
-    z = common.load_batch(options.file)
     output = None if options.output is None else common.check_output(options.output, ".ztok", [options.file])
-    codec = common.load_codec(options)
+    z, codec = _load(options, "generate")
     new = codec.generate(
         z, options.max_new_ztokens, temperature=options.temperature, top_p=options.top_p, seed=options.seed
     )
@@ -63,11 +67,19 @@ def generate(options: argparse.Namespace) -> int:
 def answer(options: argparse.Namespace) -> int:
     if any("\ud800" <= character <= "\udfff" for character in options.question):
         raise common.UsageError("QUESTION: expected text in the terminal's encoding, got other bytes")
-    z = common.load_batch(options.file)
-    codec = common.load_codec(options)
+    z, codec = _load(options, "answer")
     answers = codec.answer(z, [options.question] * len(z), max_new_tokens=options.max_new_tokens)
     _print_documents([text.encode("utf-8", "replace") for text in answers])
     return 0
+
+
+def _load(options: argparse.Namespace, what: str) -> tuple[ZBatch, ZTokCodec]:
+    """The Z-tokens of a file, or of the text of one that holds coded units."""
+    if coded.is_coded(options.file):
+        codec = common.load_codec(options)
+        return coded.learned(options, codec, what), codec
+    z = common.load_batch(options.file)
+    return z, common.load_codec(options)
 
 
 def _print_documents(documents: list[bytes]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 
@@ -13,14 +16,16 @@ from ztok_fast.codec import exact as exact_mode
 from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.codec.batch_checks import check_fits
 from ztok_fast.codec.byte_loss import warn_of_lost_bytes
+from ztok_fast.codec.coded import TextCoder
+from ztok_fast.codec.coded_units import CodedUnits, UnitCoder
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.engines import AUTO, Engines
-from ztok_fast.codec.errors import CodecError
+from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
 from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
-from ztok_fast.codec.text import detokenize, tokenize
+from ztok_fast.codec.text import as_text, detokenize, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.codec.ztokens import ZTokens
@@ -125,17 +130,36 @@ class ZTokCodec:
 
     # Text to Z-tokens
 
+    @overload
+    def compress(
+        self,
+        texts: Sequence[str | bytes],
+        ratio: float = ...,
+        exact: bool = ...,
+        *,
+        units: Literal["learned"] = ...,
+        levels: int | None = ...,
+        fixed_units: bool | None = ...,
+        batch_tokens: int = ...,
+        progress: Progress | None = ...,
+    ) -> ZBatch: ...
+
+    @overload
+    def compress(self, texts: Sequence[str | bytes], *, units: Literal["coded"], aligned: bool = ...) -> CodedUnits: ...
+
     def compress(
         self,
         texts: Sequence[str | bytes],
         ratio: float = 4,
         exact: bool = False,
         *,
+        units: str = "learned",
+        aligned: bool = False,
         levels: int | None = None,
         fixed_units: bool | None = None,
         batch_tokens: int = BATCH_TOKENS,
         progress: Progress | None = None,
-    ) -> ZBatch:
+    ) -> ZBatch | CodedUnits:
         """Compress documents.
 
         Args:
@@ -148,6 +172,9 @@ class ZTokCodec:
             batch_tokens: text tokens of one pass; bounds the memory, beside some 16 bytes per text token.
             progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
                 compressed and once verified.
+            units: "learned", Z-tokens that models read; "coded", windows of as many bits of the text itself, coded
+                under the base model: exact, for keeping (`CodedUnits`). They take none of the arguments above.
+            aligned: of coded units, each window ends with a token; see `CodedUnits`.
 
         Raises:
             ValueError: a text that is no string, a ratio or level count that this codec cannot give.
@@ -155,6 +182,12 @@ class ZTokCodec:
         Warns:
             LossyTextWarning: without ``exact``, tokens cannot represent every byte of a document.
         """
+        if units == "coded":
+            if (ratio, exact, levels, fixed_units) != (4, False, None, None):
+                raise CodecError("units: expected no ratio, exact, levels or fixed_units with coded units, got some")
+            return self._coded_units.compress(self._contents(texts)[0], aligned)
+        if units != "learned" or aligned:
+            raise CodecError(f"units: expected learned, or coded where they are aligned, got {units!r}")
         ratio = self.config.check_ratio(ratio)
         originals, contents = self._contents(texts)
         check_count("batch_tokens", batch_tokens)
@@ -203,6 +236,10 @@ class ZTokCodec:
                 )
         return self._zbatch(z.joined(counts), infos, precision)
 
+    @cached_property
+    def _coded_units(self) -> UnitCoder:
+        return UnitCoder(TextCoder(self.base), self.config.num_codebooks, self.config.codebook_size)
+
     def _contents(self, texts) -> tuple[list[bytes], list[str]]:
         if isinstance(texts, (str, bytes)):
             raise CodecError(f"texts: expected a list of strings, got one {type(texts).__name__}; put it in a list")
@@ -235,7 +272,7 @@ class ZTokCodec:
     # Z-tokens to text
 
     def decompress(
-        self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
+        self, z: ZBatch | CodedUnits, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
     ) -> list[str]:
         """The texts of a batch. Exact where it was compressed with ``exact=True``, else the model's best guess.
 
@@ -243,12 +280,14 @@ class ZTokCodec:
             ZBatchError: the batch is damaged or another codec made it.
             ExactMismatchError: exact mode, and what came back is not the original.
         """
-        return [_as_text(data) for data in self.decompress_bytes(z, batch_segments=batch_segments, progress=progress)]
+        return [as_text(data) for data in self.decompress_bytes(z, batch_segments=batch_segments, progress=progress)]
 
     def decompress_bytes(
-        self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
+        self, z: ZBatch | CodedUnits, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
     ) -> list[bytes]:
         """`decompress`, each document as bytes (UTF-8 unless the original was not)."""
+        if isinstance(z, CodedUnits):
+            return self._coded_units.decompress(z)
         tokens, results = self._decompress(z, batch_segments, progress), []
         for info, own in zip(z.documents, tokens):
             corrections = info.corrections
@@ -261,9 +300,11 @@ class ZTokCodec:
         return results
 
     def decompress_tokens(
-        self, z: ZBatch, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
+        self, z: ZBatch | CodedUnits, *, batch_segments: int = BATCH_SEGMENTS, progress: Progress | None = None
     ) -> list[list[int]]:
         """The text tokens of every document; a document whose original is stored raw gives none."""
+        if isinstance(z, CodedUnits):
+            return self._coded_units.decompress_tokens(z)
         return [own.tolist() for own in self._decompress(z, batch_segments, progress)]
 
     def _decompress(self, z: ZBatch, batch_segments: int, progress: Progress | None) -> list[array]:
@@ -294,9 +335,15 @@ class ZTokCodec:
 
     # Z-space
 
+    def _learned(self, what: str, z: ZBatch | CodedUnits) -> ZBatch:
+        if not isinstance(z, CodedUnits):
+            return z
+        warnings.warn(CodedUnitsWarning(what), stacklevel=3)
+        return self.compress(self.decompress_bytes(z))
+
     def generate(
         self,
-        z: ZBatch,
+        z: ZBatch | CodedUnits,
         max_new_ztokens: int = 32,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -314,12 +361,18 @@ class ZTokCodec:
 
         Raises:
             ValueError: a count under 1, a number out of its range, a batch of another codec.
+
+        Warns:
+            CodedUnitsWarning: coded units are decoded and compressed to learned ones first.
         """
+        z = self._learned("generate", z)
         precision = self._check(z)
         new = continue_ztokens(self.model, z, max_new_ztokens, temperature, top_p, seed, end_threshold)
         return self._zbatch(*new, precision)
 
-    def answer(self, z: ZBatch, question: str | Sequence[str], max_new_tokens: int = 32) -> str | list[str]:
+    def answer(
+        self, z: ZBatch | CodedUnits, question: str | Sequence[str], max_new_tokens: int = 32
+    ) -> str | list[str]:
         """Answer a question from the Z-tokens alone.
 
         Args:
@@ -328,7 +381,11 @@ class ZTokCodec:
 
         Raises:
             ValueError: as many questions as documents are not given, or a batch of another codec.
+
+        Warns:
+            CodedUnitsWarning: coded units are decoded and compressed to learned ones first.
         """
+        z = self._learned("answer", z)
         self._check(z)
         single = isinstance(question, str) and len(z) == 1
         questions = [question] * len(z) if isinstance(question, str) else list(question)
@@ -338,13 +395,6 @@ class ZTokCodec:
         written = answer_question(self.model, z, self.tokenize(questions), max_new_tokens)
         answers = [self._text_bytes(t).decode("utf-8", "replace").strip() for t in written]
         return answers[0] if single else answers
-
-
-def _as_text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        return data.decode("utf-8", "surrogateescape")
 
 
 __all__ = ["DEFAULT_CODEC", "MODELS", "ZTokCodec"]

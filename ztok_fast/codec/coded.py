@@ -117,9 +117,9 @@ class TextCoder:
     @torch.inference_mode()
     def encode(self, texts: Sequence[bytes], progress: Progress | None = None) -> list[Part]:
         """Store texts of at most `PART_BYTES` bytes each; ``progress`` is told the bytes just finished."""
-        tokens = self._tokens(texts)
+        tokens = self.tokens(texts)
         segments = [own[i : i + self.context] for own in tokens if own for i in range(0, len(own), self.context)]
-        streams = self._encode_segments(segments)
+        streams, _ = self.streams(segments)
         parts, at = [], 0
         for text, own in zip(texts, tokens):
             count = -(-len(own) // self.context) if own else 0
@@ -151,7 +151,15 @@ class TextCoder:
         for index, (part, length) in enumerate(zip(parts, lengths)):
             if part.mode == CODED:
                 segments += [(index, count, stream) for count, stream in self._segments(part.payload, length)]
-        written = self._decode_segments(segments, lengths, progress)
+
+        def ended(which: Tensor) -> None:
+            if progress is None:
+                return
+            for index in which.tolist():
+                part, count, _ = segments[index]
+                progress(_share(lengths[part], count, index, segments))
+
+        written = self.read_streams([stream for _, _, stream in segments], [count for _, count, _ in segments], ended)
         tokens: dict[int, list[int]] = {}
         for (index, _, _), own in zip(segments, written):
             tokens.setdefault(index, []).extend(own)
@@ -168,7 +176,7 @@ class TextCoder:
             texts.append(text)
         return texts
 
-    def _tokens(self, texts: Sequence[bytes]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[bytes]) -> list[list[int]]:
         """The tokens of every text; none where they do not stand for its very bytes."""
         valid = []
         for text in texts:
@@ -179,9 +187,27 @@ class TextCoder:
         found = [own.tolist() for own in tokenize(self.base.tokenizer, valid)]
         return [own if detokenize(self.base.tokenizer, own) == text else [] for own, text in zip(found, texts)]
 
-    def _encode_segments(self, segments: Sequence[Sequence[int]]) -> list[bytes]:
+    def streams(self, segments: Sequence[Sequence[int]]) -> tuple[list[bytes], Tensor]:
+        """A stream of the range coder for each segment, and the bits of every token, float64."""
+        intervals = self.reader.intervals(segments)
         lengths = torch.tensor([len(segment) for segment in segments], dtype=torch.int64)
-        return range_encode(*self.reader.intervals(segments), offsets(lengths)).to_bytes()
+        bits = (intervals.total.double() / intervals.size.double()).log2()
+        return range_encode(*intervals, offsets(lengths)).to_bytes(), bits
+
+    def read_streams(
+        self, streams: Sequence[bytes], counts: Sequence[int], ended: Callable[[Tensor], None] = lambda segments: None
+    ) -> list[list[int]]:
+        """The tokens of streams, so many of each; ``ended`` is told which streams have just ended."""
+        data, cu_bytes = Streams.from_bytes(streams)
+        decoder = range_decoder(data, cu_bytes)
+
+        def choose(logits: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+            tokens, state = decode_tokens(logits, decoder[running], data)
+            decoder[running] = state
+            return tokens, torch.zeros(len(running), dtype=torch.bool)
+
+        written, _ = self.reader.write(torch.tensor(counts, dtype=torch.int64), choose, ended)
+        return [row[:count] for row, count in zip(written.tolist(), counts)]
 
     def _segments(self, payload: bytes, length: int) -> list[tuple[int, bytes]]:
         """Token counts and streams of a coded part of ``length`` bytes."""
@@ -203,27 +229,6 @@ class TextCoder:
             found.append((count, payload[at : at + size]))
             at += size
         return found
-
-    def _decode_segments(self, segments, lengths: Sequence[int], progress: Progress | None) -> list[list[int]]:
-        """The tokens of segments; rows that end make room for those that wait."""
-        data, cu_bytes = Streams.from_bytes([stream for _, _, stream in segments])
-        decoder = range_decoder(data, cu_bytes)
-
-        def choose(logits: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
-            tokens, state = decode_tokens(logits, decoder[running], data)
-            decoder[running] = state
-            return tokens, torch.zeros(len(running), dtype=torch.bool)
-
-        def ended(which: Tensor) -> None:
-            if progress is None:
-                return
-            for index in which.tolist():
-                part, count, _ = segments[index]
-                progress(_share(lengths[part], count, index, segments))
-
-        limits = torch.tensor([count for _, count, _ in segments], dtype=torch.int64)
-        written, _ = self.reader.write(limits, choose, ended)
-        return [row[:count] for row, count in zip(written.tolist(), limits.tolist())]
 
 
 def _share(length: int, count: int, index: int, segments) -> int:

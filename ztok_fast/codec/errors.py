@@ -39,3 +39,13 @@ class LossyTextWarning(UserWarning):
             f"texts[{documents[0]}]{others}: bytes that tokens cannot represent, from byte {first_byte} on, are lost; "
             "exact=True keeps every byte"
         )
+
+
+class CodedUnitsWarning(UserWarning):
+    """A model cannot read coded units: they are decoded, and their text is compressed to learned units first."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: a model cannot read coded units; they are decoded, and the text is compressed to learned units, "
+            "from which the result comes"
+        )

@@ -73,7 +73,7 @@ class Reader:
         if len(targets) < len(inputs):
             hidden = hidden[positions >= torch.tensor([again for _, again in readings]).repeat_interleave(counts)]
         return [
-            token_intervals(self.engine.logits(rows), own)
+            token_intervals(self.engine.logits(rows).cpu(), own)
             for rows, own in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS))
         ]
 
@@ -112,7 +112,7 @@ class Reader:
                     tokens = tokens.masked_fill(full, self.start)
             cu = torch.arange(len(running) + 1, dtype=torch.int32)
             hidden = self.engine.forward(tokens, place, cu, slots.int(), place.int())
-            tokens, last = choose(self.engine.logits(hidden), running)
+            tokens, last = choose(self.engine.logits(hidden).cpu(), running)
             written[running, done] = tokens
             done, place = done + 1, place + 1
             last = last | (done == limits[running])

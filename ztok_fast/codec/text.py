@@ -126,3 +126,11 @@ def _cut_tokens(tokenizer, tokens: Sequence[int], end: int) -> int | None:
 
 def _decode(tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8 as a string, other bytes as surrogates."""
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "surrogateescape")
