@@ -168,3 +168,13 @@ def equal(actual: Tensor, expected: Tensor, what: str) -> None:
         same |= actual.isnan() & expected.isnan()
     if not bool(same.all()):
         raise Mismatch(f"{what}: {int((~same).sum())} of {same.numel()} elements differ")
+
+
+def same_as(function: Callable) -> Callable[[dict[str, Any], Any], None]:
+    """A `check` for a `Spec` with a named tuple as result: it is what a function of the inputs gives, bit for bit."""
+
+    def check(inputs: dict[str, Any], result: Any) -> None:
+        for name, got, wanted in zip(result._fields, result, function(*inputs.values()), strict=True):
+            equal(got, wanted, name)
+
+    return check

@@ -19,7 +19,7 @@ from ztok_fast.ops.entropy.symbol_intervals import (
 )
 from ztok_fast.ops.entropy.symbol_intervals import make as make_symbols
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import Spec, Work, equal
+from ztok_fast.ops.spec import Spec, Work, same_as
 
 OP = "decode_symbols"
 
@@ -93,18 +93,11 @@ def make(sizes, dtype, generator):
     }
 
 
-def check(inputs, result) -> None:
-    """The symbols and states of the reference."""
-    symbols, state = reference.decode_symbols(*inputs.values())
-    equal(result.symbols, symbols, "symbols")
-    equal(result.state, state, "state")
-
-
 SPEC = Spec(
     decode_symbols,
     make,
     samples=SAMPLES,
-    check=check,
+    check=same_as(reference.decode_symbols),
     outputs=tuple,
     dtypes=(float32,),
     cases=CASES,
