@@ -21,6 +21,7 @@ def test_every_example_is_tested():
         "engine_generate.py",
         "ops_backend.py",
         "patch_peft_model.py",
+        "ray_coded.py",
         "tour.ipynb",
     }
 
@@ -41,6 +42,15 @@ def test_engine_generate(capsys):
     texts = run("engine_generate.py")["main"]()
     assert len(texts) == 6 and all(texts)
     assert "bit for bit" in capsys.readouterr().out
+
+
+def test_ray_coded_without_ray(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    main = run("ray_coded.py")["main"]
+    main([])
+    assert "60 texts came back" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected the package ray"):
+        main(["docs.parquet"])
 
 
 def test_compress_corpus(tmp_path, capsys):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from ztok_fast.cli import common
 from ztok_fast.cli.main import main
 
 PROSE = b"It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. " * 3
@@ -17,6 +18,8 @@ def test_round_trip_of_one_file(tmp_path, capsys):
     packed = tmp_path / "a.txt.ztok"
     assert re.search(rf"{len(PROSE)} bytes -> {packed.stat().st_size}, \d\.\d+ bits per byte, \d+\.\d s", said)
     assert main(["decompress", str(packed), "-o", str(tmp_path / "b.txt")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"b.txt: {len(PROSE)} bytes from {packed}, \d\.\d+ bits per byte, \d+\.\d s", said)
     assert (tmp_path / "b.txt").read_bytes() == PROSE
     assert main(["decompress", str(packed), "--engine", "float32"]) == 2
     assert f"{packed}: expected a file coded with" in capsys.readouterr().err
@@ -72,3 +75,15 @@ def test_options_of_coded_units_are_refused_without_them(tmp_path, capsys, optio
     (tmp_path / "a.txt").write_bytes(PROSE)
     assert main(["compress", str(tmp_path / "a.txt"), *option]) == 2
     assert f"{option[0]}: expected --units coded with it" in capsys.readouterr().err
+
+
+def test_progress_names_rate_and_time_left(tmp_path, capsys, monkeypatch):
+    """On a terminal, both ways: the part that is done, the time left and bytes a second."""
+    monkeypatch.setattr(common, "shows_progress", lambda: True)
+    monkeypatch.setattr(common, "BAR_DELAY_SECONDS", 0)
+    (tmp_path / "a.txt").write_bytes(PROSE)
+    packed = str(tmp_path / "a.txt.ztok")
+    assert main(["compress", str(tmp_path / "a.txt"), "--units", "coded", "--context", "64"]) == 0
+    assert re.search(rf"compress: +\d+%.*/{len(PROSE)} \[\d\d:\d\d<.*B/s\]", capsys.readouterr().err)
+    assert main(["decompress", packed, "-o", str(tmp_path / "b.txt")]) == 0
+    assert re.search(rf"decompress: +\d+%.*/{len(PROSE)} \[\d\d:\d\d<.*B/s\]", capsys.readouterr().err)

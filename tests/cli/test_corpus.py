@@ -38,3 +38,40 @@ def test_what_cannot_be_done_is_said(tiny, corpus, tmp_path):
     both = tiny("compress", corpus, "--corpus", corpus, "-o", tmp_path / "z.parquet")
     assert both.status == 2 and "not allowed with argument" in both.err
     assert not (tmp_path / "z.parquet").exists()
+
+
+def rows_of(path):
+    return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+
+
+def test_a_corpus_of_z_tokens_comes_back(tiny, corpus, tmp_path):
+    z, back = tmp_path / "z.parquet", tmp_path / "back.parquet"
+    assert tiny("compress", "--corpus", corpus, "-o", z, "--exact").status == 0
+    assert tiny("decompress", z, "-o", back).status == 0
+    assert rows_of(back) == [{"id": "one", "text": TEXT}, {"id": "two", "text": "a"}]
+    assert tiny("decompress", z, "--document", 1).bytes == b"a"
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".ztok"])
+def test_a_corpus_of_coded_units_comes_back(ztok, corpus, tmp_path, suffix):
+    z, size = tmp_path / f"z{suffix}", len(TEXT.encode()) + 1
+    result = ztok("compress", "--corpus", corpus, "--units", "coded", "--context", 64, "-o", z)
+    assert result.status == 0 and f"{z}: {size} bytes -> {z.stat().st_size:,}, " in result.out
+    assert ztok("decompress", z).bytes == TEXT.encode() + b"a"
+    assert ztok("decompress", z, "--document", 1).bytes == b"a"
+    assert ztok("decompress", z, "--document", 0, "-o", tmp_path / "0.txt").status == 0
+    assert (tmp_path / "0.txt").read_bytes() == TEXT.encode()
+    assert_mistake(ztok("decompress", z, "--document", 2), "--document: expected")
+    if suffix == ".parquet":
+        back = tmp_path / "back.parquet"
+        assert f"{back}: {size} bytes from {z}" in ztok("decompress", z, "-o", back).out
+        assert rows_of(back) == [{"id": "one", "text": TEXT}, {"id": "two", "text": "a"}]
+        assert_mistake(ztok("decompress", z, "-o", tmp_path / "out"), "ends in .parquet")
+        assert_mistake(ztok("decompress", z, "--engine", "float32"), "row 0", "in float32")
+
+
+def test_a_corpus_of_coded_units_needs_a_name(ztok, corpus, tmp_path):
+    coded = ("compress", "--corpus", corpus, "--units", "coded")
+    assert_mistake(ztok(*coded), "-o: expected a file name ending in .parquet or .ztok")
+    assert_mistake(ztok(*coded, "-o", tmp_path / "z.txt"), "ends in .ztok")
+    assert_mistake(ztok(*coded, "-o", tmp_path / "z.ztok", "--text-column", "none"), "expected a column 'none'")

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ztok_fast.cli import common, streams
+from ztok_fast.cli import common, corpus, streams
 
 if TYPE_CHECKING:
     from ztok_fast.codec.base_model import BaseModel
@@ -31,21 +31,21 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
     from ztok_fast.codec.coded_file import PRECISIONS
     from ztok_fast.codec.coded_writer import write_coded
 
-    if options.corpus is not None:
-        raise common.UsageError("--units coded: expected text files, got --corpus")
     for name in ("exact", "ratio", "levels", "fixed_units"):
         if getattr(options, name):
             given = name.replace("_", "-")
             raise common.UsageError(
                 f"--units coded: expected no --{given}, which is for learned units (coded are exact)"
             )
-    output = common.check_output(output_name, suffix=".ztok", inputs=options.files)
-    for name in options.files:
+    parquet = options.corpus is not None and output_name.endswith(".parquet")
+    inputs = [options.corpus] if options.corpus is not None else options.files
+    output = common.check_output(output_name, suffix=".parquet" if parquet else ".ztok", inputs=inputs)
+    for name in inputs:
         if name != "-":
             common.check_input(name)
-    total = sum(Path(name).stat().st_size for name in options.files if name != "-")
+    total = sum(Path(name).stat().st_size for name in options.files if name != "-")  # of a corpus it is not known
     started, done = time.perf_counter(), [0]
-    base, precision = _base(options)
+    base, precision = base_of(options)
     sizes = {name: getattr(options, name) for name in ("context", "window") if getattr(options, name) is not None}
     coder = TextCoder(base, precision or PRECISIONS[0], **sizes)
     with common.progress_bar(total or None, "compress", unit="B") as progress:
@@ -54,12 +54,28 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
             done[0] += size
             progress(size)
 
-        size = write_coded(output, _all_parts(options.files), coder, not options.no_verify, count)
+        verify = not options.no_verify
+        if parquet:
+            from ztok_fast.codec.coded_corpus import compress_coded_corpus
+
+            column = options.text_column
+            corpus.or_usage_error(
+                lambda: compress_coded_corpus(
+                    coder, options.corpus, output, text_column=column, verify=verify, progress=count
+                )
+            )
+            size = output.stat().st_size
+        else:
+            parts = _all_parts(options.files) if options.corpus is None else corpus.parts(options)
+            size = corpus.or_usage_error(lambda: write_coded(output, parts, coder, verify, count))
     seconds = time.perf_counter() - started
-    rate = f"{8 * size / done[0]:.3f} bits per byte" if done[0] else "no text"
-    print(f"{output}: {done[0]:,} bytes -> {size:,}, {rate}, {seconds:.1f} s")
+    print(f"{output}: {done[0]:,} bytes -> {size:,}, {_rate(size, done[0])}, {seconds:.1f} s")
     sys.stdout.flush()
     return 0
+
+
+def _rate(size: int, text: int) -> str:
+    return f"{8 * size / text:.3f} bits per byte" if text else "no text"
 
 
 def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, str], None]) -> int:
@@ -68,6 +84,7 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
     from ztok_fast.codec.coded_file import coder_for, read_coded
     from ztok_fast.files import replace_atomically
 
+    started, written = time.perf_counter(), 0
     documents, size = stored_length(options.file)
     wanted = options.document
     if wanted is not None and not 0 <= wanted < documents:
@@ -75,7 +92,7 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
     output = None if options.output == "-" else Path(options.output)
     if output is not None:
         check_output(output, 1 if wanted is not None else documents, options.file)
-    coder = coder_for(options.file, *_base(options))
+    coder = coder_for(options.file, *base_of(options))
     with ExitStack() as stack:
         parts: Iterator[tuple[int, bytes]]
         if wanted is not None:
@@ -89,15 +106,17 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
                 streams.write(text)
             return 0
         temporary = stack.enter_context(replace_atomically(output))
-        if documents == 1 or wanted is not None:
-            with temporary.open("wb") as out:
-                for _, text in parts:
-                    out.write(text)
-            return 0
-        temporary.mkdir()
+        several = documents > 1 and wanted is None
+        if several:
+            temporary.mkdir()
         for number, text in parts:
-            with (temporary / f"{number:04d}.txt").open("ab") as out:
+            with (temporary / f"{number:04d}.txt" if several else temporary).open("ab") as out:
                 out.write(text)
+            written += len(text)
+    stored, seconds = Path(options.file).stat().st_size, time.perf_counter() - started
+    what = f"document {wanted}, " if wanted is not None else f"{_rate(stored, written)}, "
+    print(f"{output}: {written:,} bytes from {options.file}, {what}{seconds:.1f} s")
+    sys.stdout.flush()
     return 0
 
 
@@ -120,7 +139,7 @@ def learned(options: argparse.Namespace, codec: ZTokCodec, what: str) -> ZBatch:
     return codec.compress([bytes(document) for document in documents])
 
 
-def _base(options: argparse.Namespace) -> tuple[BaseModel, str | None]:
+def base_of(options: argparse.Namespace) -> tuple[BaseModel, str | None]:
     """The base model, and the precision that is asked for, ``None`` for any."""
     from ztok_fast.codec.base_model import load_base
     from ztok_fast.codec.coded import DEFAULT_BASE

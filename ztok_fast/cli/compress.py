@@ -19,7 +19,10 @@ def add_commands(commands) -> None:
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("files", nargs="*", default=[], metavar="FILE", help="text files; - reads stdin")
     inputs.add_argument(
-        "--corpus", metavar="DOCS.parquet", help="a Parquet file with a text in each row, to a Parquet file of codes"
+        "--corpus",
+        metavar="DOCS.parquet",
+        help="a Parquet file with a text in each row, to a Parquet file of codes "
+        "(or, with --units coded, to one .ztok file)",
     )
     parser.add_argument("-o", "--output", metavar="OUT.ztok", help="default: FILE.ztok beside a single FILE")
     parser.add_argument(
@@ -152,6 +155,8 @@ def _output_name(options: argparse.Namespace) -> str:
         raise common.UsageError("FILE: expected stdin (-) at most once")
     if options.output is not None:
         return options.output
+    if options.corpus is not None:
+        raise common.UsageError("-o: expected a file name ending in .parquet or .ztok for a corpus, got none")
     if len(options.files) > 1 or options.files == ["-"]:
         what = "stdin" if options.files == ["-"] else "several files"
         raise common.UsageError(f"-o: expected a file name ending in .ztok for the Z-tokens of {what}, got none")

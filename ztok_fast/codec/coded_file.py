@@ -7,8 +7,9 @@ docs/file-format.md specifies the layout, `ztok_fast.codec.coded_records` has it
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,9 +65,14 @@ def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, r
     """
     with open(path, "rb") as stream:
         try:
-            head, context = read_header(stream)
+            return coder_of(stream.read(HEADER_BYTES), base, precision, rows)
         except ZFileError as error:
             raise ZFileError(f"{path}: {error}") from error
+
+
+def coder_of(header: bytes, base: BaseModel, precision: str | None = None, rows: int = 128) -> TextCoder:
+    """As `coder_for`, from what a file begins with."""
+    head, context = read_header(io.BytesIO(header))
     identity = head[-IDENTITY_BYTES:]
     for own in PRECISIONS if precision is None else (precision,):
         for window in (1 << log for log in range(context.bit_length())):
@@ -74,8 +80,8 @@ def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, r
                 return TextCoder(base, own, context, rows, window)
     wanted = "int8 or float32" if precision is None else precision
     raise ZFileError(
-        f"{path}: expected a file coded with base model {base.name} in {wanted}, got one of another base model or "
-        f"precision (identity {identity.hex()})"
+        f"expected a file coded with base model {base.name} in {wanted}, got one of another base model or precision "
+        f"(identity {identity.hex()})"
     )
 
 
@@ -115,6 +121,41 @@ def read_coded(path: str | Path, coder: TextCoder, progress: Progress | None = N
             check_end(stream, header, index)
         except ZFileError as error:
             raise ZFileError(f"{path}: {error}") from error
+
+
+def texts_of(files: Sequence[bytes], coder: TextCoder) -> list[bytes]:
+    """The texts of whole files in memory, each of one document; their segments are decoded side by side.
+
+    Raises:
+        ZFileError: one of them is damaged or of another coder, or has several documents; the message has its number.
+    """
+    found, short = [b""] * len(files), []
+    for number, data in enumerate(files):
+        stream, index = io.BytesIO(data), Index()
+        try:
+            header = check_header(stream, coder)
+            head = read_head(stream, 0, 0, len(data))
+            if not head.follows and head.kind != RUN:
+                payload = stream.read(head.stored)
+                index.add(head, len(data) - HEADER_BYTES)
+                short.append((number, head, payload))
+            else:
+                stream.seek(HEADER_BYTES)
+                parts = decode_records(stream, coder, index, len(data), whole=True)
+                found[number] = b"".join(text for text, _ in parts)
+            check_end(stream, header, index)
+            if index.documents != 1:
+                raise ZFileError(f"expected one document, got {index.documents}")
+        except ZFileError as error:
+            raise ZFileError(f"file {number}: {error}") from error
+    texts = coder.decode([Part(head.kind, payload) for _, head, payload in short], [own[1].length for own in short])
+    for (number, head, _), text in zip(short, texts):
+        try:
+            _check_digest(digest_of(text), head)
+        except ZFileError as error:
+            raise ZFileError(f"file {number}: {error}") from error
+        found[number] = text
+    return found
 
 
 def check_header(stream: BinaryIO, coder: TextCoder) -> bytes:

@@ -7,14 +7,15 @@ the texts and gone on from: the same command gives the same bytes.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ztok_fast.codec.coded import CODED, RAW, Part, Progress, TextCoder
-from ztok_fast.codec.coded_file import BATCH_PARTS, batch_bytes, header_of
+from ztok_fast.codec.coded_file import BATCH_PARTS, batch_bytes, header_of, parts_of
 from ztok_fast.codec.coded_records import (
     HASH_BYTES,
     HEADER_BYTES,
@@ -77,8 +78,24 @@ def write_coded(
             size += len(piece.text)
         writer.add(batch, _stored(batch, coder, verify, progress))
         size = writer.finish()
+        os.fsync(out.fileno())
     os.replace(partial, path)
     return size
+
+
+def coded_bytes(texts: Sequence[bytes], coder: TextCoder, verify: bool = True) -> list[bytes]:
+    """Whole files, in memory, each of one document; their segments are coded side by side."""
+    pieces = [list(_pieces(parts_of(io.BytesIO(text)))) for text in texts]
+    batch = [piece for own in pieces for piece in own]
+    stored = iter(_stored(batch, coder, verify, None) if batch else ())
+    found = []
+    for own in pieces:
+        out = io.BytesIO(header_of(coder))
+        writer = _Writer(out, out.getvalue())
+        writer.add(own, [next(stored) for _ in own])
+        writer.finish()
+        found.append(out.getvalue())
+    return found
 
 
 def _pieces(parts: Iterable[tuple[bytes, bool]]) -> Iterator[_Piece]:
@@ -212,7 +229,7 @@ class _Writer:
         self.out.flush()
 
     def finish(self) -> int:
-        """Write the index, where there is one, and everything to the disk; returns the file's size."""
+        """Write the index, where there is one; returns the file's size."""
         self._close_run()
         self.out.seek(0, os.SEEK_END)
         if tail := self.index.to_bytes(self.header):
@@ -220,7 +237,6 @@ class _Writer:
             self.out.seek(0)
             self.out.write(header_with_index(self.header))
         self.out.flush()
-        os.fsync(self.out.fileno())
         return self.out.seek(0, os.SEEK_END)
 
     def _grow(self, piece: _Piece) -> None:

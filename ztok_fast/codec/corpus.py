@@ -93,7 +93,7 @@ def read_texts(
         ZFileError: the file is missing, is no Parquet file, or lacks a text in a row.
         ImportError: pyarrow is not installed.
     """
-    arrow, parquet = _arrow()
+    arrow, parquet = arrow_modules()
     path, number = Path(path), 0
     if rows_at_once < 1:
         raise ZFileError(f"rows_at_once: expected at least 1, got {rows_at_once}")
@@ -127,7 +127,7 @@ def write_corpus(path: str | Path, rows: Iterable[tuple[str, ZBatch]], rows_per_
         ZBatchError: no row is given, a row is no valid batch of one document, or rows are of different codecs.
         ImportError: pyarrow is not installed.
     """
-    arrow, parquet = _arrow()
+    arrow, parquet = arrow_modules()
     if rows_per_group < 1:
         raise ZBatchError(f"rows_per_group: expected at least 1, got {rows_per_group}")
     iterator = iter(rows)
@@ -161,7 +161,7 @@ def read_corpus(path: str | Path, rows_at_once: int = 256) -> Iterator[tuple[str
         ZFileError: the file is missing, no compressed corpus, of another version, or a row is not valid.
         ImportError: pyarrow is not installed.
     """
-    arrow, parquet = _arrow()
+    arrow, parquet = arrow_modules()
     path = Path(path)
     if not path.is_file():
         raise ZFileError(f"{path}: expected an existing Parquet file, got none")
@@ -178,7 +178,7 @@ def read_corpus(path: str | Path, rows_at_once: int = 256) -> Iterator[tuple[str
         raise ZFileError(f"{path}: not a whole Parquet file: {error}") from error
 
 
-def _arrow():
+def arrow_modules():
     try:
         import pyarrow
         import pyarrow.parquet
