@@ -2,16 +2,18 @@
 
 import io
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from ztok_fast.cli.profile_files import general_compressors
 from ztok_fast.codec import coded, coded_file
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.coded import CODED, DEFAULT_BASE, LZMA, RAW, TextCoder
 from ztok_fast.codec.coded_documents import stored_length
 from ztok_fast.codec.coded_file import coder_for, is_coded_file, parts_of, read_coded
-from ztok_fast.codec.coded_writer import write_coded
+from ztok_fast.codec.coded_writer import coded_bytes, write_coded
 from ztok_fast.codec.errors import CodecError, ZFileError
 from ztok_fast.codec.varint import read_varint, varint
 
@@ -70,6 +72,16 @@ def test_prose_takes_less_than_a_third_and_nothing_grows(tmp_path, coder):
     assert as_file(tmp_path / "noise.ztok", [noise], coder) <= len(noise) + 32
     assert as_file(tmp_path / "more.ztok", [noise] * 3, coder) <= 3 * len(noise) + 32 + 2 * 16
     assert as_file(tmp_path / "short.ztok", [PROSE.encode()[:99]], coder) <= 60
+
+
+def test_prose_is_smaller_than_what_general_compressors_make(base):
+    """Prose of 300 characters and more, nothing of it in the base's training text; whole files."""
+    text = (Path(__file__).parents[1] / "data" / "unseen.txt").read_bytes()
+    own = TextCoder(base)
+    cuts = [text[:size] for size in (300, 1000, len(text))]
+    for cut, file in zip(cuts, coded_bytes(cuts, own, verify=False)):
+        for label, (compress, _) in general_compressors().items():
+            assert len(file) < len(compress(cut)), (label, len(cut), len(file))
 
 
 def test_segments_side_by_side_do_not_change_a_bit(base, coder):
