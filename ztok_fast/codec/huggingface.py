@@ -1,7 +1,8 @@
 """The codec as one writes it without this library: Hugging Face and PEFT layers, padded batches, plain torch.
 
-It reads the same files and follows the same definitions (`ztok_fast.codec.pooled_model`), but runs none of this
-package's ops, attention or decoding. Only what the shipped codecs use is written here; others are refused.
+It reads the same files and follows the same definitions (`ztok_fast.codec.pooled_model`, or with `huggingface_slots`
+`ztok_fast.codec.slot_model`), but runs none of this package's ops, attention or decoding. Only what the shipped codecs
+use is written here; others are refused.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
+from ztok_fast.codec import huggingface_slots as slots
 from ztok_fast.codec.base_model import BaseModel
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.emission import SEGMENT_SPREAD, mass_floor
 from ztok_fast.codec.errors import CodecError
+from ztok_fast.codec.huggingface_slots import unit_ends
 from ztok_fast.codec.pooled_model import COPY_LOGIT
 from ztok_fast.codec.weights import load_weights
 from ztok_fast.ops.quantize.reference import RMS_EPS
 
-ONE = 1 << 20
-"""Halting mass is counted in 2^-20 of a unit (the definition), so that its sums are exact integers."""
 BISECTIONS = 16
 ROWS = 128
 """Segments that are decoded side by side at most, as in `ZTokCodec.decompress`."""
+
+Coded = tuple[Tensor, ...]
+"""Z-tokens without padding: unit lengths `[K]`, codes `[K, L]`, and for slots their places `[K, L]`."""
 
 
 @dataclass
@@ -41,6 +45,17 @@ class Parts:
     model: Any
     tokenizer: Any
     weights: dict[str, Tensor]
+
+    @property
+    def slots(self) -> bool:
+        return self.config.emission == "slots"
+
+
+def adapter_of(command: str, folder: Path) -> str:
+    """The adapter that a codec runs "compress", "decompress" or "generate" with."""
+    # What is written into slots follows from what the decompressor would guess.
+    compressor = "decompressor" if ZTokConfig.load(folder).emission == "slots" else "compressor"
+    return {"compress": compressor, "decompress": "decompressor", "generate": "inferencer"}[command]
 
 
 def load(folder: Path, base: BaseModel, adapter: str, merged: bool, device: str) -> Parts:
@@ -53,7 +68,9 @@ def load(folder: Path, base: BaseModel, adapter: str, merged: bool, device: str)
         CodecError: a codec with settings, or a base of a kind, that are not written here.
     """
     config = ZTokConfig.load(folder)
-    settings = {"emission": "fire", "context_segments": 0, "z_position": "start", "unit_conditioning": True}
+    if config.emission not in ("fire", "slots"):
+        raise CodecError(f"codec {folder.name}: emission must be 'fire' or 'slots', got {config.emission!r}")
+    settings = {"context_segments": 0, "z_position": "start", "unit_conditioning": True}
     for setting, wanted in settings.items():
         if getattr(config, setting) != wanted:
             raise CodecError(f"codec {folder.name}: {setting} must be {wanted!r}, got {getattr(config, setting)!r}")
@@ -77,25 +94,12 @@ def load(folder: Path, base: BaseModel, adapter: str, merged: bool, device: str)
     return Parts(config, model, base.tokenizer, own)
 
 
-def unit_ends(mass: Tensor, last: Tensor) -> Tensor:
-    """Where integrate-and-fire along the last dimension ends a unit, bool `[..., S]`; padding has mass 0.
-
-    Args:
-        mass: `[..., S]`; last: bool, the last token of every segment.
-    """
-    quanta = torch.round(mass.double() * ONE).clamp(0, ONE).long()
-    prefix = quanta.cumsum(-1)
-    return ((prefix >> 20) > ((prefix - quanta) >> 20)) | last
-
-
-def compress(parts: Parts, texts: Sequence[str], ratio: float, tight: bool) -> list[tuple[Tensor, Tensor]]:
+def compress(parts: Parts, texts: Sequence[str], ratio: float, tight: bool) -> list[Coded]:
     """As `compress_tokens`, of texts."""
     return compress_tokens(parts, parts.tokenizer(list(texts), add_special_tokens=False)["input_ids"], ratio, tight)
 
 
-def compress_tokens(
-    parts: Parts, documents: Sequence[Sequence[int]], ratio: float, tight: bool
-) -> list[tuple[Tensor, Tensor]]:
+def compress_tokens(parts: Parts, documents: Sequence[Sequence[int]], ratio: float, tight: bool) -> list[Coded]:
     """Compress documents in one padded batch.
 
     Args:
@@ -104,7 +108,7 @@ def compress_tokens(
             document is padded to the longest.
 
     Returns:
-        unit lengths `[K]` and codes `[K, L]` of every document, on the CPU.
+        the Z-tokens of every document, on the CPU.
     """
     config, weights, device = parts.config, parts.weights, parts.model.device
     S, B = config.segment_length, len(documents)
@@ -120,6 +124,10 @@ def compress_tokens(
     if tight:
         used = valid.any(1)
         ids, valid, document_of_row, index = ids[used], valid[used], document_of_row[used], index[used]
+
+    if parts.slots:
+        z = slots.choose(parts, slots.Segments(ids, valid, document_of_row), ratio)
+        return [z.of_rows((document_of_row == document) & valid.any(1)) for document in range(B)]
 
     embeds = parts.model.get_input_embeddings()(ids)
     budget = torch.tensor([1.0, math.log2(ratio) - 1], device=device)
@@ -212,28 +220,48 @@ def _padded(rows: Tensor, bounds: list[tuple[int, int]], left: bool = False) -> 
     return nn.utils.rnn.pad_sequence([rows[a:b] for a, b in bounds], batch_first=True, padding_side=side)
 
 
-def write_segments(parts: Parts, segments: list[tuple[Tensor, Tensor]]) -> list[list[int]]:
-    """The text tokens of segments, given as unit lengths `[K]` and codes `[K, L]`, by one call of `generate`."""
-    config, weights, model = parts.config, parts.weights, parts.model
-    device = model.device
-    length = torch.cat([own for own, _ in segments]).long().to(device)
-    codes = torch.cat([own for _, own in segments]).long().to(device)
+def _slot_rows(parts: Parts, segments: Sequence[Coded]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of segments with slots: Z embeddings, conditioning `[B, S, D]` of the text rows, and named tokens `[B, S]`."""
+    lengths, codes, places = (torch.cat(own).long().to(parts.model.device) for own in zip(*segments))
+    bounds = _bounds([int(own[0].sum()) for own in segments])
+    named = slots.named_tokens(lengths, codes, places)
+    padded = nn.utils.rnn.pad_sequence([named[a:b] for a, b in bounds], batch_first=True, padding_value=-1)
+    return slots.embed(parts, codes, places), slots.conditioning(parts, padded), padded
+
+
+def _pooled_rows(parts: Parts, segments: Sequence[Coded]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of segments with pooled units: Z embeddings, and conditioning and logit bias of the text rows `[B, S, D]`."""
+    config, weights, device = parts.config, parts.weights, parts.model.device
+    length, codes = (torch.cat(own).long().to(device) for own in zip(*segments))
+    text_bounds = _bounds([int(own[0].sum()) for own in segments])
     vectors = sum(book[code] for book, code in zip(weights["codebooks"], codes.T))
     embeddings = vectors @ weights["z_projection.weight"].T + weights["z_projection.bias"]
     embeddings = embeddings + weights["length_embedding.weight"][length]
-    counts, tokens = [len(own) for own, _ in segments], [int(own.sum()) for own, _ in segments]
-    z_bounds, text_bounds = _bounds(counts), _bounds(tokens)
-    start_of_unit = length.cumsum(0) - length
     unit = torch.arange(len(length), device=device).repeat_interleave(length)
-    offset = torch.arange(len(unit), device=device) - start_of_unit[unit]
+    offset = torch.arange(len(unit), device=device) - (length.cumsum(0) - length)[unit]
     unbound = embeddings[unit] * weights["unbinding"][(length[unit] - 1) * config.max_unit_length + offset]
     conditioning, logit_bias = unbound + weights["offset_embedding.weight"][offset], None
     if config.copy_path:
-        rms = model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
+        rms = parts.model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
         conditioning = weights["copy_gains"][1] * unbound + weights["offset_embedding.weight"][offset]
         logit_bias = (COPY_LOGIT / (rms**2 * unbound.shape[1])) * weights["copy_gains"][0] * unbound
         logit_bias = _padded(logit_bias, text_bounds)
-    conditioning = _padded(conditioning, text_bounds)
+    return embeddings, _padded(conditioning, text_bounds), logit_bias
+
+
+def write_segments(parts: Parts, segments: Sequence[Coded]) -> list[list[int]]:
+    """The text tokens of segments, given by their Z-tokens, by one call of `generate`."""
+    weights, model = parts.weights, parts.model
+    device, logit_bias, forced = model.device, None, []
+    if parts.slots:
+        embeddings, conditioning, named = _slot_rows(parts, segments)
+        forced = [slots.Forced(named)]
+    else:
+        embeddings, conditioning, logit_bias = _pooled_rows(parts, segments)
+    length = torch.cat([own[0] for own in segments]).long().to(device)
+    counts, tokens = [len(own[0]) for own in segments], [int(own[0].sum()) for own in segments]
+    z_bounds = _bounds(counts)
+    start_of_unit = length.cumsum(0) - length
     start = weights["start_embedding"] + conditioning[:, :1]
     prefix = torch.cat([_padded(embeddings, z_bounds, left=True), start], 1)
     first = torch.cat([start_of_unit[a:b] - start_of_unit[a] for a, b in z_bounds])
@@ -242,7 +270,12 @@ def write_segments(parts: Parts, segments: list[tuple[Tensor, Tensor]]) -> list[
     mask = torch.arange(prefix.shape[1], device=device) >= padding[:, None]
     settings = GenerationConfig(max_new_tokens=max(tokens), do_sample=False, pad_token_id=0, eos_token_id=None)
     with _Conditioning(parts, positions, conditioning, logit_bias):
-        written = model.generate(inputs_embeds=prefix, attention_mask=mask.long(), generation_config=settings)
+        written = model.generate(
+            inputs_embeds=prefix,
+            attention_mask=mask.long(),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(forced),
+        )
     return [row[:count] for row, count in zip(written.tolist(), tokens)]
 
 
@@ -251,9 +284,7 @@ def _bounds(counts: list[int]) -> list[tuple[int, int]]:
     return [(stop - count, stop) for stop, count in zip(stops, counts)]
 
 
-def decompress(
-    parts: Parts, segments: list[list[tuple[Tensor, Tensor]]], batched: bool
-) -> tuple[list[list[int]], list[str]]:
+def decompress(parts: Parts, segments: Sequence[Sequence[Coded]], batched: bool) -> tuple[list[list[int]], list[str]]:
     """Tokens and texts of documents, each given by its segments.
 
     Args:
@@ -273,16 +304,17 @@ def decompress(
     return tokens, [decode(own) for own in tokens]
 
 
-def continue_ztokens(parts: Parts, documents: Sequence[tuple[Tensor, Tensor]], new: int) -> list[Tensor]:
+def continue_ztokens(parts: Parts, documents: Sequence[Coded], new: int) -> list[Tensor]:
     """The likeliest next Z-tokens of documents, side by side with padding on the left; end-of-Z is never drawn.
 
     Args:
-        parts: with the adapter "inferencer"; documents: unit lengths `[K]` and codes `[K, L]` of each; new: Z-tokens
-            to write.
+        parts: with the adapter "inferencer"; documents: the Z-tokens of each; new: Z-tokens to write.
 
     Returns:
-        the codes `[new, L]` of each document.
+        the codes of each document, `[new, L]`; of slots with their places, `[new, 2 L]`.
     """
+    if parts.slots:
+        return slots.continue_ztokens(parts, documents, new)
     weights, books = parts.weights, parts.weights["codebooks"]
     linear = nn.functional.linear
 

@@ -110,13 +110,15 @@ def close(model: SlotModel, tokens, cu_segments, keep: torch.Tensor | None = Non
         keep: bool ``[T]``, tokens that are written in any case; prunings: how often tokens are taken out.
     """
     keep = torch.zeros_like(tokens, dtype=torch.bool) if keep is None else keep
-    even = torch.arange(len(tokens), device=tokens.device) % 2 == 0
+    # Counted in each segment, so that what is written does not depend on the other segments of the batch.
+    segment, count = sequence_of_row(cu_segments, len(tokens)), len(cu_segments) - 1
+    even = position_in_sequence(cu_segments, len(tokens)) % 2 == 0
     of_odd, of_even = (guess(model, tokens, told, cu_segments).right for told in (even, ~even))
     written = grow(model, tokens, cu_segments, ~torch.where(even, of_even, of_odd) | keep)
-    segment, count = sequence_of_row(cu_segments, len(tokens)), len(cu_segments) - 1
     for _ in range(prunings):
         needless = torch.zeros_like(written)
-        turn = written.long().cumsum(0) % TURNS
+        passed = torch.nn.functional.pad(written.long().cumsum(0), (1, 0))
+        turn = (passed[1:] - passed[cu_segments.long()][segment]) % TURNS
         for part in range(TURNS):
             untold = written & (turn == part)
             needless |= untold & guess(model, tokens, written & ~untold, cu_segments).right
@@ -219,8 +221,9 @@ def choose_ztokens(
     )
     # Segments with slots to spare get more units than they need, as many as the ratio asks. The guesses depend on the
     # units, so they are looked at once more.
-    edges = (cu_segments[1:] / ratio[document]).floor().long()
-    even_share = torch.nn.functional.pad(edges, (1, 0)).diff()
+    begin = cu_segments[cu_documents.long()[document]]
+    stops, starts = (((cu - begin) / ratio[document]).floor().long() for cu in (cu_segments[1:], cu_segments[:-1]))
+    even_share = stops - starts
     units = torch.where(exact, torch.maximum(even_share, needed), 0)
 
     def cut(own, cu, segments):
