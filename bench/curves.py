@@ -20,7 +20,7 @@ from bench.plots import new_figure
 from bench.tables import evaluation_cells, number, percent, table
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
 from ztok_fast.codec.layout import offsets, sequence_of_row, split_segments
-from ztok_fast.codec.passes import encode_documents
+from ztok_fast.codec.passes import emit_documents
 from ztok_fast.train.evaluate import UNIT_KINDS, dev_documents, evaluate, unit_kinds
 from ztok_fast.train.text_data import DataError
 
@@ -70,10 +70,12 @@ def measure(codec: ZTokCodec, options: argparse.Namespace) -> dict:
     """
     config = codec.config
     budgets = [config.check_ratio(b) for b in options.budgets or config.budgets]
-    levels = options.levels or list(range(1, config.num_codebooks + 1))
+    # Slots cannot be left out as residual levels can.
+    lowest = config.num_codebooks if config.emission == "slots" else 1
+    levels = options.levels or list(range(lowest, config.num_codebooks + 1))
     for level in levels:
-        if not 1 <= level <= config.num_codebooks:
-            raise ValueError(f"levels: expected 1 to {config.num_codebooks}, got {level}")
+        if not lowest <= level <= config.num_codebooks:
+            raise ValueError(f"levels: expected {lowest} to {config.num_codebooks}, got {level}")
     limit = config.section_tokens
     documents = dev_documents(
         options.files, codec.tokenizer, options.documents, min(options.tokens, limit), options.exclude_sources
@@ -111,9 +113,9 @@ def surprisal_by_length(codec: ZTokCodec, documents: list[list[int]], budget: fl
     bits_of: dict[int, float] = {}
     units_of: dict[int, int] = {}
     for document in documents:
-        z = encode_documents(model, [document], budget, fixed_units=False).z
+        z = emit_documents(model, [document], budget, fixed_units=False)
         segments, _ = split_segments([len(document)], model.config.segment_length)
-        device = model.codebooks.device
+        device = model.device
         tokens = torch.tensor(document, dtype=torch.int64, device=device)
         bits = model.surprisal(tokens, offsets(torch.tensor(segments, device=device)))
         of_unit = sequence_of_row(offsets(z.unit_lengths), len(document))

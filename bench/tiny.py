@@ -19,6 +19,8 @@ CODEC = {
     "segment_length": 16, "num_codebooks": 2, "codebook_size": 16, "latent_dim": 8, "max_unit_length": 8,
     "budgets": [2, 4], "lora_rank": 2, "lora_alpha": 2,
 }  # fmt: skip
+SLOTS = {"emission": "slots", "codebook_size": 300, "max_unit_length": CODEC["segment_length"]}
+"""What a codec of slots on the tiny base has in place of these settings."""
 TRAINING = {
     "codec": CODEC, "batch_tokens": 256, "section_tokens": 64, "continuous_steps": 1,
     "blend_steps": 1, "surprisal_steps": 1, "sampling_start": 0.5, "sampling_every": 1, "warmup_steps": 1,
@@ -60,11 +62,12 @@ def write_tiny_base(folder: str | Path, texts: str | Path) -> Path:
     return folder
 
 
-def write_tiny_codec(folder: str | Path, texts: str | Path) -> Path:
-    """An untrained codec with its tiny base beside it: it loads, and reconstructs next to nothing."""
+def write_tiny_codec(folder: str | Path, texts: str | Path, **settings) -> Path:
+    """An untrained codec, of `CODEC` and these settings, with its tiny base beside it: it loads, and reconstructs next
+    to nothing, or what is written into slots."""
     folder = Path(folder)
     base = load_base(str(write_tiny_base(folder / "base", texts)))
-    config = dataclasses.replace(ZTokConfig(**CODEC), base_model="tiny", base_fingerprint=base.fingerprint)
+    config = dataclasses.replace(ZTokConfig(**(CODEC | settings)), base_model="tiny", base_fingerprint=base.fingerprint)
     ZTokCodec(base, config).save_pretrained(folder)
     return folder
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from bench.codec.runs import TINY
+from bench.codec.runs import TINY, TINY_SLOTS
 from bench.machine import ROOT
-from bench.tiny import write_texts, write_tiny_codec
+from bench.tiny import SLOTS, write_texts, write_tiny_codec
 from ztok_fast.codec import huggingface
 from ztok_fast.codec.base_model import BaseModel, BaseModelError, load_base
 from ztok_fast.codec.codec import MODELS, ZTokCodec
@@ -44,12 +44,13 @@ def documents(count: int, longest: int, generator: torch.Generator) -> list[str]
 
 @functools.cache
 def folder(name: str) -> Path:
-    """The codec's folder: one that ships, or that of the tiny codec, made now."""
-    if name != TINY:
+    """The codec's folder: one that ships, or that of a tiny codec, made now."""
+    if name not in (TINY, TINY_SLOTS):
         return MODELS / name
     scratch = tempfile.TemporaryDirectory()
     _KEPT.append(scratch)
-    return write_tiny_codec(Path(scratch.name) / TINY, write_texts(Path(scratch.name) / "texts.jsonl"))
+    settings = SLOTS if name == TINY_SLOTS else {}
+    return write_tiny_codec(Path(scratch.name) / name, write_texts(Path(scratch.name) / "texts.jsonl"), **settings)
 
 
 _KEPT: list[tempfile.TemporaryDirectory] = []

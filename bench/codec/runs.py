@@ -14,8 +14,12 @@ from bench.subject import Baseline, Subject, same
 from ztok_fast.ops.spec import Case, Mismatch, Work
 
 RATIO = 4.0
-TINY = "tiny"
-"""Name of an untrained codec on a random base of two layers, written when it is asked for: for tests."""
+TINY, TINY_SLOTS = "tiny", "tiny-slots"
+"""Names of untrained codecs on a random base of two layers, pooled and of slots, written when they are asked for: for
+tests."""
+SLOT_PASSES = 2
+"""Passes that compressing into slots needs at least: one to find what is guessed wrong, one to see that the rest is
+right."""
 
 
 def _cases(*more: Case) -> tuple[Case, ...]:
@@ -24,6 +28,7 @@ def _cases(*more: Case) -> tuple[Case, ...]:
 
     return (
         case(TINY, 3, 60, "tiny"),
+        case(TINY_SLOTS, 3, 60, "tiny"),
         case("ztok-mini", 8, 1500, "quick"),
         case("ztok-mini", 1, 1500, "default"),
         case("ztok-mini", 32, 1500, "default"),
@@ -73,10 +78,20 @@ def _adapted_weights(codec, adapter: str) -> tuple[int, int]:
     return weights, config.num_attention_heads * head
 
 
-def units_of(z) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Unit lengths and codes of every document."""
-    bounds = z.cu_ztokens.diff().tolist()
-    return list(zip(z.unit_lengths.split(bounds), z.codes.split(bounds)))
+def _decompressor_work(codec, sizes) -> tuple[float, float]:
+    """Operations and bytes of reading segments once, each given by its tokens and its Z-tokens."""
+    weights, width = _adapted_weights(codec, "decompressor")
+    layers, head = codec.base.model.config.num_hidden_layers, codec.model.adapted.embedding.weight.numel()
+    tokens, both = sum(n for n, _ in sizes), sum(n + k for n, k in sizes)
+    attention = sum(2.0 * (n + k) ** 2 * width * layers for n, k in sizes)
+    return 2.0 * both * weights + 2.0 * tokens * head + attention, 4.0 * (weights + head) + 8 * tokens
+
+
+def units_of(z, bounds: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Unit lengths and codes, of slots with their places, of all that is between the offsets ``bounds``."""
+    counts = bounds.diff().tolist()
+    parts = (own for own in (z.unit_lengths, z.codes, z.slot_offsets) if own is not None)
+    return list(zip(*(own.split(counts) for own in parts)))
 
 
 @dataclass(frozen=True)
@@ -87,17 +102,27 @@ class Compress(CodecRun):
         return inputs["codec"].compress(inputs["texts"], RATIO)
 
     def check(self, case, inputs, found):
-        self.check_baseline(case, inputs, units_of(found), found.precision)
+        self.check_baseline(case, inputs, units_of(found, found.cu_ztokens), found.precision)
 
     def check_baseline(self, case, inputs, answer, precision="float"):
         from bench.codec import oracle
 
+        if inputs["codec"].config.emission == "slots":
+            if "expected" not in inputs:
+                inputs["expected"] = oracle.expected_names(case["codec"], inputs["device"], inputs["tokens"], RATIO)
+            expected = inputs["expected"]
+            oracle.check_slots(case["codec"], inputs["device"], inputs["tokens"], expected, answer, RATIO, precision)
+            return
         if "expected" not in inputs:
             inputs["expected"] = oracle.expected_units(case["codec"], inputs["device"], inputs["tokens"], RATIO)
         oracle.check_codes(case["codec"], inputs["expected"], answer, precision)
 
     def work(self, case, inputs):
         codec, config = inputs["codec"], inputs["codec"].config
+        if config.emission == "slots":
+            sizes = [(len(own), len(own) / RATIO) for own in inputs["tokens"]]
+            flops, memory = _decompressor_work(codec, sizes)
+            return Work(SLOT_PASSES * flops, memory)
         weights, width = _adapted_weights(codec, "compressor")
         layers, S = codec.model.adapted.compressor_layers, config.segment_length
         tokens = sum(map(len, inputs["tokens"]))
@@ -119,8 +144,7 @@ class Decompress(CodecRun):
         inputs["z"] = inputs["codec"].compress(inputs["texts"], RATIO)
         inputs["segments"] = []
         for document in inputs["z"]:
-            bounds = document.cu_segments.diff().tolist()
-            inputs["segments"].append(list(zip(document.unit_lengths.split(bounds), document.codes.split(bounds))))
+            inputs["segments"].append(units_of(document, document.cu_segments))
         return inputs
 
     def run(self, case, inputs):
@@ -146,14 +170,8 @@ class Decompress(CodecRun):
             raise Mismatch(f"texts: {wrong} of {len(wanted)} are not those of the tokens")
 
     def work(self, case, inputs):
-        codec = inputs["codec"]
-        weights, width = _adapted_weights(codec, "decompressor")
-        layers, head = codec.base.model.config.num_hidden_layers, codec.model.adapted.embedding.weight.numel()
-        sizes = [(int(lengths.sum()), len(lengths)) for own in inputs["segments"] for lengths, _ in own]
-        tokens, both = sum(n for n, _ in sizes), sum(n + k for n, k in sizes)
-        attention = sum(2.0 * (n + k) ** 2 * width * layers for n, k in sizes)
-        flops = 2.0 * both * weights + 2.0 * tokens * head + attention
-        return Work(flops, 4.0 * (weights + head) + 8 * tokens)
+        sizes = [(int(own[0].sum()), len(own[0])) for document in inputs["segments"] for own in document]
+        return Work(*_decompressor_work(inputs["codec"], sizes))
 
 
 def _compress(merged: bool, tight: bool):
@@ -161,7 +179,8 @@ def _compress(merged: bool, tight: bool):
         from bench.codec import files
         from ztok_fast.codec import huggingface
 
-        parts = files.parts(case["codec"], "compressor", merged, inputs["device"])
+        adapter = huggingface.adapter_of("compress", files.folder(case["codec"]))
+        parts = files.parts(case["codec"], adapter, merged, inputs["device"])
         return torch.inference_mode()(lambda: huggingface.compress(parts, inputs["texts"], RATIO, tight))
 
     return prepare
@@ -187,7 +206,7 @@ COMPRESS = Compress(
     (
         Baseline(PADDED, _compress(False, False), same,
                  note="transformers (sdpa) under PEFT's LoRA layers, every document padded to the longest, attention "
-                 "mask; halting, means and codes by plain torch operations"),
+                 "mask; halting, means and codes, or the closed loop of slots, by plain torch operations"),
         Baseline(TIGHT, _compress(False, True), same,
                  note="the same with segments and not documents as padded rows, which this codec's independent "
                  "segments allow"),

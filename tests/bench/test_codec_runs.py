@@ -18,8 +18,8 @@ from ztok_fast.ops.spec import Mismatch
 
 CPU = torch.device("cpu")
 MARKS = {"mm_gflops": {"float32": 100.0}, "copy_gbs": 20.0}
-((_, COMPRESS),) = select(["compress"], "tiny", "cpu")
-((_, DECOMPRESS),) = select(["decompress"], "tiny", "cpu")
+(_, COMPRESS), (_, COMPRESS_SLOTS) = select(["compress"], "tiny", "cpu")
+(_, DECOMPRESS), (_, DECOMPRESS_SLOTS) = select(["decompress"], "tiny", "cpu")
 
 
 def made(run, case):
@@ -28,9 +28,9 @@ def made(run, case):
     return inputs, run.run(case, inputs)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_implementation_is_right_and_timed(name):
-    run, ((_, case),) = RUNS[name], select([name], "tiny", "cpu")
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in RUNS for kind in (0, 1)])
+def test_every_implementation_is_right_and_timed(name, kind):
+    run, (_, case) = RUNS[name], select([name], "tiny", "cpu")[kind]
     entry = runner.measure(run, case, CPU, 0.01, MARKS)
     assert [own["name"] for own in entry["implementations"]] == ["ours", *(b.name for b in run.baselines)]
     for own in entry["implementations"]:
@@ -58,6 +58,50 @@ def test_the_check_sees_one_wrong_code_or_unit(part):
     wrong.view(-1)[-1] = (wrong.view(-1)[-1] + 1) % 8
     with pytest.raises(Mismatch, match="not the nearest" if part == "codes" else "units of other lengths"):
         runs.COMPRESS.check(COMPRESS, inputs, dataclasses.replace(z, **{part: wrong}))
+
+
+WRONG_SLOTS = {
+    "a code": lambda z: dataclasses.replace(z, codes=(z.codes - (z.codes > 0).int())),
+    "a place": lambda z: dataclasses.replace(z, slot_offsets=z.slot_offsets + (z.slot_offsets >= 0).int()),
+    "a slot": lambda z: dataclasses.replace(
+        z, codes=torch.full_like(z.codes, -1), slot_offsets=torch.full_like(z.slot_offsets, -1)
+    ),
+    "a unit": lambda z: dataclasses.replace(z, unit_lengths=z.unit_lengths + 1),
+}
+
+
+@pytest.mark.parametrize("part", WRONG_SLOTS)
+def test_the_check_sees_wrong_slots(part):
+    inputs, z = made(runs.COMPRESS, COMPRESS_SLOTS)
+    runs.COMPRESS.check(COMPRESS_SLOTS, inputs, z)
+    with pytest.raises(Mismatch, match="slots|units do not fit"):
+        runs.COMPRESS.check(COMPRESS_SLOTS, inputs, WRONG_SLOTS[part](z))
+
+
+def test_slots_with_units_to_spare_must_close_the_loop():
+    """At the ratio 1 every token can be named, so one that is neither named nor guessed is a mistake."""
+    inputs, _ = made(runs.COMPRESS, COMPRESS_SLOTS)
+    name, device, tokens = files.TINY_SLOTS, "cpu", inputs["tokens"]
+    z = inputs["codec"].compress(inputs["texts"], 1.0)
+    expected = oracle.expected_names(name, device, tokens, 1.0)
+    oracle.check_slots(name, device, tokens, expected, runs.units_of(z, z.cu_ztokens), 1.0, z.precision)
+    # One of the two names of every unit is gone.
+    gone = {key: getattr(z, key).clone() for key in ("codes", "slot_offsets")}
+    for value in gone.values():
+        value[:, -1] = -1
+        value[::2] = -1
+    wrong = runs.units_of(dataclasses.replace(z, **gone), z.cu_ztokens)
+    with pytest.raises(Mismatch, match="neither named nor the arg-max"):
+        oracle.check_slots(name, device, tokens, expected, wrong, 1.0)
+
+
+def test_the_check_sees_a_named_token_that_is_not_written():
+    inputs, texts = made(runs.DECOMPRESS, DECOMPRESS_SLOTS)
+    tokens = inputs["codec"].decompress_tokens(inputs["z"])
+    runs.DECOMPRESS.check_baseline(DECOMPRESS_SLOTS, inputs, (tokens, texts))
+    tokens[0][int(inputs["z"].slot_offsets[0, 0])] += 1
+    with pytest.raises(Mismatch, match="those that slots name"):
+        runs.DECOMPRESS.check_baseline(DECOMPRESS_SLOTS, inputs, (tokens, texts))
 
 
 @pytest.mark.parametrize("part", ["a token", "a text", "the length"])
@@ -100,7 +144,7 @@ def test_a_wrong_result_of_ours_gets_no_speed_and_fails_the_command(tmp_path, mo
     right = ZTokCodec.decompress
     monkeypatch.setattr(ZTokCodec, "decompress", lambda self, z: [text[::-1] for text in right(self, z)])
     assert bench(tmp_path, "--ops", "decompress") == 1
-    (case,) = results.load(tmp_path / "out.json")["cases"]
+    case, _ = results.load(tmp_path / "out.json")["cases"]
     found = {entry["name"]: entry for entry in case["implementations"]}
     assert found["ours"]["status"] == "wrong" and "seconds" not in found["ours"]
     assert found[runs.BATCHED]["status"] == "ok"
@@ -132,5 +176,5 @@ def test_documents_are_of_mixed_lengths_and_the_same_everywhere():
 def test_settings_that_the_baseline_does_not_have_are_refused(monkeypatch):
     other = dataclasses.replace(huggingface.ZTokConfig.load(files.folder(files.TINY)), emission="stop")
     monkeypatch.setattr(huggingface.ZTokConfig, "load", classmethod(lambda cls, folder: other))
-    with pytest.raises(ValueError, match="emission must be 'fire', got 'stop'"):
+    with pytest.raises(ValueError, match="emission must be 'fire' or 'slots', got 'stop'"):
         files.parts.__wrapped__(files.TINY, "compressor", False, "cpu")

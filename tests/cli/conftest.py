@@ -17,23 +17,24 @@ TOKENIZER = Path(ztok_fast.__file__).parent / "models" / "ztok-mini" / "base"
 TEXT = "The cat sat on the mat, and the dog saw it.\r\nSmall cafés — 東京 🙂 — sell tea for 3.50 a cup.\n"
 
 
-def save_codec(folder: Path, base: Path, seed: int) -> Path:
+def save_codec(folder: Path, base: Path, seed: int, **settings) -> Path:
     """A codec with random weights; its units vary in length."""
     torch.manual_seed(seed)
     loaded = load_base(str(base))
-    config = ZTokConfig(
-        base_model="tiny",
-        base_fingerprint=loaded.fingerprint,
-        segment_length=16,
-        section_segments=32,
-        num_codebooks=2,
-        codebook_size=32,
-        latent_dim=8,
-        max_unit_length=8,
-        lora_rank=2,
-    )
-    codec = ZTokCodec(loaded, config)
-    torch.nn.init.normal_(codec.model.halting.out.weight, std=2.0)
+    values = {
+        "base_model": "tiny",
+        "base_fingerprint": loaded.fingerprint,
+        "segment_length": 16,
+        "section_segments": 32,
+        "num_codebooks": 2,
+        "codebook_size": 32,
+        "latent_dim": 8,
+        "max_unit_length": 8,
+        "lora_rank": 2,
+    }
+    codec = ZTokCodec(loaded, ZTokConfig(**(values | settings)))
+    if codec.config.emission == "fire":
+        torch.nn.init.normal_(codec.model.halting.out.weight, std=2.0)
     codec.save_pretrained(folder)
     shutil.copytree(base, folder / "base")
     return folder
@@ -70,6 +71,14 @@ def codec_folder(tmp_path_factory, base_folder) -> Path:
 @pytest.fixture(scope="session")
 def other_codec_folder(tmp_path_factory, base_folder) -> Path:
     return save_codec(tmp_path_factory.mktemp("codecs") / "other", base_folder, seed=2)
+
+
+@pytest.fixture(scope="session")
+def slots_folder(tmp_path_factory, base_folder) -> Path:
+    """A codec of slots."""
+    size = len(AutoTokenizer.from_pretrained(base_folder))
+    settings = {"emission": "slots", "codebook_size": size, "max_unit_length": 16}
+    return save_codec(tmp_path_factory.mktemp("codecs") / "slots", base_folder, seed=1, **settings)
 
 
 class Result:

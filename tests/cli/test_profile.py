@@ -27,10 +27,12 @@ def texts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["compress", "decompress", "generate"])
-def test_figures_fit_one_another(tiny, texts, tmp_path, command):
+@pytest.mark.parametrize("kind", ["codec_folder", "slots_folder"])
+def test_figures_fit_one_another(ztok, texts, tmp_path, request, kind, command):
     arguments = ("--engine", "float", "--max-new-ztokens", 3, *SECONDS)
     files = ("--json", tmp_path / "out.json", "--trace", tmp_path / "trace.json")
-    printed = tiny("bench", command, *texts, *arguments, *files)
+    codec = ("--codec", request.getfixturevalue(kind))
+    printed = ztok("bench", command, *texts, *arguments, *files, *codec)
     assert printed.status == 0 and printed.err == ""
     found = json.loads((tmp_path / "out.json").read_text())
     ways = found["ways"]
@@ -46,7 +48,8 @@ def test_figures_fit_one_another(tiny, texts, tmp_path, command):
     assert all(way["same"] > 0.9 for way in ways[1:])
     assert sum(stage["seconds"] for stage in found["stages"]) == pytest.approx(found["seconds"])
     calls = {stage["name"]: stage["calls"] for stage in found["stages"]}
-    used = {"compress": ("tokenise", MODEL, "halting", "quantise"), "decompress": ("tokenise", MODEL, HEAD)}
+    compress = ("halting", "quantise") if kind == "codec_folder" else (HEAD,)
+    used = {"compress": ("tokenise", MODEL, *compress), "decompress": ("tokenise", MODEL, HEAD)}
     for name in used.get(command, (MODEL, HEAD)):
         assert calls[name] > 0, name
     assert 0 < found["host_share"] < 1 and 0 < found["roofline"]

@@ -37,6 +37,10 @@ def engine(codec, request, monkeypatch):
 
 @pytest.fixture
 def guessable(codec) -> list[list[int]]:
+    return guessable_texts(codec)
+
+
+def guessable_texts(codec) -> list[list[int]]:
     """Texts of which the model guesses a good part: what it writes itself around some random tokens."""
     model, documents = codec.model, packed_documents(codec, [64, 40, 16, 5], seed=3)
     codec._engines.use()

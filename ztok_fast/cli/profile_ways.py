@@ -25,12 +25,12 @@ from ztok_fast.codec.zbatch import ZBatch
 OURS = "ztok_fast"
 ONE_BY_ONE, BATCHED, MERGED = "HF + PEFT, one by one", "HF + PEFT, batched", "HF, adapter merged, batched"
 LLAMA_CPP = "llama.cpp, Q8_0"
-ADAPTERS = {"compress": "compressor", "decompress": "decompressor", "generate": "inferencer"}
 MOST_BYTES_OF_A_TOKEN = 64
 WARM_UP_CHARACTERS = 300
 
 Answer = list[Any]
-"""What the ways are compared by: unit codes of the sections, tokens of the documents, or new codes."""
+"""What the ways are compared by: unit codes of the sections (of slots, the tokens that they name, by place in the
+text), tokens of the documents, or new codes."""
 
 
 @dataclass
@@ -169,11 +169,12 @@ def ours(work: Work) -> Answer:
     codec = work.codec
     if work.z is None:
         z = codec.compress(work.texts, work.ratio)
-        return [codes for _, codes in _units(z.sections(codec.config.section_segments)[0])]
+        return _said(_units(z.sections(codec.config.section_segments)[0]))
     if work.command == "decompress":
         codec.decompress_bytes(work.z)
         return []
-    return [codes for _, codes in _units(codec.generate(work.z, work.new, end_threshold=1.0))]
+    # Of slots also their places, as `huggingface.continue_ztokens` has them.
+    return [torch.cat(own[1:], 1) for own in _units(codec.generate(work.z, work.new, end_threshold=1.0))]
 
 
 def our_answer(work: Work) -> Answer:
@@ -181,10 +182,17 @@ def our_answer(work: Work) -> Answer:
     return work.codec.decompress_tokens(work.z) if work.command == "decompress" and work.z is not None else ours(work)
 
 
-def _units(z) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Unit lengths and codes of every document."""
+def _units(z) -> list[huggingface.Coded]:
+    """The Z-tokens of every document."""
     counts = z.cu_ztokens.diff().tolist()
-    return list(zip(z.unit_lengths.split(counts), z.codes.split(counts)))
+    parts = (own for own in (z.unit_lengths, z.codes, z.slot_offsets) if own is not None)
+    return list(zip(*(own.split(counts) for own in parts)))
+
+
+def _said(documents: Sequence[huggingface.Coded]) -> Answer:
+    """What compressing is compared by."""
+    # Slots by the place in the text: one unit more would shift all codes after it.
+    return [huggingface.slots.named_tokens(*own) if len(own) == 3 else own[1] for own in documents]
 
 
 # Without this package
@@ -194,8 +202,8 @@ def baselines(work: Work, folder: Path, base_name: str | None) -> tuple[list[Way
     """The ways of Hugging Face and PEFT, and sentences about those that cannot run."""
     if work.z is not None and any(own.levels != work.codec.config.num_codebooks for own in work.z.documents):
         return [], ["Hugging Face + PEFT: left out, the files do not have all residual levels"]
-    adapter = ADAPTERS[work.command]
     try:
+        adapter = huggingface.adapter_of(work.command, folder)
         layered, merged = (
             huggingface.load(folder, _fresh_base(folder, base_name), adapter, merge, "cpu") for merge in (False, True)
         )
@@ -237,6 +245,7 @@ class _by_segment:
 
     def __init__(self, document: ZBatch) -> None:
         self.codes, self.unit_lengths, self.cu_ztokens = document.codes, document.unit_lengths, document.cu_segments
+        self.slot_offsets = document.slot_offsets
 
 
 def _compress(parts: huggingface.Parts, work: Work, batched: bool) -> Answer:
@@ -246,7 +255,7 @@ def _compress(parts: huggingface.Parts, work: Work, batched: bool) -> Answer:
         sections = [tokens[i : i + limit] for tokens in own for i in range(0, len(tokens), limit)]
         for batch in batches([len(section) for section in sections], BATCH_TOKENS):
             found += huggingface.compress_tokens(parts, [sections[i] for i in batch], work.ratio, tight=True)
-    return [codes for _, codes in found]
+    return _said(found)
 
 
 def llama_cpp(work: Work, gguf: str | None) -> tuple[list[Way], list[str]]:

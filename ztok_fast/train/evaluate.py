@@ -26,7 +26,8 @@ They are written one by one, cut by the learned halting mass, or have r tokens e
 
 def unit_kinds(config) -> list[str]:
     """The kinds of units that a codec was trained for, its own first; the baseline ``"fixed"`` is always among them."""
-    return {"fire": ["learned", "fixed"], "fixed": ["fixed"], "stop": ["written", "learned", "fixed"]}[config.emission]
+    cut = ["learned", "fixed"]
+    return {"fire": cut, "slots": cut, "fixed": ["fixed"], "stop": ["written", *cut]}[config.emission]
 
 
 def dev_documents(files, tokenizer, documents: int, tokens: int, exclude_sources=()) -> list[list[int]]:
