@@ -15,6 +15,7 @@ LAYERS = (
     {"patching", "peft_lora"},
     {"engine"},
     {"codec"},
+    {"evaluation"},
     {"train"},
     {"cli", "doctor", "demo"},
 )

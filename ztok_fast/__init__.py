@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ztok_fast.codec.config import ZTokConfig
     from ztok_fast.codec.corpus import compress_corpus, read_corpus, write_corpus
     from ztok_fast.codec.zbatch import ZBatch
+    from ztok_fast.evaluation.evaluate import evaluate
     from ztok_fast.ops.backends import backend
     from ztok_fast.patching import patch
 
@@ -25,6 +26,7 @@ _EXPORTS = {
     "ZTokConfig": "ztok_fast.codec.config",
     "backend": "ztok_fast.ops.backends",
     "compress_corpus": "ztok_fast.codec.corpus",
+    "evaluate": "ztok_fast.evaluation.evaluate",
     "patch": "ztok_fast.patching",
     "read_corpus": "ztok_fast.codec.corpus",
     "write_corpus": "ztok_fast.codec.corpus",
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "backend",
     "compress_corpus",
+    "evaluate",
     "patch",
     "read_corpus",
     "write_corpus",

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import ztok_fast
 from tests.cli.conftest import TEXT, assert_mistake
 from ztok_fast import demo
 from ztok_fast.cli.evaluation import SAMPLE
@@ -29,44 +30,63 @@ def codec(codec_folder):
     return ZTokCodec.from_pretrained(codec_folder)
 
 
-def test_table_and_json_hold_every_variant(tiny, rows, tmp_path):
-    result = tiny("eval", rows, "--exclude", "closed", "--tokens", 24, "--json", tmp_path / "out" / "result.json")
+def test_tables_and_json_hold_every_way(tiny, rows, tmp_path):
+    outputs = ["--json", tmp_path / "out" / "result.json", "--markdown", tmp_path / "out" / "result.md"]
+    result = tiny("eval", rows, "--exclude", "closed", "--tokens", 24, *outputs)
     assert result.status == 0
     found = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert found["documents"] == 2 and found["tokens"] <= 48
-    variants = [("learned", 2), ("fixed", 2), ("learned", 1)]
-    assert [(row["budget"], row["units"], row["levels"]) for row in found["rows"]] == [
-        (budget, *variant) for budget in (2.0, 4.0) for variant in variants
-    ]
-    table = result.out.split("\n\n")[1].splitlines()
-    assert len(table) == 1 + len(found["rows"])
-    for line, row in zip(table[1:], found["rows"]):
-        assert line.split()[:3] == [f"{row['budget']:g}", row["units"], str(row["levels"])]
-        assert f"{100 * row['free_running']:.1f} %" in line and f"{100 * row['teacher_forced']:.1f} %" in line
-        assert f"{row['rate']:.2f}" in line and f"{row['loss_bits']:.2f}" in line
-    assert f"{found['base']['bits_per_token']:.2f} bits per token" in result.out
-    rates = {(row["units"], row["levels"]): row["rate"] for row in found["rows"] if row["budget"] == 2}
-    assert rates["learned", 1] < rates["learned", 2]
+    assert (tmp_path / "out" / "result.md").read_text(encoding="utf-8") == result.out
+    assert list(found["families"]) == ["rows"] and found["codec"]["name"] == "tiny"
+    own = found["families"]["rows"]
+    ways = ["codec", "without compressor", "fixed units", "token ids", "truncation"]
+    assert [(row["asked"], row["way"]) for row in own] == [(r, way) for r in (2.0, 4.0) for way in ways]
+    assert all(row["documents"] == 2 and row["tokens"] <= 48 for row in own)
+    table = [line for line in result.out.splitlines() if line.startswith("|")][2:]
+    for line, row in zip(table, own, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == [f"{row['asked']:g}", row["way"]]
+        assert cells[2] == f"{row['rate']:.2f}" and cells[5] == f"{row['efficiency']:.2f}"
+        assert cells[8] == f"{100 * row['free_running']:.1f} %"
 
 
 def test_sample_that_ships_is_the_default(tiny, codec):
-    result = tiny("eval", "--ratio", 3, "--tokens", 64)
-    assert result.status == 0 and result.out.startswith("1 documents, 64 tokens;")
-    tokens = codec.tokenizer(SAMPLE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][:64]
-    expected = evaluate(codec, [tokens], [3.0])
-    assert f"{expected['base']['bits_per_token']:.2f} bits per token" in result.out
-    assert f"{expected['3']['loss_bits']:.2f}" in result.out.split("\n\n")[1].splitlines()[1]
+    result = tiny("eval", "--ratio", 3, "--tokens", 64, "--ways", "codec")
+    assert result.status == 0 and "## demo" in result.out
+    ends = codec.tokenizer(SAMPLE.read_text(encoding="utf-8"), return_offsets_mapping=True)["offset_mapping"]
+    expected = ztok_fast.evaluate(codec, [SAMPLE.read_text(encoding="utf-8")[: ends[63][1]]], 3.0)
+    (line,) = [line for line in result.out.splitlines() if line.startswith("| 3")]
+    assert f"| {expected.residual_bits:8.2f} |" in line and "64 tokens" in result.out
+    assert f"Own bits H₀: {expected.own_bits:.2f}" in result.out
+
+
+def test_a_folder_stands_for_its_files(tiny, rows, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"text": "Another family."}\n')
+    (tmp_path / "notes.txt").write_text("not read")
+    result = tiny("eval", tmp_path, "--ratio", 2, "--ways", "token ids", "codec")
+    assert result.status == 0 and result.out.count("\n## ") == 2
+    assert result.out.startswith("## All families") and "| other  |" in result.out and "| rows   |" in result.out
+
+
+def test_plot(tiny, rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert tiny("eval", rows, "--ratio", 2, "--plot", tmp_path / "figure.png").status == 0
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_mistakes(tiny, rows, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": "not"}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "nothing").mkdir()
     assert_mistake(tiny("eval", tmp_path / "bad.jsonl"), "bad.jsonl, line 2", "'text'")
     assert_mistake(tiny("eval", tmp_path / "empty.jsonl"), "empty.jsonl", "at least one row")
+    assert_mistake(tiny("eval", rows, "--exclude", "open", "--exclude", "closed"), "outside of open, closed")
     assert_mistake(tiny("eval", tmp_path / "none.jsonl"), "no such file")
+    assert_mistake(tiny("eval", tmp_path / "nothing"), "expected a folder with .jsonl")
+    assert_mistake(tiny("eval", rows, rows), "files of different names")
     assert_mistake(tiny("eval", rows, "--documents", 0), "--documents")
     assert_mistake(tiny("eval", rows, "--json", tmp_path), "got a folder")
     assert_mistake(tiny("eval", "--ratio", 2, 77), "ratio", "got 77")
+    assert_mistake(tiny("eval", rows, "--ways", "open loop"), "ways: expected some of codec", "got 'open loop'")
 
 
 # The demo

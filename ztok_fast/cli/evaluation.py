@@ -1,13 +1,14 @@
-"""``ztok eval``: how well a codec restores text, per budget, kind of units and number of residual levels."""
+"""``ztok eval``: what a codec stores and restores, beside what remains without its language model and baselines."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ztok_fast.cli import common, report
+from ztok_fast.cli import common, streams
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
@@ -15,15 +16,24 @@ if TYPE_CHECKING:
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "demo.txt"
 """A short text in the package."""
 
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+_OUTPUTS = (("json", None), ("markdown", None), ("plot", None))
+
 
 def add_commands(commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="measure a codec on text",
-        description="Measure a codec on JSON lines with a `text` field, or on a short text in the package: accuracy "
-        "teacher-forced and free-running, ratio, rate, and the base model without Z-tokens.",
+        description="Measure a codec on JSON lines with a `text` field, or on a short text in the package: rate, own "
+        "bits, residual bits, efficiency, accuracy and ratio; the same without the language model of the compressor "
+        "or the decompressor; and baselines at the same rate. Every file is a family with tables of its own.",
     )
-    parser.add_argument("files", nargs="*", metavar="FILE.jsonl[.gz]", help="default: a short text in the package")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE.jsonl[.gz]|FOLDER",
+        help="a folder stands for its files; default: a short text in the package",
+    )
     parser.add_argument(
         "-r",
         "--ratio",
@@ -33,7 +43,13 @@ def add_commands(commands) -> None:
         help="text tokens per Z-token (default: the ratios of the training)",
     )
     parser.add_argument(
-        "--documents", type=int, default=32, metavar="N", help="maximum number of documents (default: 32)"
+        "--ways",
+        nargs="+",
+        metavar="WAY",
+        help="ways to store the text, such as codec 'without compressor' 'token ids' (default: all that the codec has)",
+    )
+    parser.add_argument(
+        "--documents", type=int, default=32, metavar="N", help="maximum number of documents of a file (default: 32)"
     )
     parser.add_argument(
         "--tokens", type=int, default=512, metavar="N", help="maximum number of tokens of each (default: 512)"
@@ -42,6 +58,8 @@ def add_commands(commands) -> None:
         "--exclude", action="append", default=[], metavar="SOURCE", help="leave out the rows of a source"
     )
     parser.add_argument("--json", metavar="OUT", help="also write the results to a JSON file")
+    parser.add_argument("--markdown", metavar="OUT", help="also write the tables to a Markdown file")
+    parser.add_argument("--plot", metavar="OUT", help="also write a figure (PNG or SVG); needs matplotlib")
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -50,103 +68,74 @@ def run(options: argparse.Namespace) -> int:
     for name in ("documents", "tokens"):
         if getattr(options, name) < 1:
             raise common.UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    for name in options.files:
-        common.check_input(name)
-    output = None if options.json is None else common.check_output(options.json, inputs=options.files)
+    files = _files(options.files)
+    outputs = common.check_outputs(options, _OUTPUTS, [str(path) for path in files.values()])
     codec = common.load_codec(options)
-    budgets = [codec.config.check_ratio(ratio) for ratio in options.ratio or codec.config.budgets]
-    documents = _documents(codec, options)
-    result = evaluate_variants(codec, documents, budgets)
-    if output is not None:
-        from ztok_fast.files import replace_atomically
 
-        with replace_atomically(output) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(render(result))
+    from ztok_fast.evaluation.plots import draw
+    from ztok_fast.evaluation.report import evaluate_families, markdown, ways_to_run
+    from ztok_fast.evaluation.scores import has_bleu
+    from ztok_fast.files import replace_atomically
+
+    ratios = [codec.config.check_ratio(ratio) for ratio in options.ratio or codec.config.budgets]
+    ways = ways_to_run(codec, options.ways)
+    families = {name: _texts(codec, path, options) for name, path in files.items()}
+    if not files:
+        families = {SAMPLE.stem: [_first_tokens(codec, SAMPLE.read_text(encoding="utf-8"), options.tokens)]}
+    if not has_bleu():
+        streams.say("ztok: note: BLEU is left out, it needs sacrebleu: pip install 'ztok-fast[eval]'")
+    tokens = sum(map(len, codec.tokenize([text for texts in families.values() for text in texts])))
+    with common.progress_bar(tokens * len(ratios) * len(ways), "evaluate") as progress:
+        results = evaluate_families(codec, families, ratios, ways, progress)
+    results["codec"] = {"name": Path(options.codec).name, **results["codec"]}
+    results["settings"] = {name: getattr(options, name) for name in ("files", "documents", "tokens", "exclude")}
+    found = markdown(results)
+    for name, text in (("json", json.dumps(results, indent=2) + "\n"), ("markdown", found)):
+        if name in outputs:
+            with replace_atomically(outputs[name]) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    if "plot" in outputs:
+        draw(results, outputs["plot"])
+    print(found, end="")
     return 0
 
 
-def _documents(codec: ZTokCodec, options: argparse.Namespace) -> list[list[int]]:
-    from ztok_fast.train.evaluate import dev_documents
+def _files(names: list[str]) -> dict[str, Path]:
+    """The files by the name of their family, those of folders too.
 
-    if options.files:
-        documents = dev_documents(options.files, codec.tokenizer, options.documents, options.tokens, options.exclude)
-    else:
-        documents = [common.tokenize(codec, [SAMPLE.read_text(encoding="utf-8")])[0][: options.tokens]]
-    if not documents:
-        raise common.UsageError(f"{', '.join(options.files)}: expected at least one row with text, got none")
-    return documents
-
-
-def evaluate_variants(codec: ZTokCodec, documents: list[list[int]], budgets: list[float]) -> dict:
-    """Learned units at every number of residual levels, and fixed units as the baseline.
-
-    Returns:
-        ``codec_fingerprint``, ``base_model``, ``documents`` and ``tokens`` (counts), ``base`` (the base model
-        without Z-tokens: bits per token, accuracy) and ``rows``: budget, units, levels and what
-        `evaluate` measures there.
+    Raises:
+        UsageError: no such file, a folder without one, or two of one name.
     """
-    from ztok_fast.train.evaluate import UNIT_KINDS, evaluate, unit_kinds
+    found: dict[str, Path] = {}
+    for name in names:
+        folder = Path(name)
+        own = sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES)) if folder.is_dir() else None
+        if own == []:
+            raise common.UsageError(f"{name}: expected a folder with .jsonl or .jsonl.gz files, got none in it")
+        for path in own or [common.check_input(name)]:
+            family = path.name.removesuffix(".gz").removesuffix(".jsonl")
+            if family in found:
+                raise common.UsageError(f"{path}: expected files of different names, got {found[family]} before")
+            found[family] = path
+    return found
 
-    all_levels, kinds = codec.config.num_codebooks, unit_kinds(codec.config)
-    variants = [*((units, all_levels) for units in kinds), *((kinds[0], n) for n in range(all_levels - 1, 0, -1))]
-    documents = [document[: codec.config.section_tokens] for document in documents]
-    tokens = sum(map(len, documents))
-    measured, base = {}, {}
-    with common.progress_bar(tokens * len(variants) * len(budgets), "evaluate") as progress:
-        for units, levels in variants:
-            found = evaluate(codec, documents, budgets, fixed_units=UNIT_KINDS[units], levels=levels)
-            base = found["base"]
-            for budget in budgets:
-                measured[budget, units, levels] = found[f"{budget:g}"]
-            progress(tokens * len(budgets))
-    rows = [
-        {"budget": budget, "units": units, "levels": levels, **measured[budget, units, levels]}
-        for budget in budgets
-        for units, levels in variants
+
+def _texts(codec: ZTokCodec, path: Path, options: argparse.Namespace) -> list[str]:
+    """Texts spread over a file, each cut to its first tokens."""
+    from ztok_fast.train.text_data import iter_texts
+
+    texts = [text for text in iter_texts([path], options.exclude) if text.strip()]
+    if not texts:
+        without = f" outside of {', '.join(options.exclude)}" if options.exclude else ""
+        raise common.UsageError(f"{path}: expected at least one row with text{without}, got none")
+    stride = max(1, len(texts) // options.documents)
+    return [_first_tokens(codec, text, options.tokens) for text in itertools.islice(texts, 0, None, stride)][
+        : options.documents
     ]
-    return {
-        "codec_fingerprint": codec.fingerprint,
-        "base_model": codec.base.name,
-        "documents": len(documents),
-        "tokens": tokens,
-        "base": base,
-        "rows": rows,
-    }
 
 
-def render(result: dict) -> str:
-    """The table that ``ztok eval`` prints."""
-    header = (
-        "budget",
-        "units",
-        "levels",
-        "free-running",
-        "teacher-forced",
-        "ratio",
-        "rate",
-        "loss bits",
-        "length~surprisal",
-    )
-    rows = [
-        [
-            f"{row['budget']:g}",
-            row["units"],
-            str(row["levels"]),
-            report.percent(row["free_running"]),
-            report.percent(row["teacher_forced"]),
-            report.number(row["ratio"]),
-            report.number(row["rate"]),
-            report.number(row["loss_bits"]),
-            report.number(row["length_surprisal_correlation"]),
-        ]
-        for row in result["rows"]
-    ]
-    return (
-        f"{result['documents']:,} documents, {result['tokens']:,} tokens; the base model without Z-tokens: "
-        f"{report.number(result['base']['bits_per_token'])} bits per token, "
-        f"{report.percent(result['base']['accuracy'])} of next tokens right\n\n"
-        + report.table(header, rows, left=2)
-        + "\n\nrate and loss in bits per text token; length~surprisal: correlation of a unit's length with the "
-        "mean\nsurprisal of its tokens, negative where dense text gets shorter units"
-    )
+def _first_tokens(codec: ZTokCodec, text: str, tokens: int) -> str:
+    """The beginning of a text that has at most so many tokens."""
+    found = codec.tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ends = [end for _, end in found["offset_mapping"]]
+    return text if len(ends) < tokens and len(text) <= 16 * tokens else text[: ends[min(tokens, len(ends)) - 1]]

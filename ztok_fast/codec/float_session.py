@@ -44,7 +44,7 @@ class DecodeCache:
 
 
 class DecodeSession:
-    """A batch of sequences under one adapter: a packed prefix first, then one row at a time.
+    """A batch of sequences under one adapter (``None``: the bare base): a packed prefix first, then one row at a time.
 
     Prefixes are aligned at their ends, so that all sequences write the same cache column.
 
@@ -58,7 +58,7 @@ class DecodeSession:
     def __init__(
         self,
         adapted: AdaptedBase,
-        adapter: str,
+        adapter: str | None,
         embeds,
         position_ids,
         cu_seqlens,

@@ -71,7 +71,7 @@ class FloatRuntime:
     @contextmanager
     def session(
         self,
-        adapter: str,
+        adapter: str | None,
         embeds: Tensor,
         position_ids: Tensor,
         cu_seqlens: Tensor,

@@ -25,6 +25,16 @@ def encode_slots(z: ZTokens, codebook_size: int, max_unit_length: int, codes: bo
     parts = [(filled, z.num_codebooks + 1), (gaps, max_unit_length), (tails, max_unit_length + 1)]
     if codes:
         parts.append((z.codes[z.codes >= 0].long(), codebook_size))
+    return _encode(parts)
+
+
+def encode_tokens(tokens: Tensor, vocabulary: int) -> bytes:
+    """The stream of token ids alone, int64 ``[N]``, coded as the codes of slots are."""
+    return _encode([(tokens, vocabulary)])
+
+
+def _encode(parts: list[tuple[Tensor, int]]) -> bytes:
+    """One stream of symbols int64 ``[N]``, each kind with its number of different ones."""
     found = [symbol_intervals(symbols, *_table(size, len(symbols)), INCREMENT) for symbols, size in parts]
     start, size, total = (torch.cat(values) for values in zip(*found))
     cu = torch.tensor([0, len(start)], dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""How well a codec restores text for what it stores, beside what remains without its language model."""
