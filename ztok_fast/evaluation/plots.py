@@ -6,6 +6,9 @@ from pathlib import Path
 
 from ztok_fast.evaluation.evaluate import CODEC, WAYS
 
+LOWEST = -0.3
+"""Where the axis of efficiency begins at the latest: below 0 a way is worse than no Z-tokens, however much."""
+
 
 def draw(results: dict, path: Path) -> None:
     """Write one figure, PNG or SVG by the file's name; needs matplotlib.
@@ -42,7 +45,7 @@ def _panels(axes, name: str, rows: list[dict]) -> None:
     left.axhline(1.0, color="black", linewidth=1, label="bound: every bit saves one")
     right.axvline(rows[0]["own_bits"], color="black", linewidth=1, label="own bits H₀")
     right.axvline(rows[0]["vocabulary_bits"], color="grey", linewidth=1, linestyle="--", label="log2(vocabulary)")
-    left.set(ylabel=f"{name}\nefficiency η", ylim=(None, 1.05))
+    left.set(ylabel=f"{name}\nefficiency η", ylim=(max(left.get_ylim()[0], LOWEST), 1.05))
     right.set(ylabel="share of tokens right, free-running", ylim=(0, 1.02))
     for plot in axes:
         plot.set(xlabel="rate, bits per text token")

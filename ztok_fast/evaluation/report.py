@@ -75,7 +75,7 @@ def markdown(results: dict) -> str:
 
 
 _LEGEND = (
-    "Bits are per text token. η = (H₀ − residual) / rate, at most 1. Rate: everything the decompressor is told, as "
+    "Bits are per text token. η = (H₀ − residual) / rate. Rate: everything the decompressor is told, as "
     "stored; plain: with every code at its full width. Near: documents of 150 tokens or more whose ratio is within "
     "10 % of the one asked for. docs/evaluation.md defines every column and way."
 )

@@ -80,7 +80,10 @@ class Evaluation:
 
     @property
     def efficiency(self) -> float:
-        """Bits of the text that the stored bits save, (H0 − H(x | z)) / rate: at most 1. NaN at a rate of 0."""
+        """Bits of the text that the stored bits save, (H0 − H(x | z)) / rate. NaN at a rate of 0.
+
+        At most 1 where the base model is the best account of the text; docs/evaluation.md says where not.
+        """
         return (self.own_bits - self.residual_bits) / self.rate if self.rate else math.nan
 
     @property
