@@ -1,4 +1,4 @@
-"""A codec of slots on the small base that ships, fresh from its start: what it restores is its language models' work."""
+"""A codec of slots on the small base that ships, untrained: what it restores is its language models' work."""
 
 import pytest
 import torch
