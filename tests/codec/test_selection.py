@@ -6,9 +6,9 @@ import torch
 from tests.codec.tiny_codec import packed_documents, tiny_base, tiny_codec
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.errors import CodecError, ZBatchError
-from ztok_fast.codec.layout import offsets
+from ztok_fast.codec.layout import offsets, sequence_of_row
 from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
-from ztok_fast.codec.selection import close, guess, harm, within_budget
+from ztok_fast.codec.selection import close, grow, guess, harm, is_right, sums, within_budget
 from ztok_fast.codec.slots import fill_slots
 from ztok_fast.codec.zbatch import ZBatch
 
@@ -85,6 +85,38 @@ def test_high_ratios_keep_the_budget_and_what_is_written(codec, guessable, ratio
     assert torch.equal(named[named >= 0], tokens[named >= 0])
     predicted, _, loss = teacher_forced(codec.model, z, tokens)
     assert torch.equal(predicted[named >= 0], tokens[named >= 0]) and (loss[named >= 0] == 0).all()
+
+
+def test_right_tokens_are_those_of_the_guesses(codec, engine, guessable):
+    tokens, cu = packed(guessable)
+    written = torch.rand(len(tokens), generator=torch.Generator().manual_seed(2)) < 0.5
+    right = guess(codec.model, tokens, written, cu).right
+    assert torch.equal(is_right(codec.model, tokens, written, cu), right)
+    assert right[~written].any() and not right.all()
+
+
+def test_segments_at_their_limit_are_left_as_they_are(codec, engine, guessable):
+    tokens, cu = packed(guessable)
+    segment, count = sequence_of_row(cu, len(tokens)), len(cu) - 1
+    start = torch.zeros_like(tokens, dtype=torch.bool)
+    whole = grow(codec.model, tokens, cu, start)
+    limit = sums(whole, segment, count) + (torch.arange(count) % 2)
+    limited = grow(codec.model, tokens, cu, start, limit=limit)
+    below = (limit > sums(whole, segment, count))[segment]
+    assert torch.equal(limited[below], whole[below])
+    assert (sums(limited, segment, count) >= limit)[::2].all()
+    assert torch.equal(grow(codec.model, tokens, cu, start, limit=torch.zeros(count)), start)
+
+
+def test_words_of_a_large_vocabulary_have_the_bits_of_the_table(codec, engine, guessable, monkeypatch):
+    runtime = codec.model.runtime
+    tokens = torch.tensor([[3, 7], [3, 250]])
+    found = []
+    for limit in (1 << 23, 0):
+        monkeypatch.setattr("ztok_fast.codec.runtime.WORD_TABLE", limit)
+        table, rows = runtime.linear_of_words(codec.model.ahead_projection, tokens)
+        found.append(table[rows])
+    assert torch.equal(*found)
 
 
 def test_tokens_to_keep_are_written_at_any_ratio(codec, guessable):

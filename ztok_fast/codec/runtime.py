@@ -26,6 +26,10 @@ PASS_SEQUENCES = 32
 """Sequences of one pass of the engine that nobody continues: they share a few slots of its cache."""
 
 
+WORD_TABLE = 1 << 23
+"""Most elements of a table of what a linear layer makes of every word: 32 MB. It is made once."""
+
+
 class Session(Protocol):
     """Sequences that are continued row by row."""
 
@@ -94,6 +98,11 @@ class FloatRuntime:
         """A linear layer of the codec's own."""
         return module(x)
 
+    def linear_of_words(self, module: nn.Linear, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Such a layer over the embeddings of tokens: a table ``[n, D']``, and each token's row in it."""
+        table = module(self.adapted.embedding(tokens.flatten()))
+        return table, torch.arange(len(table), device=tokens.device).view(tokens.shape)
+
 
 class EngineRuntime:
     """The base model as the engine runs it; for one thread at a time, others wait.
@@ -109,6 +118,7 @@ class EngineRuntime:
         self.adapted, self.engine, self.name = adapted, engine, engine.precision
         self._lock = threading.RLock()
         self._packed: dict[nn.Linear, tuple[int, Tensor]] = {}
+        self._words: dict[nn.Linear, tuple[int, Tensor]] = {}
 
     def hidden(self, embeds, position_ids, cu_seqlens, max_length, adapter, layers=None) -> Tensor:
         bounds = cu_seqlens.tolist()
@@ -153,6 +163,18 @@ class EngineRuntime:
             panels = ordered_pack(module.weight.detach().float())
             self._packed[module] = (module.weight._version, panels)
         return ordered_linear(x.float(), panels, module.out_features, None if module.bias is None else module.bias)
+
+    def linear_of_words(self, module: nn.Linear, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.adapted.embedding.weight
+        if len(weight) * module.out_features > WORD_TABLE:
+            own, rows = tokens.unique(return_inverse=True)
+            return self.linear(module, self.adapted.embedding(own)), rows
+        # A row has the same bits in every table.
+        version, table = self._words.get(module, (None, None))
+        if table is None or version != module.weight._version:
+            table = self.linear(module, weight.detach())
+            self._words[module] = (module.weight._version, table)
+        return table, tokens
 
     def _forward(self, embeds, position_ids, cu, slots, adapter, starts=None, layers=None) -> Tensor:
         return self.engine.forward(

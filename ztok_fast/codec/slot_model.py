@@ -19,6 +19,10 @@ DISTANCES = 16
 """Distances to them that are told apart; larger ones count as the largest."""
 
 
+AHEAD_ROWS = 512
+"""Text rows whose conditioning is made at once."""
+
+
 class SlotModel(SegmentModel):
     """Z-tokens of L slots, each with one token of the vocabulary and its place in the unit.
 
@@ -55,10 +59,8 @@ class SlotModel(SegmentModel):
     def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
         # Slots have no vectors beside their codes.
         assert vectors is None and z.slot_offsets is not None
-        words = self.runtime.linear(
-            self.slot_projection, self.adapted.embedding(z.codes.clamp(min=0).long()).flatten(0, 1)
-        )
-        words = words.unflatten(0, z.codes.shape)
+        table, rows = self.runtime.linear_of_words(self.slot_projection, z.codes.clamp(min=0).long())
+        words = nn.functional.embedding(rows, table)
         places = self.slot_places(z.slot_offsets.clamp(0, DISTANCES - 1).long())
         total = torch.zeros_like(places[:, 0])
         # One addition after another: the sum has the same bits whatever the number of rows.
@@ -74,16 +76,22 @@ class SlotModel(SegmentModel):
         named = written_tokens(z)
         index, distance = ahead(named >= 0, z.cu_text, AHEAD)
         # One row more, for those that have nothing ahead to point at.
-        words = self.adapted.embedding(torch.cat([named[named >= 0], named.new_zeros(1)]))
-        words = self.runtime.linear(self.ahead_projection, words).unflatten(1, (AHEAD, -1))
-        near = distance.clamp(max=DISTANCES)
-        # Row 0 of the tables says that there is no token ahead.
-        seen = (distance > 0).to(words.dtype)
-        rows = self.ahead_places[0][near[:, 0]] + words[index[:, 0], 0] * self.ahead_gates[0][near[:, 0]] * seen[:, :1]
-        for step in range(1, AHEAD):
-            gate = self.ahead_gates[step][near[:, step]] * seen[:, step : step + 1]
-            rows = rows + self.ahead_places[step][near[:, step]] + words[index[:, step], step] * gate
-        return rows, None
+        told = torch.cat([named[named >= 0], named.new_zeros(1)])
+        table, row = self.runtime.linear_of_words(self.ahead_projection, told)
+        words = table.view(len(table) * AHEAD, -1)
+        # Row 0 of the gates and places says that there is no token ahead.
+        gates = self.ahead_gates * (torch.arange(DISTANCES + 1, device=named.device) > 0)[None, :, None]
+        found = []
+        # In blocks that stay in the processor's caches, but for training, where torch keeps all of them.
+        block = max(1, total) if torch.is_grad_enabled() else AHEAD_ROWS
+        for at, near in zip(row[index].split(block), distance.clamp(max=DISTANCES).split(block)):
+            rows = 0.0
+            for step in range(AHEAD):
+                gate = nn.functional.embedding(near[:, step], gates[step])
+                said = nn.functional.embedding(at[:, step] * AHEAD + step, words)
+                rows = rows + nn.functional.embedding(near[:, step], self.ahead_places[step]) + said * gate
+            found.append(rows)
+        return torch.cat(found), None
 
     def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
         codes, lengths, places, ended = self.zspace.select(hidden, self.adapted.embedding.weight, **settings)
