@@ -59,7 +59,7 @@ def packed(documents):
 
 def test_the_loop_closes_and_leaves_guesses_to_the_decompressor(codec, engine, guessable):
     tokens, cu = packed(guessable)
-    written = close(codec.model, tokens, cu)
+    written, _ = close(codec.model, tokens, cu)
     assert guess(codec.model, tokens, written, cu).right.all()
     assert not written.all(), "some tokens are guessed"
 

@@ -36,9 +36,10 @@ class ZTokConfig:
         max_unit_length: most text tokens that one Z-token may stand for.
         budgets: the ratios r that the codec was trained at.
         emission: ``"slots"`` (a Z-token names L text tokens that the decompressor would not guess, and its unit ends
-            when they are full; see `ztok_fast.codec.selection`), or pooled units: ``"fire"`` (learned halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r
-            tokens, one pass) or ``"stop"`` (the compressor writes the Z-tokens of a segment one after another until
-            the mass of end-of-Z reaches a threshold; see `ztok_fast.codec.autoregressive`).
+            when they are full; see `ztok_fast.codec.selection`), or how pooled units are cut: ``"fire"`` (learned
+            halting mass, integrate-and-fire, one pass over the text), ``"fixed"`` (units of r tokens, one pass) or
+            ``"stop"`` (the compressor writes the Z-tokens of a segment one after another until the mass of end-of-Z
+            reaches a threshold; see `ztok_fast.codec.autoregressive`).
         z_position: which text position of its unit gives a Z-token its position id for the decompressor.
         unit_conditioning: add a Z-token's embedding, and the offset in its unit, to the decompressor's input rows
             that write the unit. Unit lengths are stored, so the decompressor knows them; with it the decompressor
@@ -112,8 +113,8 @@ class ZTokConfig:
             raise ConfigError("codec setting copy_path: expected unit_conditioning to be true with it, got false")
         if self.emission == "slots" and self.max_unit_length < self.segment_length:
             raise ConfigError(
-                f"codec setting max_unit_length: expected at least segment_length ({self.segment_length}) with emission "
-                f"'slots', whose units end when their slots are full, got {self.max_unit_length}"
+                f"codec setting max_unit_length: expected at least segment_length ({self.segment_length}) with "
+                f"emission 'slots', whose units end when their slots are full, got {self.max_unit_length}"
             )
         if not isinstance(self.budgets, list) or not self.budgets:
             raise ConfigError(f"codec setting budgets: expected a list of at least one ratio, got {self.budgets!r}")

@@ -22,7 +22,7 @@ def evaluate_slots(codec, documents: list[list[int]]) -> dict:
     guessed_bits = base_bits = 0.0
     for first in range(0, len(sections), 8):
         batch = make_batch(sections[first : first + 8], config.segment_length).to(model.device)
-        chosen = close(model, batch.tokens, batch.cu_segments)
+        chosen, _ = close(model, batch.tokens, batch.cu_segments)
         loss = guess(model, batch.tokens, chosen, batch.cu_segments).loss
         guessed_bits += float((loss * ~chosen).sum()) / 0.6931471805599453
         base_bits += float(model.surprisal(batch.tokens, batch.cu_segments).sum())

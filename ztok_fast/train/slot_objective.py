@@ -41,7 +41,7 @@ class InferencerObjective(nn.Module):
         """The loss terms, 0-d; ``zspace`` is in nats a Z-token. There are no random draws."""
         model, tokens, cu = self.model, batch.tokens, batch.cu_segments
         with torch.no_grad():
-            written = close(model, tokens, cu, prunings=0)
+            written, _ = close(model, tokens, cu, prunings=0)
             z = fill_slots(tokens, written, cu, batch.cu_sections, model.config.num_codebooks)
             embeddings = model.embed(z)
         zspace, answer = inferencer_losses(model, batch, z, embeddings, bool(self.answer))
