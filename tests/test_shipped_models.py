@@ -11,7 +11,7 @@ import torch
 
 import ztok_fast
 from ztok_fast import ZTokCodec
-from ztok_fast.codec.codec import MODELS
+from ztok_fast.codec.shipped import MODELS
 from ztok_fast.train.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

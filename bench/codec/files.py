@@ -13,8 +13,9 @@ from bench.machine import ROOT
 from bench.tiny import SLOTS, write_texts, write_tiny_codec
 from ztok_fast.codec import huggingface
 from ztok_fast.codec.base_model import BaseModel, BaseModelError, load_base
-from ztok_fast.codec.codec import MODELS, ZTokCodec
+from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.codec.shipped import MODELS
 from ztok_fast.ops.spec import mixed_lengths
 
 TEXTS = ("ztok_fast/data/demo.txt", "tests/data/unseen.txt")

@@ -13,7 +13,7 @@ from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
 
-TOKENIZER = Path(ztok_fast.__file__).parent / "models" / "ztok-mini" / "base"
+TOKENIZER = Path(ztok_fast.__file__).parent / "models" / "mini-base" / "base"
 TEXT = "The cat sat on the mat, and the dog saw it.\r\nSmall cafés — 東京 🙂 — sell tea for 3.50 a cup.\n"
 
 

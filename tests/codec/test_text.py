@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.codec.tiny_base import tiny_tokenizer
 from ztok_fast.codec import text
-from ztok_fast.codec.codec import MODELS
+from ztok_fast.codec.shipped import MODELS
 from ztok_fast.codec.text import detokenize, tokenize
 
 
@@ -25,7 +25,7 @@ def metaspace_tokenizer():
 def shipped_tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(MODELS / "ztok-mini" / "base")
+    return AutoTokenizer.from_pretrained(MODELS / "mini-base" / "base")
 
 
 @pytest.fixture(params=[tiny_tokenizer, shipped_tokenizer, metaspace_tokenizer], ids=["tiny", "shipped", "metaspace"])

@@ -110,14 +110,16 @@ def _exactness(info: DocumentInfo) -> str:
 
 
 def _describe_codec(name: str, base_name: str | None) -> int:
-    from ztok_fast.codec.codec import MODELS, ZTokCodec
+    from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.shipped import codec_folder, shipped_codecs
 
-    if not Path(name).is_dir() and not (MODELS / name).is_dir():
-        shipped = sorted(path.parent.name for path in MODELS.glob("*/config.json"))
-        raise common.UsageError(f"{name}: there is no such file, codec folder or shipped codec; shipped are {shipped}")
+    folder = codec_folder(name)
+    if not folder.is_dir():
+        raise common.UsageError(
+            f"{name}: there is no such file, codec folder or shipped codec; shipped are {shipped_codecs()}"
+        )
     codec = ZTokCodec.from_pretrained(name, base=base_name)
     config, state = codec.config, codec.model.codec_state()
-    folder = Path(name) if Path(name).is_dir() else MODELS / name
     own = sum(parameter.numel() for parameter in state.values())
     adapters = sum(parameter.numel() for key, parameter in state.items() if key.startswith("adapters."))
     base = sum(parameter.numel() for parameter in codec.base.model.parameters()) - adapters

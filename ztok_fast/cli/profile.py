@@ -17,7 +17,7 @@ from ztok_fast.cli import common, profile_files, report
 
 if TYPE_CHECKING:
     from ztok_fast.cli.profile_ways import Work
-    from ztok_fast.profiling import Profile
+from ztok_fast.profiling import Profile
 
 EPILOG = """\
 stages: tokenise (both ways), model passes (the base with an adapter), halting, quantise, head (choosing tokens or
@@ -138,6 +138,7 @@ def measure(options: argparse.Namespace, work: Work) -> tuple[dict, Profile]:
     from ztok_fast import doctor, profiling
     from ztok_fast.cli import profile_machine as machine
     from ztok_fast.cli import profile_ways as ways
+    from ztok_fast.codec.shipped import codec_folder
 
     codec, small = work.codec, work.small()
     own = ways.Way(ways.OURS, ways.ours)
@@ -155,7 +156,7 @@ def measure(options: argparse.Namespace, work: Work) -> tuple[dict, Profile]:
     others, notes = [], []
     if not options.no_baselines:
         for found, sentences in (
-            ways.baselines(work, ways.codec_folder(options.codec), options.base),
+            ways.baselines(work, codec_folder(options.codec), options.base),
             ways.llama_cpp(work, options.gguf),
         ):
             others += found

@@ -15,7 +15,7 @@ import torch
 from ztok_fast.cli import common, profile_machine
 from ztok_fast.codec import huggingface
 from ztok_fast.codec.base_model import BaseModel, load_base
-from ztok_fast.codec.codec import MODELS, ZTokCodec
+from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.errors import CodecError
 from ztok_fast.codec.passes import BATCH_TOKENS, batches
@@ -218,10 +218,6 @@ def _fresh_base(folder: Path, name: str | None) -> BaseModel:
     config = ZTokConfig.load(folder)
     own = str(folder / "base") if (folder / "base").is_dir() else config.base_model
     return load_base(name or own, expected_fingerprint=config.base_fingerprint or None)
-
-
-def codec_folder(name: str) -> Path:
-    return Path(name) if Path(name).is_dir() else MODELS / name
 
 
 def _baseline(parts: huggingface.Parts, batched: bool) -> Callable[[Work], Answer]:

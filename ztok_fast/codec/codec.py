@@ -25,13 +25,11 @@ from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
 from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
+from ztok_fast.codec.shipped import codec_folder, shipped_codecs
 from ztok_fast.codec.text import as_text, detokenize, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.codec.ztokens import ZTokens
-
-MODELS = Path(__file__).resolve().parent.parent / "models"
-"""Codecs that ship with the package, by folder name."""
 
 DEFAULT_CODEC = "ztok-mini"
 
@@ -68,18 +66,15 @@ class ZTokCodec:
         """Load a codec from a folder, or one that ships with the package by its name.
 
         The base model is, in this order: ``base``; the codec folder's own ``base/``; what its settings name,
-        found locally, on the hub, or in an installed package.
+        found locally, among those that ship, on the hub, or in an installed package.
 
         Raises:
             CodecError: no such codec, or the base model is not the one that the codec was trained on.
             ConfigError, WeightsError, BaseModelError: a file is missing or damaged, no base model is found.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            folder = MODELS / str(path)
+        folder = codec_folder(path)
         if not (folder / "config.json").is_file():
-            shipped = sorted(p.parent.name for p in MODELS.glob("*/config.json"))
-            raise CodecError(f"codec {str(path)!r}: expected a codec folder or one of {shipped}, got neither")
+            raise CodecError(f"codec {str(path)!r}: expected a codec folder or one of {shipped_codecs()}, got neither")
         config = ZTokConfig.load(folder)
         state = load_weights(folder)
         if base is None:
@@ -397,4 +392,4 @@ class ZTokCodec:
         return answers[0] if single else answers
 
 
-__all__ = ["DEFAULT_CODEC", "MODELS", "ZTokCodec"]
+__all__ = ["DEFAULT_CODEC", "ZTokCodec"]

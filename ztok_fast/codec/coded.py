@@ -29,7 +29,7 @@ from ztok_fast.engine import Engine
 from ztok_fast.ops import decode_tokens, range_decoder, range_encode
 from ztok_fast.ops.entropy.range_encode import Streams
 
-DEFAULT_BASE = Path(__file__).resolve().parent.parent / "models" / "mini-base" / "base"
+DEFAULT_BASE = "mini-base"
 PART_BYTES = 1 << 20
 """Most bytes of one part: what bounds the memory, and what a damaged file can ask for."""
 
