@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ztok_fast.cli import common, report
 from ztok_fast.cli.evaluation import SAMPLE
+
+RATIOS = [2.0, 4.0, 8.0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ztok_fast.demo", description="Compress a text and get it back.")
     parser.add_argument("--text", metavar="FILE", default=str(SAMPLE), help="default: the text that ships")
-    parser.add_argument("-r", "--ratio", type=float, nargs="+", default=[2.0, 4.0], metavar="R", help="default: 2 4")
+    parser.add_argument(
+        "-r", "--ratio", type=float, nargs="+", default=[2.0, 4.0, 8.0], metavar="R", help="default: 2 4 8"
+    )
     common.add_codec_arguments(parser)
     try:
         options = parser.parse_args(argv)
@@ -33,12 +40,14 @@ def run(options: argparse.Namespace) -> int:
     measurements = [measure(codec, text, ratio) for ratio in options.ratio]
     exact = [codec.compress([data], ratio, exact=True) for ratio in options.ratio]
     whole = [codec.decompress_bytes(z)[0] == data for z in exact]
+    vocabulary = math.log2(codec.model.adapted.embedding.num_embeddings)
     print(
         f"codec {options.codec}, loaded in {load_seconds:.1f} s; a text of {len(data):,} bytes = "
-        f"{len(measurements[0].tokens):,} tokens, on which the\nbase model's own bits per token, without Z-tokens, are "
-        f"{report.number(measurements[0].base_bits)}\n"
+        f"{len(measurements[0].tokens):,} tokens of {report.number(vocabulary, 1)} bits each, on which\nthe base "
+        f"model's own bits per token, without Z-tokens, are {report.number(measurements[0].base_bits)}\n"
     )
     print(_numbers(measurements, exact, whole))
+    print("\n" + report.fold(f"The whole text stored exactly, in bytes: {_sizes(data)}", False, indent=""))
     colour = report.use_colour()
     for m in measurements:
         budget = f"{m.z.documents[0].budget:g}"
@@ -46,7 +55,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"\nThe text as it came back at r = {budget}{'' if colour else ', wrong tokens in {braces}'}:\n")
         print(report.fold(report.mark_wrong(texts, m.wrong, colour), colour))
         texts = report.token_texts(codec.tokenizer, m.tokens)
-        print(f"\nWhere its {m.z.ztokens:,} Z-tokens went{'' if colour else ', | ends a unit'}:\n")
+        legend = "" if colour else ", | ends a unit"
+        if m.z.slot_offsets is not None:
+            texts = [f"[{text}]" if own and not colour else text for text, own in zip(texts, m.guessed)]
+            legend += "" if colour else ", [guessed] by the decompressor, the rest written"
+        print(f"\nWhere its {m.z.ztokens:,} Z-tokens went{legend}:\n")
         print(report.fold(report.mark_units(texts, m.unit_lengths, colour), colour))
     return 0 if all(whole) else 1
 
@@ -58,18 +71,28 @@ def _numbers(measurements, exact, whole) -> str:
         ["Z-tokens", *(f"{m.z.ztokens:,}" for m in measurements)],
         ["achieved ratio", *(report.number(m.z.achieved_ratio) for m in measurements)],
         ["rate, bits per token", *(report.number(m.z.rate) for m in measurements)],
-        ["rate / the base model's own bits", *(report.number(m.z.rate / m.base_bits) for m in measurements)],
+        ["residual bits, given Z-tokens and prefix", *(report.number(m.residual_bits) for m in measurements)],
+        ["efficiency (bits saved / bits spent)", *(report.number(m.efficiency) for m in measurements)],
         ["tokens right, free-running", *(report.percent(m.free_running) for m in measurements)],
         ["tokens right, teacher-forced", *(report.percent(m.teacher_forced) for m in measurements)],
-        ["bits of a token in a short unit", *(report.number(short) for short, _, _ in allocation)],
-        ["bits of a token in a long unit", *(report.number(long) for _, long, _ in allocation)],
-        ["correlation of length and surprisal", *(report.number(value) for _, _, value in allocation)],
+        ["correlation of unit length and surprisal", *(report.number(value) for _, _, value in allocation)],
         ["seconds to compress", *(report.number(m.compress_seconds) for m in measurements)],
         ["seconds to decompress", *(report.number(m.decompress_seconds) for m in measurements)],
         ["exact mode: every byte came back", *("yes" if same else "NO" for same in whole)],
         ["exact mode: bits per token in all", *(report.number(z.rate_exact) for z in exact)],
     ]
     return report.table(["", *(f"r = {m.z.documents[0].budget:g}" for m in measurements)], rows)
+
+
+def _sizes(data: bytes) -> str:
+    """What exact storage takes: coded units, and the general compressors that are installed."""
+    from ztok_fast.cli.profile_files import coded_files, general_compressors
+    from ztok_fast.codec.coded import TextCoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {"coded units": coded_files(TextCoder.from_pretrained(), Path(folder) / "x.ztok")}
+        ways |= general_compressors()
+        return ", ".join(f"{name} {len(compress(data)):,}" for name, (compress, _) in ways.items())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ztok_fast.cli.common import tokenize
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.layout import offsets, split_segments
 from ztok_fast.codec.passes import teacher_forced
+from ztok_fast.codec.slots import written_tokens
 from ztok_fast.codec.zbatch import ZBatch
 
 
@@ -22,6 +23,7 @@ class Measurement:
     Attributes:
         tokens: of the text, N; z: its Z-tokens; written: what the decompressor wrote, N tokens.
         predicted: what it would have written given the true prefix.
+        residual_bits: bits per token that the decompressor still needs, given the Z-tokens and the true prefix.
         surprisal: bits of every token under the bare base model, fp32 ``[N]``, each segment on its own.
         compress_seconds, decompress_seconds: wall-clock time.
     """
@@ -30,6 +32,7 @@ class Measurement:
     z: ZBatch
     written: list[int]
     predicted: list[int]
+    residual_bits: float
     surprisal: torch.Tensor
     compress_seconds: float
     decompress_seconds: float
@@ -57,6 +60,18 @@ class Measurement:
     def base_bits(self) -> float:
         """The bare base model's bits per token: what its own coding of the text would take."""
         return float(self.surprisal.mean())
+
+    @property
+    def efficiency(self) -> float:
+        """(own bits − residual bits) / rate: how much of what the Z-tokens cost they save. 1 is the bound."""
+        return (self.base_bits - self.residual_bits) / self.z.rate
+
+    @property
+    def guessed(self) -> list[bool]:
+        """For every token whether the decompressor guesses it; all of them where Z-tokens name none."""
+        if self.z.slot_offsets is None:
+            return [True] * len(self.tokens)
+        return (written_tokens(self.z) < 0).tolist()
 
     def surprisal_by_length(self) -> tuple[float, float, float]:
         """Mean surprisal of the tokens in units shorter than the budget and in longer ones (NaN where there are
@@ -90,14 +105,18 @@ def measure(codec: ZTokCodec, text: str, ratio: float) -> Measurement:
     device, limit = codec.model.device, codec.config.section_tokens
     sections, predicted = [tokens[i : i + limit] for i in range(0, len(tokens), limit)], []
     encoded, _ = z.sections(codec.config.section_segments)
+    nats = 0.0
     for index, section in enumerate(sections):
         own = encoded.part(index).to(device)
-        predicted += teacher_forced(codec.model, own, torch.tensor(section, device=device))[0].tolist()
+        found, _, loss = teacher_forced(codec.model, own, torch.tensor(section, device=device))
+        predicted += found.tolist()
+        nats += float(loss.sum())
     return Measurement(
         tokens,
         z,
         written,
         predicted,
+        nats / math.log(2) / len(tokens),
         torch.cat([surprisal(codec, section) for section in sections]),
         compressed - started,
         decompressed - compressed,

@@ -16,7 +16,7 @@ from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_b
 from ztok_fast.train.evaluate import evaluate
 from ztok_fast.train.objective import Objective
 from ztok_fast.train.settings import TrainSettings
-from ztok_fast.train.slot_evaluate import evaluate_slots
+from ztok_fast.train.slot_evaluate import evaluate_inferencer, evaluate_slots
 from ztok_fast.train.slot_objective import InferencerObjective, SlotObjective
 
 
@@ -62,7 +62,8 @@ class SlotMethod:
         return {}
 
     def evaluate(self, dev: list[list[int]], step: int) -> dict:
-        return evaluate_slots(self.codec, dev)
+        measure = evaluate_inferencer if self.settings.part == "inferencer" else evaluate_slots
+        return measure(self.codec, dev)
 
     def summary(self, row: dict) -> dict:
         """What the progress bar shows of a step."""

@@ -1,0 +1,107 @@
+"""Training a codec of slots: what learns, what stays, and that a run can be resumed."""
+
+import json
+
+import pytest
+import torch
+
+from tests.codec.test_selection import SEGMENT, SLOTS
+from tests.codec.tiny_codec import tiny_base, tiny_codec
+from tests.train.tiny_run import tiny_settings
+from ztok_fast.train.batches import Section, make_batch
+from ztok_fast.train.loop import Trainer
+from ztok_fast.train.settings import SettingsError
+from ztok_fast.train.slot_evaluate import evaluate_inferencer, evaluate_slots
+from ztok_fast.train.slot_objective import InferencerObjective, SlotObjective
+
+CODEC = SLOTS | {"num_codebooks": 2, "latent_dim": 8, "lora_rank": 2, "budgets": [2.0, 4.0]}
+
+
+def batch(codec):
+    draw = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, 270, (n,), generator=draw).tolist() for n in (40, 16, 7)]
+    return make_batch([Section(tokens[0], [5, 6], [7]), *map(Section, tokens[1:])], SEGMENT)
+
+
+def moved(codec) -> set[str]:
+    return {
+        name
+        for name, parameter in codec.model.trainable_parameters().items()
+        if parameter.grad is not None and bool(parameter.grad.any())
+    }
+
+
+def test_the_decompressor_learns_to_guess():
+    codec = tiny_codec(**SLOTS)
+    # Seeds of batches with and without a first pass.
+    for seed in range(4):
+        terms = SlotObjective(codec.model)(batch(codec), seed)
+        terms["total"].backward()
+    own = {"slot_projection.weight", "slot_gates", "slot_places.weight", "start_embedding"}
+    own |= {"ahead_projection.weight", "ahead_gates", "ahead_places"}
+    found = moved(codec)
+    assert own <= found
+    assert {name for name in found - own} == {n for n in found if ".decompressor." in n} != set()
+
+
+def test_the_same_seed_gives_the_same_loss():
+    codec = tiny_codec(**SLOTS)
+    losses = [SlotObjective(codec.model)(batch(codec), seed)["total"].item() for seed in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_inferencer_learns_what_comes_next_and_nothing_else():
+    codec = tiny_codec(**SLOTS)
+    terms = InferencerObjective(codec.model, answer=0.1)(batch(codec), 0)
+    terms["total"].backward()
+    assert terms["total"].item() == pytest.approx(terms["zspace"].item() + 0.1 * terms["answer"].item())
+    assert all(name.startswith("zspace.") or ".inferencer." in name for name in moved(codec))
+    assert {"zspace.queries", "zspace.gap_rows", "zspace.words.weight", "zspace.marks"} <= moved(codec)
+
+
+def test_an_untrained_inferencer_is_near_uniform():
+    codec = tiny_codec(**SLOTS)
+    found = evaluate_inferencer(codec, [torch.randint(3, 270, (60,)).tolist()])
+    assert found["bits_per_ztoken"] == pytest.approx(found["uniform_bits"], rel=0.15)
+
+
+def test_what_an_exact_copy_takes():
+    codec = tiny_codec(**SLOTS)
+    found = evaluate_slots(codec, [torch.randint(3, 270, (64,)).tolist()])
+    assert 0.9 < found["written"] <= 1 and found["ratio"] == pytest.approx(2, rel=0.1)
+    assert found["base_bits"] > found["guessed_bits"] >= 0
+
+
+def test_both_parts_run_and_resume(tmp_path):
+    settings = tiny_settings(tmp_path, codec=CODEC, steps=4, checkpoint_every=2, eval_every=4)
+    first = Trainer(settings, tiny_base())
+    before = {n: p.detach().clone() for n, p in first.model.trainable_parameters().items()}
+    folder = first.run()
+    changed = {n for n, p in first.model.trainable_parameters().items() if not torch.equal(p, before[n])}
+    assert changed and not any(n.startswith("zspace.") or ".inferencer." in n for n in changed)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert set(rows[-1]["eval"]) == {"written", "ratio", "guessed_bits", "base_bits"}
+
+    values = {"part": "inferencer", "start": str(folder), "out": str(tmp_path / "second"), "codec": CODEC}
+    settings = tiny_settings(tmp_path, **values, steps=4, checkpoint_every=2, eval_every=4)
+    second = Trainer(settings, tiny_base())
+    started = {n: p.detach().clone() for n, p in second.model.trainable_parameters().items()}
+    rounded = first.model.slot_gates.detach().to(torch.bfloat16).float()
+    assert torch.equal(second.model.slot_gates.detach(), rounded), "weights are those that were saved"
+    for _ in range(2):
+        second.train_step()
+    second._save()
+    resumed = Trainer(settings, tiny_base())
+    assert resumed.step == 2
+    resumed.run()
+    changed = {n for n, p in resumed.model.trainable_parameters().items() if not torch.equal(p, started[n])}
+    assert changed and all(n.startswith("zspace.") or ".inferencer." in n for n in changed)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"part": "compressor"}, "part: expected one of"), ({"start": "nowhere"}, "start: nowhere: codec folder")],
+)
+def test_wrong_settings_are_refused(tmp_path, values, message):
+    with pytest.raises(SettingsError, match=message):
+        Trainer(tiny_settings(tmp_path, codec=CODEC, **values), tiny_base())
