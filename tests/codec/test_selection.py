@@ -6,9 +6,10 @@ import torch
 from tests.codec.tiny_codec import packed_documents, tiny_base, tiny_codec
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.errors import CodecError, ZBatchError
+from ztok_fast.codec.focus import KEPT
 from ztok_fast.codec.layout import offsets, sequence_of_row
 from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
-from ztok_fast.codec.selection import close, grow, guess, harm, is_right, sums, within_budget
+from ztok_fast.codec.selection import choose_ztokens, close, grow, guess, harm, is_right, sums, within_budget
 from ztok_fast.codec.slots import fill_slots
 from ztok_fast.codec.zbatch import ZBatch
 
@@ -120,14 +121,11 @@ def test_words_of_a_large_vocabulary_have_the_bits_of_the_table(codec, engine, g
 
 
 def test_tokens_to_keep_are_written_at_any_ratio(codec, guessable):
-    from ztok_fast.codec.selection import choose_ztokens
-
     tokens, cu = packed(guessable[:1])
-    keep = torch.zeros(len(tokens), dtype=torch.bool)
-    keep[20:24] = True
-    z = choose_ztokens(
-        codec.model, tokens, cu, torch.tensor([0, len(cu) - 1], dtype=torch.int32), torch.tensor([16.0]), keep=keep
-    )
+    weights = torch.ones(len(tokens))
+    weights[20:24] = KEPT
+    documents = torch.tensor([0, len(cu) - 1], dtype=torch.int32)
+    z = choose_ztokens(codec.model, tokens, cu, documents, torch.tensor([16.0]), weights=weights)
     assert torch.equal(codec.model.written(z)[20:24], tokens[20:24])
 
 
@@ -200,3 +198,53 @@ def test_settings_of_slots():
         ZTokConfig(emission="slots", segment_length=64, max_unit_length=32)
     with pytest.raises(ConfigError, match="codebook_size: expected the base model's"):
         tiny_codec(**(SLOTS | {"codebook_size": 16}))
+
+
+def test_spans_that_are_kept_come_back(codec):
+    text = "a text of small words, as texts go: 3.50 and a few merges"
+    spans = [[(36, 40), (0, 1)], []]
+    z = codec.compress([text, text], 16, keep=spans)
+    assert codec.compress([text] * 2, 16, keep=[[], []]) == codec.compress([text] * 2, 16)
+    tokens = codec.tokenize([text])[0]
+    ends = [len(codec.tokenizer.decode(tokens[: i + 1])) for i in range(len(tokens))]
+    named = codec.model.written(z[0])
+    for begin, end in spans[0]:
+        inside = [i for i, stop in enumerate(ends) if stop > begin and (ends[i - 1] if i else 0) < end]
+        assert inside and all(int(named[i]) == tokens[i] for i in inside)
+    assert (codec.model.written(z[1]) >= 0).sum() < (named >= 0).sum(), "only the document that asks"
+
+
+def test_slots_go_where_the_question_points(codec):
+    text = "the small cat sat there. " * 4 + "the dog merges texts. " + "the small cat sat there. " * 4
+    about = text.index("dog")
+    plain, asked = (codec.compress([text], 12, question=q) for q in ("where?", "What does the dog merge?"))
+    ends = torch.tensor([len(codec.tokenizer.decode(own)) for own in _prefixes(codec.tokenize([text])[0])])
+    there = (ends > about) & (ends <= about + len("dog merges"))
+    counts = [(codec.model.written(z) >= 0)[there].sum() for z in (plain, asked)]
+    assert counts[1] > counts[0]
+    assert asked.ztokens <= plain.ztokens
+
+
+def _prefixes(tokens):
+    return [tokens[: i + 1] for i in range(len(tokens))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": [[(0, 99)]]}, "keep.0.: expected spans"),
+        ({"keep": [[(3, 1)]]}, "keep.0.: expected spans"),
+        ({"keep": [[1]]}, "keep.0.: expected spans"),
+        ({"keep": []}, "keep: expected one for each of 1"),
+        ({"question": ["a", "b"]}, "question: expected one for each of 1"),
+        ({"question": [3]}, "question.0.: expected a string"),
+    ],
+)
+def test_wrong_wishes_are_refused(codec, options, message):
+    with pytest.raises(CodecError, match=message):
+        codec.compress(["a text"], 4, **options)
+
+
+def test_pooled_units_name_no_tokens_to_keep():
+    with pytest.raises(CodecError, match="keep, question: expected neither"):
+        tiny_codec().compress(["a"], 2, question="what?")

@@ -23,6 +23,7 @@ from ztok_fast.codec.continuation import answer_question, check_count, continue_
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
+from ztok_fast.codec.focus import Span, token_weights
 from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
 from ztok_fast.codec.shipped import codec_folder, shipped_codecs
@@ -135,6 +136,8 @@ class ZTokCodec:
         units: Literal["learned"] = ...,
         levels: int | None = ...,
         fixed_units: bool | None = ...,
+        keep: Sequence[Sequence[Span]] | None = ...,
+        question: str | Sequence[str] | None = ...,
         batch_tokens: int = ...,
         progress: Progress | None = ...,
     ) -> ZBatch: ...
@@ -152,6 +155,8 @@ class ZTokCodec:
         aligned: bool = False,
         levels: int | None = None,
         fixed_units: bool | None = None,
+        keep: Sequence[Sequence[Span]] | None = None,
+        question: str | Sequence[str] | None = None,
         batch_tokens: int = BATCH_TOKENS,
         progress: Progress | None = None,
     ) -> ZBatch | CodedUnits:
@@ -164,6 +169,10 @@ class ZTokCodec:
             levels: residual levels to use, 1 to ``config.num_codebooks``; ``None`` for all.
             fixed_units: ``True`` for one Z-token for every ``ratio`` tokens, ``False`` for units by learned halting
                 mass; ``None`` as the codec is configured.
+            keep: with slots, for each text spans (start, end) of characters whose every token is written, whatever
+                the ratio.
+            question: with slots, one for all texts or one for each: where slots are short, they go first to what
+                shares words with it.
             batch_tokens: text tokens of one pass; bounds the memory, beside some 16 bytes per text token.
             progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
                 compressed and once verified.
@@ -178,8 +187,8 @@ class ZTokCodec:
             LossyTextWarning: without ``exact``, tokens cannot represent every byte of a document.
         """
         if units == "coded":
-            if (ratio, exact, levels, fixed_units) != (4, False, None, None):
-                raise CodecError("units: expected no ratio, exact, levels or fixed_units with coded units, got some")
+            if (ratio, exact, levels, fixed_units, keep, question) != (4, False, None, None, None, None):
+                raise CodecError("units: expected no ratio, exact or other choices with coded units, got some")
             return self._coded_units.compress(self._contents(texts)[0], aligned)
         if units != "learned" or aligned:
             raise CodecError(f"units: expected learned, or coded where they are aligned, got {units!r}")
@@ -191,6 +200,9 @@ class ZTokCodec:
                 raise CodecError(f"levels: expected an integer from 1 to {self.config.num_codebooks}, got {levels!r}")
             if self.config.emission == "slots" and levels != self.config.num_codebooks:
                 raise CodecError(f"levels: expected None, since slots have no levels to leave out, got {levels}")
+        weights = token_weights(self.tokenizer, contents, keep, question)
+        if weights is not None and self.config.emission != "slots":
+            raise CodecError("keep, question: expected neither, since the Z-tokens of this codec name no tokens")
         precision = self._engines.use()
         documents = self.tokenize(contents)
         if not exact:
@@ -198,12 +210,15 @@ class ZTokCodec:
         limit = self.config.section_tokens
         sections = [d[i : i + limit] for d in documents for i in range(0, len(d), limit)]
         counts = [-(-len(d) // limit) for d in documents]
+        if weights is not None:
+            weights = [own[i : i + limit] for own in weights for i in range(0, len(own), limit)]
         z = compress_documents(
             self.model,
             sections,
             ratio,
             fixed_units=fixed_units,
             levels=levels,
+            weights=weights,
             batch_tokens=batch_tokens,
             progress=progress,
         )
@@ -218,17 +233,10 @@ class ZTokCodec:
             for tokens, original in zip(documents, originals)
         ]
         if exact:
-            corrections = exact_mode.find_corrections(
-                self.model, z, sections, batch_tokens=batch_tokens, progress=progress
-            )
-            at = 0
-            for info, count, tokens, original in zip(infos, counts, documents, originals):
-                own = slice(at, at + count)
-                positions, values = exact_mode.join(corrections[own], [len(s) for s in sections[own]])
-                at += count
-                info.corrections = exact_mode.document_corrections(
-                    positions, values, self._text_bytes(tokens), original
-                )
+            found = exact_mode.find_corrections(self.model, z, sections, batch_tokens=batch_tokens, progress=progress)
+            of_document = exact_mode.by_document(found, [len(s) for s in sections], counts)
+            for info, own, tokens, original in zip(infos, of_document, documents, originals):
+                info.corrections = exact_mode.document_corrections(*own, self._text_bytes(tokens), original)
         return self._zbatch(z.joined(counts), infos, precision)
 
     @cached_property
@@ -390,6 +398,3 @@ class ZTokCodec:
         written = answer_question(self.model, z, self.tokenize(questions), max_new_tokens)
         answers = [self._text_bytes(t).decode("utf-8", "replace").strip() for t in written]
         return answers[0] if single else answers
-
-
-__all__ = ["DEFAULT_CODEC", "ZTokCodec"]

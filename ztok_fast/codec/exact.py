@@ -102,6 +102,17 @@ def join(corrections: list[dict[int, int]], lengths: list[int]) -> tuple[torch.T
     return torch.tensor(positions, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
 
 
+def by_document(
+    corrections: list[dict[int, int]], lengths: list[int], counts: Sequence[int]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`join` for every document, given the corrections and lengths of all sections and how many each document has."""
+    found, at = [], 0
+    for count in counts:
+        found.append(join(corrections[at : at + count], lengths[at : at + count]))
+        at += count
+    return found
+
+
 def split(corrections: Corrections | None, lengths: list[int]) -> list[dict[int, int]]:
     """The inverse of `join`: a mapping for every section."""
     sections: list[dict[int, int]] = [{} for _ in lengths]

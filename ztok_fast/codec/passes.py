@@ -64,16 +64,19 @@ def emit_documents(
     ratio: float,
     fixed_units: bool | None = None,
     levels: int | None = None,
+    weights: Sequence[torch.Tensor] | None = None,
 ) -> ZTokens:
     """The Z-tokens of such documents by the emission that the codec is configured for.
 
     Args:
         fixed_units: ``True`` for units of ``ratio`` tokens, ``False`` for units by halting mass, both in one pass;
             ``None`` for what is configured.
+        weights: for slots, of every document what its tokens weigh (`ztok_fast.codec.focus`); ``None`` for all alike.
     """
     packed = _packed(model, documents, ratio, levels)
     if isinstance(model, SlotModel):
-        return choose_ztokens(model, *packed[:-1], fixed_units=bool(fixed_units))
+        of_token = None if weights is None else torch.cat(list(weights)).to(model.device)
+        return choose_ztokens(model, *packed[:-1], fixed_units=bool(fixed_units), weights=of_token)
     assert isinstance(model, PooledModel)
     if fixed_units is None and model.config.emission == "stop":
         return write_ztokens(model, *packed)
@@ -108,22 +111,26 @@ def compress_documents(
     *,
     fixed_units: bool | None = None,
     levels: int | None = None,
+    weights: Sequence[torch.Tensor] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> ZTokens:
-    """Compress documents of at most one section, in batches; equal documents are compressed once.
+    """Compress documents of at most one section, in batches; equal documents of equal weights are compressed once.
 
     Returns:
         The Z-tokens of all documents, on the CPU.
     """
     keys = [array("q", document).tobytes() for document in documents]
+    if weights is not None:
+        keys = [key + own.numpy().tobytes() for key, own in zip(keys, weights)]
     uses = Counter(keys)
     first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
     unique = sorted(first_use.values())
     parts = [no_documents(model.config.num_codebooks, isinstance(model, SlotModel))]
     for batch in batches([len(documents[i]) for i in unique], batch_tokens):
         members = [documents[unique[i]] for i in batch]
-        parts.append(emit_documents(model, members, ratio, fixed_units, levels).to("cpu"))
+        own = None if weights is None else [weights[unique[i]] for i in batch]
+        parts.append(emit_documents(model, members, ratio, fixed_units, levels, own).to("cpu"))
         if progress:
             progress(sum(len(documents[unique[i]]) * uses[keys[unique[i]]] for i in batch))
     found = concatenate(parts)

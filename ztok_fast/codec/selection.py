@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ztok_fast.codec.emission import fixed_mass, unit_lengths
+from ztok_fast.codec.focus import KEPT
 from ztok_fast.codec.layout import expand_ranges, offsets, position_in_sequence, sequence_of_row
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.slots import ahead, fill_slots, slot_mass
@@ -30,9 +31,6 @@ CASCADE = 0.4
 
 HARM = 2.0
 """Nats of surprise that a wrong token weighs as much as: the first saves bits, the second accuracy."""
-
-KEPT = 1e6
-"""Added to the price of tokens that are written in any case."""
 
 
 @dataclass
@@ -226,7 +224,7 @@ def choose_ztokens(
     ratio: torch.Tensor,
     *,
     fixed_units: bool = False,
-    keep: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> ZTokens:
     """The Z-tokens of packed segments at a ratio asked of each document, by the closed loop.
 
@@ -237,14 +235,16 @@ def choose_ztokens(
         tokens: int64 ``[T]``; cu_segments int32 ``[S + 1]``; cu_documents int32 ``[G + 1]`` in segments; ratio
             fp32 ``[G]``.
         fixed_units: units of ``ratio`` tokens each.
-        keep: bool ``[T]``, tokens that are written in any case, even past the budget.
+        weights: fp32 ``[T]``, what a token's absence counts for, 1 for most; those of `KEPT` and more are written in
+            any case, even past the budget.
     """
     slots, total, documents = model.config.num_codebooks, len(tokens), len(cu_documents) - 1
+    weights = torch.ones(total, device=tokens.device) if weights is None else weights
+    keep = weights >= KEPT
     written, loss = close(model, tokens, cu_segments, keep)
     segment, count = sequence_of_row(cu_segments, total), len(cu_segments) - 1
     document = sequence_of_row(cu_documents, count)
-    keep = torch.zeros_like(written) if keep is None else keep
-    price = torch.where(keep, KEPT, 0.0) + HARM * harm(written, cu_segments) + loss
+    price = weights * (HARM * harm(written, cu_segments) + loss)
     if fixed_units:
         return _fixed(model, tokens, written, price, cu_segments, cu_documents, ratio)
     needed = (sums(written, segment, count) / slots).ceil().clamp(min=1).long()
