@@ -228,3 +228,31 @@ def test_impossible_levels(tiny, tmp_path):
 def test_cuda_where_there_is_none(tiny, compressed, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert_mistake(tiny("decompress", compressed, "--device", "cuda"), "--device cuda", "ztok doctor")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--keep", "3-9"), ("--keep", "START:END", "'3-9'")),
+        (("--keep", "3:9"), ("keep, question", "name no tokens")),
+        (("--question", "why?", "--units", "coded"), ("--question", "learned units")),
+        (("--keep", "0:1", "--units", "coded"), ("--keep", "learned units")),
+    ],
+)
+def test_wishes_that_cannot_be_met(tiny, tmp_path, options, words):
+    (tmp_path / "a.txt").write_text(TEXT)
+    assert_mistake(tiny("compress", tmp_path / "a.txt", *options), *words)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_spans_of_a_file_are_kept(ztok, tmp_path):
+    """With the codec that ships, at a ratio that leaves much out."""
+    text = "The committee met on 14 March 1987 in room 2217 and agreed to pay 4,300 francs to the widow. " * 3
+    (tmp_path / "a.txt").write_text(text)
+    start = text.index("2217")
+    result = ztok(
+        "compress", tmp_path / "a.txt", "--ratio", "16", "--keep", f"{start}:{start + 4}", "--question", "room?"
+    )
+    assert result.status == 0, result.err
+    back = ztok("decompress", tmp_path / "a.txt.ztok", "-o", tmp_path / "b.txt")
+    assert back.status == 0 and "2217" in (tmp_path / "b.txt").read_text()

@@ -38,6 +38,15 @@ def add_commands(commands) -> None:
         help="one Z-token for every RATIO tokens, instead of units of learned length",
     )
     parser.add_argument(
+        "--keep",
+        action="append",
+        metavar="START:END",
+        help="characters whose every token is written whatever the ratio, of a single FILE; may be given again",
+    )
+    parser.add_argument(
+        "--question", metavar="TEXT", help="where the ratio leaves few slots, they go to what shares words with TEXT"
+    )
+    parser.add_argument(
         "--units",
         choices=("learned", "coded"),
         default="learned",
@@ -65,6 +74,9 @@ def add_commands(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    for name in ("keep", "question"):
+        if getattr(options, name) is not None and (options.units == "coded" or options.corpus is not None):
+            raise common.UsageError(f"--{name}: expected learned units of files with it, got coded units or a corpus")
     if options.units == "coded":
         from ztok_fast.cli import coded
 
@@ -76,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
     options.ratio = 4.0 if options.ratio is None else options.ratio
     if options.corpus is not None:
         return _run_corpus(options)
+    spans = _spans(options)
     output = common.check_output(_output_name(options), suffix=".ztok", inputs=options.files)
     documents = [common.read_bytes(name) for name in options.files]
     codec = common.load_codec(options)
@@ -93,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
             options.exact,
             levels=options.levels,
             fixed_units=options.fixed_units,
+            keep=spans,
+            question=options.question,
             progress=progress,
         )
     z.save(output)
@@ -109,6 +124,20 @@ def run(options: argparse.Namespace) -> int:
     for loss in losses:
         streams.say(_describe_loss(loss, options.files))
     return 0
+
+
+def _spans(options: argparse.Namespace) -> list[list[tuple[int, int]]] | None:
+    if options.keep is None:
+        return None
+    if len(options.files) != 1:
+        raise common.UsageError(f"--keep: expected a single FILE with it, got {len(options.files)}")
+    found = []
+    for span in options.keep:
+        start, colon, end = span.partition(":")
+        if not (colon and start.isascii() and start.isdigit() and end.isascii() and end.isdigit()):
+            raise common.UsageError(f"--keep: expected START:END in characters, such as 120:180, got {span!r}")
+        found.append((int(start), int(end)))
+    return [found]
 
 
 def _run_corpus(options: argparse.Namespace) -> int:

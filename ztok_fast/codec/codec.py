@@ -169,10 +169,8 @@ class ZTokCodec:
             levels: residual levels to use, 1 to ``config.num_codebooks``; ``None`` for all.
             fixed_units: ``True`` for one Z-token for every ``ratio`` tokens, ``False`` for units by learned halting
                 mass; ``None`` as the codec is configured.
-            keep: with slots, for each text spans (start, end) of characters whose every token is written, whatever
-                the ratio.
-            question: with slots, one for all texts or one for each: where slots are short, they go first to what
-                shares words with it.
+            keep: with slots, for each text spans (start, end) of characters that are written at any ratio.
+            question: with slots, one, or one for each text: where slots are short, they go to what shares its words.
             batch_tokens: text tokens of one pass; bounds the memory, beside some 16 bytes per text token.
             progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
                 compressed and once verified.
