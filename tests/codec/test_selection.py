@@ -248,3 +248,20 @@ def test_wrong_wishes_are_refused(codec, options, message):
 def test_pooled_units_name_no_tokens_to_keep():
     with pytest.raises(CodecError, match="keep, question: expected neither"):
         tiny_codec().compress(["a"], 2, question="what?")
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_slots_of_one_instruction_set_decode_under_each_other(codec, guessable, monkeypatch, precision):
+    monkeypatch.setattr(codec._engines, "choice", precision)
+    codec._engines.use()
+    before = torch.ops.ztok.isa_native(-1)
+    found = [isa for isa in (0, 1, 2) if torch.ops.ztok.isa_native(isa) == isa]
+    try:
+        for writer in found:
+            torch.ops.ztok.isa_native(writer)
+            z = compress_documents(codec.model, guessable, 2)
+            for reader in found:
+                torch.ops.ztok.isa_native(reader)
+                assert [d.tolist() for d in decompress_documents(codec.model, z)] == guessable, (writer, reader)
+    finally:
+        torch.ops.ztok.isa_native(before)
