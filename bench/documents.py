@@ -3,7 +3,7 @@
     python -m bench.documents readme              run the demo, then fill the README's blocks from docs/results/*.json
     python -m bench.documents readme --no-demo    only the tables
     python -m bench.documents readme --check      exit status 1 when the tables are not those of the results
-    python -m bench.documents card runs/mini ztok_fast/models/ztok-mini docs/results/ztok-mini.json
+    python -m bench.documents card runs/smollm2 ztok_fast/models/ztok-smollm2-135m docs/results/ztok-smollm2-135m.json
 
 A card's own words are in `bench/cards/<name>.md`, between lines of dashes: what it is, how it was trained, its limits.
 The run's metrics are copied beside the card, so that it can be written again from the repository alone, with the
