@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from ztok_fast.cli import common, corpus, streams
 
 if TYPE_CHECKING:
-    from ztok_fast.codec.base_model import BaseModel
     from ztok_fast.codec.codec import ZTokCodec
     from ztok_fast.codec.zbatch import ZBatch
 
@@ -45,7 +44,7 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
             common.check_input(name)
     total = sum(Path(name).stat().st_size for name in options.files if name != "-")  # of a corpus it is not known
     started, done = time.perf_counter(), [0]
-    base, precision = base_of(options)
+    base, precision = common.base_of(options)
     sizes = {name: getattr(options, name) for name in ("context", "window") if getattr(options, name) is not None}
     coder = TextCoder(base, precision or PRECISIONS[0], **sizes)
     with common.progress_bar(total or None, "compress", unit="B") as progress:
@@ -92,7 +91,7 @@ def decompress(options: argparse.Namespace, check_output: Callable[[Path, int, s
     output = None if options.output == "-" else Path(options.output)
     if output is not None:
         check_output(output, 1 if wanted is not None else documents, options.file)
-    coder = coder_for(options.file, *base_of(options))
+    coder = coder_for(options.file, *common.base_of(options))
     with ExitStack() as stack:
         parts: Iterator[tuple[int, bytes]]
         if wanted is not None:
@@ -137,18 +136,6 @@ def learned(options: argparse.Namespace, codec: ZTokCodec, what: str) -> ZBatch:
         documents += [bytearray()] * (number == len(documents))
         documents[number] += text
     return codec.compress([bytes(document) for document in documents])
-
-
-def base_of(options: argparse.Namespace) -> tuple[BaseModel, str | None]:
-    """The base model, and the precision that is asked for, ``None`` for any."""
-    from ztok_fast.codec.base_model import load_base
-    from ztok_fast.codec.coded import DEFAULT_BASE
-
-    if options.engine == "float" or options.device != "cpu":
-        raise common.UsageError(
-            "coded units: expected --engine int8 or float32 on the CPU, whose bits are the same anywhere"
-        )
-    return load_base(str(options.base or DEFAULT_BASE)), None if options.engine == "auto" else options.engine
 
 
 def _all_parts(names: list[str]) -> Iterator[tuple[bytes, bool]]:

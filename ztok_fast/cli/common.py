@@ -16,6 +16,7 @@ from ztok_fast.cli import streams
 from ztok_fast.codec.errors import LossyTextWarning
 
 if TYPE_CHECKING:
+    from ztok_fast.codec.base_model import BaseModel
     from ztok_fast.codec.codec import ZTokCodec
     from ztok_fast.codec.zbatch import ZBatch
 
@@ -255,3 +256,13 @@ def progress_bar(total: int | None, description: str, unit: str = " tokens") -> 
         disable=not shows_progress(),
     ) as bar:
         yield bar.update
+
+
+def base_of(options: argparse.Namespace) -> tuple[BaseModel, str | None]:
+    """The base model, and the precision that is asked for, ``None`` for any."""
+    from ztok_fast.codec.base_model import load_base
+    from ztok_fast.codec.coded import DEFAULT_BASE
+
+    if options.engine == "float" or options.device != "cpu":
+        raise UsageError("coded units: expected --engine int8 or float32 on the CPU, whose bits are the same anywhere")
+    return load_base(str(options.base or DEFAULT_BASE)), None if options.engine == "auto" else options.engine

@@ -81,9 +81,7 @@ def _rows(options: argparse.Namespace, progress: Callable[[int], None]) -> Itera
     from ztok_fast.codec.corpus import read_corpus
 
     if is_coded_corpus(options.file):
-        from ztok_fast.cli.coded import base_of
-
-        return read_coded_corpus(options.file, *base_of(options), progress)
+        return read_coded_corpus(options.file, *common.base_of(options), progress)
     codec = common.load_codec(options)
 
     def texts() -> Iterator[tuple[str, bytes]]:

@@ -31,12 +31,14 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
 
 
-def draw_files(result: dict, path: Path) -> None:
-    """Bits per byte by text, and size against the speeds of both directions: a PNG, as `draw`."""
+def draw_files(result: dict, sums: list[dict], path: Path) -> None:
+    """Bits per byte by text, and size against the speeds of both directions: a PNG, as `draw`.
+
+    Args:
+        sums: `ztok_fast.cli.profile_files.totals` of its rows.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from ztok_fast.cli.profile_files import totals
 
     rows = result["results"]
     labels = list(dict.fromkeys(row["compressor"] for row in rows))
@@ -52,7 +54,7 @@ def draw_files(result: dict, path: Path) -> None:
     left.set_yticks(range(len(names)), [name[:MOST_LETTERS] for name in names])
     left.invert_yaxis()
     left.set_xlabel("bits per byte, whole files")
-    for index, row in enumerate(totals(rows)):
+    for index, row in enumerate(sums):
         speeds = [row["size"] / 1e6 / row[f"{way}_seconds"] for way in ("compress", "decompress")]
         size = 8 * row["bytes"] / row["size"]
         right.plot(speeds, [size, size], color=f"C{index}", linewidth=1)

@@ -18,6 +18,7 @@ from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.errors import CodecError
+from ztok_fast.codec.huggingface_slots import named_tokens
 from ztok_fast.codec.passes import BATCH_TOKENS, batches
 from ztok_fast.codec.text import detokenize
 from ztok_fast.codec.zbatch import ZBatch
@@ -192,7 +193,7 @@ def _units(z) -> list[huggingface.Coded]:
 def _said(documents: Sequence[huggingface.Coded]) -> Answer:
     """What compressing is compared by."""
     # Slots by the place in the text: one unit more would shift all codes after it.
-    return [huggingface.slots.named_tokens(*own) if len(own) == 3 else own[1] for own in documents]
+    return [named_tokens(*own) if len(own) == 3 else own[1] for own in documents]
 
 
 # Without this package

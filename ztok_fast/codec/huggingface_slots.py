@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
 
-from ztok_fast.codec.selection import CASCADE, MARGIN, PRUNINGS, ROUNDS, TURNS
+from ztok_fast.codec.selection import CASCADE, HARM, MARGIN, PRUNINGS, ROUNDS, TURNS
 from ztok_fast.codec.slot_model import AHEAD, DISTANCES
 from ztok_fast.codec.slot_space import END, GAPS, NONE
 
@@ -114,13 +114,13 @@ def fill(written: Tensor, own: Segments, ends: Tensor, slots: int) -> Units:
 
 def embed(parts, codes: Tensor, places: Tensor) -> Tensor:
     """Input embeddings ``[..., D]`` of Z-tokens ``[..., L]``."""
-    weights, total = parts.weights, 0.0
+    weights, total = parts.weights, torch.zeros(())
     words = parts.model.get_input_embeddings()(codes.clamp(min=0)) @ weights["slot_projection.weight"].T
     where = weights["slot_places.weight"][places.clamp(0, DISTANCES - 1)]
     for slot in range(codes.shape[-1]):
         own = words[..., slot, :] * weights["slot_gates"][slot] + where[..., slot, :]
         total = total + torch.where((codes[..., slot] >= 0)[..., None], own, 0.0)
-    return total  # type: ignore[return-value]
+    return total
 
 
 def conditioning(parts, named: Tensor) -> Tensor:
@@ -143,8 +143,9 @@ def conditioning(parts, named: Tensor) -> Tensor:
     return rows  # type: ignore[return-value]
 
 
-def guess(parts, own: Segments, written: Tensor, units: Tensor | None) -> Tensor:
-    """Whether each token is written, or guessed right with a margin, given the true text before it: bool ``[R, S]``."""
+def guess(parts, own: Segments, written: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whether each token is written, or guessed right with a margin, given the true text before it: bool ``[R, S]``;
+    and −ln p of those that are guessed, ``[R, S]``."""
     model, slots = parts.model, parts.config.num_codebooks
     z = fill(written, own, cut_units(written, own, slots, units), slots)
     rows, size = own.ids.shape
@@ -161,14 +162,16 @@ def guess(parts, own: Segments, written: Tensor, units: Tensor | None) -> Tensor
         position_ids=torch.cat([z.starts, torch.arange(size, device=column.device).expand(rows, -1)], 1),
         use_cache=False,
     ).last_hidden_state[:, most:]
-    right = written.clone()
+    right, loss = written.clone(), torch.zeros(written.shape, device=written.device)
     asked = own.valid & ~written
-    truth, found = own.ids[asked], []
+    truth, found, losses = own.ids[asked], [right[:0, 0]], [loss[:0, 0]]
     for states, true in zip(hidden[asked].split(LOGIT_ROWS), truth.split(LOGIT_ROWS)):
-        best = model.lm_head(states).topk(2, dim=-1)
+        logits = model.lm_head(states)
+        best = logits.topk(2, dim=-1)
         found.append((best.indices[:, 0] == true) & (best.values[:, 0] - best.values[:, 1] >= MARGIN))
-    right[asked] = torch.cat(found) if found else right[asked]
-    return right | ~own.valid
+        losses.append(nn.functional.cross_entropy(logits, true, reduction="none"))
+    right[asked], loss[asked] = torch.cat(found), torch.cat(losses)
+    return right | ~own.valid, loss
 
 
 def grow(parts, own: Segments, written: Tensor, units: Tensor | None) -> Tensor:
@@ -177,7 +180,7 @@ def grow(parts, own: Segments, written: Tensor, units: Tensor | None) -> Tensor:
     left = torch.arange(len(written), device=written.device)
     for rounds in range(ROUNDS, -1, -1):
         some = own.rows(left)
-        wrong = ~guess(parts, some, written[left], None if units is None else units[left])
+        wrong = ~guess(parts, some, written[left], None if units is None else units[left])[0]
         if not rounds:
             wrong = some.valid
         written[left] |= wrong
@@ -187,27 +190,30 @@ def grow(parts, own: Segments, written: Tensor, units: Tensor | None) -> Tensor:
     return written
 
 
-def close(parts, own: Segments) -> Tensor:
-    """The closed loop: what to write so that all else is guessed right, bool ``[R, S]``."""
+def close(parts, own: Segments) -> tuple[Tensor, Tensor]:
+    """The closed loop: what to write so that all else is guessed right, bool ``[R, S]``; and each token's loss."""
     even = (torch.arange(own.ids.shape[1], device=own.ids.device) % 2 == 0) & own.valid
     odd = own.valid & ~even
-    of_odd, of_even = (guess(parts, own, told, None) for told in (even, odd))
+    (of_odd, odd_loss), (of_even, even_loss) = (guess(parts, own, told, None) for told in (even, odd))
+    loss = torch.where(even, even_loss, odd_loss)
     written = grow(parts, own, own.valid & ~torch.where(even, of_even, of_odd), None)
     for _ in range(PRUNINGS):
         needless = torch.zeros_like(written)
         turn = written.cumsum(1) % TURNS
         for part in range(TURNS):
             untold = written & (turn == part)
-            needless |= untold & guess(parts, own, written & ~untold, None)
+            right, found = guess(parts, own, written & ~untold, None)
+            needless |= untold & right
+            loss = torch.where(untold, found, loss)
         trial = grow(parts, own, written & ~needless, None)
         written = torch.where((trial.sum(1) < written.sum(1))[:, None], trial, written)
-    return written
+    return written, loss
 
 
 def choose(parts, own: Segments, ratio: float) -> Units:
     """The Z-tokens of documents: exact where the ratio leaves slots for all, else those that are worth most."""
     slots = parts.config.num_codebooks
-    written, lengths = close(parts, own), own.valid.sum(1)
+    (written, loss), lengths = close(parts, own), own.valid.sum(1)
     needed = (written.sum(1) / slots).ceil().clamp(min=1).long()
     units = torch.zeros_like(needed)
     for document in own.document.unique().tolist():
@@ -220,14 +226,14 @@ def choose(parts, own: Segments, ratio: float) -> Units:
             share = share - nn.functional.pad(share, (1, 0))[:-1]
             units[rows] = torch.maximum(share, needed[rows])
         else:
-            written[rows] = _dearest(own.rows(rows), written[rows], wanted, slots)
+            written[rows] = _dearest(own.rows(rows), written[rows], loss[rows], wanted, slots)
     spare = (units > 0).nonzero()[:, 0]
     if len(spare):
         written[spare] = grow(parts, own.rows(spare), written[spare], units[spare])
     return fill(written, own, cut_units(written, own, slots, units), slots)
 
 
-def _dearest(own: Segments, written: Tensor, wanted: int, slots: int) -> Tensor:
+def _dearest(own: Segments, written: Tensor, loss: Tensor, wanted: int, slots: int) -> Tensor:
     """What the ``wanted`` units of one document hold."""
     size = written.shape[1]
     column = torch.arange(size, device=written.device)
@@ -236,7 +242,8 @@ def _dearest(own: Segments, written: Tensor, wanted: int, slots: int) -> Tensor:
     at = torch.where(written, column, limit)
     following = nn.functional.pad(at.flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=size)
     following = torch.minimum(following, limit)
-    price = torch.where(written, 1.0 + CASCADE * (following - column - 1), -torch.inf)
+    price = loss + HARM * (1.0 + CASCADE * (following - column - 1))
+    price = torch.where(written, price, -torch.inf)
     rank = price.argsort(dim=1, descending=True, stable=True).argsort(1)
     unit = rank // slots
     worth = torch.zeros(len(written), size // slots + 1, device=written.device)
