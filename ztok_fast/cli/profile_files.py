@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         from ztok_fast.cli.profile_plot import draw_files
 
         with replace_atomically(outputs["plot"]) as temporary:
-            draw_files(result, totals(result["rows"]), temporary)
+            draw_files(result, totals(result["results"]), temporary)
     print(render(result), end="")
     return 0
 
