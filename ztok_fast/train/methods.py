@@ -9,6 +9,7 @@ from accelerate.utils import broadcast, gather, reduce
 from torch import nn
 
 from ztok_fast.codec.codec import ZTokCodec
+from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.pooled_model import PooledModel
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.train.batches import Batch
@@ -29,6 +30,8 @@ class SlotMethod:
         assert isinstance(model, SlotModel)
         self.objective: nn.Module
         if settings.part == "inferencer":
+            # The decompressor stays as it is, so the closed loop, which needs no gradient, runs in the engine.
+            Engines(model, AUTO).use()
             self.objective = InferencerObjective(model, settings.loss_weights().answer)
         else:
             self.objective = SlotObjective(model)
