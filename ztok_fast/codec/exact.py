@@ -32,6 +32,7 @@ ROUNDS = 3
 """Decodes after which a section that still differs has all its tokens stored."""
 
 
+@torch.inference_mode()  # with gradients the runtime would be the float one, which needs a margin
 def find_corrections(
     model: SegmentModel,
     z: ZTokens,

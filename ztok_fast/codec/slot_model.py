@@ -85,7 +85,7 @@ class SlotModel(SegmentModel):
         # In blocks that stay in the processor's caches, but for training, where torch keeps all of them.
         block = max(1, total) if torch.is_grad_enabled() else AHEAD_ROWS
         for at, near in zip(row[index].split(block), distance.clamp(max=DISTANCES).split(block)):
-            rows = 0.0
+            rows = torch.zeros((), device=at.device)
             for step in range(AHEAD):
                 gate = nn.functional.embedding(near[:, step], gates[step])
                 said = nn.functional.embedding(at[:, step] * AHEAD + step, words)
