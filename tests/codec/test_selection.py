@@ -12,6 +12,7 @@ from ztok_fast.codec.passes import compress_documents, decompress_documents, pac
 from ztok_fast.codec.selection import choose_ztokens, close, grow, guess, harm, is_right, sums, within_budget
 from ztok_fast.codec.slots import fill_slots
 from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.profiling import profile
 
 SEGMENT = 16
 VOCABULARY = tiny_base().model.get_input_embeddings().weight.shape[0]
@@ -94,6 +95,22 @@ def test_right_tokens_are_those_of_the_guesses(codec, engine, guessable):
     right = guess(codec.model, tokens, written, cu).right
     assert torch.equal(is_right(codec.model, tokens, written, cu), right)
     assert right[~written].any() and not right.all()
+
+
+@pytest.mark.parametrize("engine", ["int8", "float32"], indirect=True)
+def test_told_tokens_need_no_steps(codec, engine, guessable, monkeypatch):
+    """One pass for each token to guess, and the text that steps write."""
+    z = compress_documents(codec.model, guessable, 4)
+    guesses = (codec.model.written(z) < 0).int()
+    first = z.cu_text[:-1].long()
+    with profile() as found:
+        text = decompress_documents(codec.model, z)
+    # And one over each prefix, which predicts the first token.
+    assert found.passes == len(first) + int(guesses.sum() - guesses[first].sum()) < z.cu_text[-1]
+    monkeypatch.setattr("ztok_fast.codec.runtime.EngineSession.draft", lambda *settings: None)
+    with profile() as steps:
+        assert decompress_documents(codec.model, z) == text
+    assert steps.passes == z.cu_text[-1]
 
 
 def test_segments_at_their_limit_are_left_as_they_are(codec, engine, guessable):

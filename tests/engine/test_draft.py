@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.models import random_model
-from ztok_fast.engine import Engine, write_blocks, write_steps
+from ztok_fast.engine import Engine, write_blocks, write_steps, write_told
 
 V, D = 50, 32
 
@@ -68,9 +68,28 @@ def test_steps_and_blocks_write_the_same(without, forced):
             assert torch.equal(blocks.tokens, steps.tokens)
             # A draft takes one pass and makes one token certain; so does each pass that confirms no guess.
             assert bool((blocks.passes <= steps.passes).all())
+        told = write_told(engine(), sequences, **given)
+        assert torch.equal(told.tokens, steps.tokens)
         assert sequences.lengths.tolist() == [len(prompt) for prompt in prompts]
     finally:
         engine().release(sequences)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_there_is_a_pass_for_each_token_that_is_not_told(share, precision):
+    lengths = [33, 20, 1, 0, 12]
+    prompts, given = inputs(lengths, 2)
+    draw = torch.Generator().manual_seed(1)
+    told = torch.rand(5, 33, generator=draw) < share
+    given["forced"] = torch.where(told, torch.randint(0, V, (5, 33), generator=draw), -1)
+    own = engine(precision)
+    sequences = own.prefill([*prompts[:3], [4], prompts[4]])
+    found, steps = write_told(own, sequences, **given), write_steps(own, sequences, **given)
+    assert torch.equal(found.tokens, steps.tokens)
+    guessed = (given["forced"] < 0) & (torch.arange(33) < given["lengths"][:, None])
+    assert found.passes.tolist() == guessed[:, 1:].sum(1).tolist()  # the prompt predicts the first
+    own.release(sequences)
 
 
 def test_right_guesses_save_passes():
@@ -108,7 +127,7 @@ def test_float32_too():
     assert torch.equal(write_blocks(own, sequences, **given).tokens, write_steps(own, sequences, **given).tokens)
 
 
-@pytest.mark.parametrize("way", [write_steps, write_blocks])
+@pytest.mark.parametrize("way", [write_steps, write_blocks, write_told])
 def test_nothing_to_write(way):
     sequences = engine().prefill([[1], [2]])
     found = way(engine(), sequences, torch.tensor([0, 0]))
@@ -118,7 +137,7 @@ def test_nothing_to_write(way):
     assert way(engine(), nobody, torch.empty(0).long()).tokens.shape == (0, 0)
 
 
-@pytest.mark.parametrize("way", [write_steps, write_blocks])
+@pytest.mark.parametrize("way", [write_steps, write_blocks, write_told])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

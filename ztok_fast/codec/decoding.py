@@ -27,7 +27,8 @@ def decode_text(
     Args:
         embeds, position_ids, cu_seqlens: packed decompressor prefixes, the start row last.
         lengths: int64 ``[B]`` tokens to write, in falling order; first_position: position id of the start row.
-        forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none.
+        forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none. Where
+            they are many, the engine reads them in the passes of the tokens to guess: there is no step for each.
         conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
             in ``embeds`` have theirs already).
         logit_bias: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
