@@ -102,7 +102,7 @@ def test_the_wheel_carries_what_runs():
     assert run.returncode == 0, run.stderr
     # Compiled parts are named by build_ext, and are here only where the checkout has been built in place.
     files = {name for name in run.stdout.splitlines() if not name.endswith(".so") and "/lib/" not in name}
-    expected = {"ztok_fast/py.typed", "ztok_fast/data/demo.txt"}
+    expected = {"ztok_fast/py.typed", "ztok_fast/data/demo.txt", "ztok_fast/data/view.html"}
     for path in (ROOT / "ztok_fast/models").rglob("*"):
         if path.is_file() and path.name != "metrics.jsonl":
             expected.add(str(path.relative_to(ROOT)))

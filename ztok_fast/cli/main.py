@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ztok_fast import __version__
-from ztok_fast.cli import compress, decompress, doctor, evaluation, info, profile, training, zspace
+from ztok_fast.cli import compress, decompress, doctor, evaluation, info, profile, training, view, zspace
 from ztok_fast.cli.common import run_plainly
 
 DESCRIPTION = "Compress text into short sequences of discrete latent codes (Z-tokens) with a language model, and back."
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ztok {__version__}", help="print the version")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of every error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (compress, decompress, zspace, info, evaluation, profile, training, doctor):
+    for module in (compress, decompress, zspace, info, view, evaluation, profile, training, doctor):
         module.add_commands(commands)
     return parser
 
