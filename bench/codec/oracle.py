@@ -27,7 +27,7 @@ LOGIT_ROUNDING = 1e-3
 """How far below the best logit a written token's may be; a tenth of the margin that exact mode allows for rounding."""
 CHANGED_BY = {"int8": 0.02}
 """Share of tokens, or of codes and ends of units, that a precision may change. Its bits are tested in tests/engine."""
-NAMED_OTHERWISE = {"float": 0.02, "float32": 0.02, "int8": 0.15}
+NAMED_OTHERWISE = {"float": 0.02, "float32": 0.02, "int8": 0.08}
 """Share of tokens that a codec of slots may name or leave where float64 does not."""
 
 

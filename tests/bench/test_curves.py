@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import curves
+from bench.tiny import SLOTS, write_tiny_codec
 from ztok_fast.codec.layout import offsets, split_segments
 
 
@@ -78,3 +79,13 @@ def test_the_figure(results, tmp_path):
     path = tmp_path / "figures" / "tiny.png"
     curves.draw(results, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_slots_have_one_number_of_levels(texts, tmp_path, capsys):
+    folder = write_tiny_codec(tmp_path / "slots", texts, **SLOTS)
+    status, path = run(folder, texts, tmp_path, "--budgets", "2")
+    found = json.loads(path.read_text())
+    assert status == 0 and [(p["units"], p["levels"]) for p in found["points"]] == [("learned", 2), ("fixed", 2)]
+    assert sum(row["length"] * row["units"] for row in found["unit_lengths"]["2"]) == found["data"]["tokens"]
+    assert run(folder, texts, tmp_path, "--levels", "1")[0] == 1
+    assert "levels: expected 2 to 2, got 1" in capsys.readouterr().err

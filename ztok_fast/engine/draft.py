@@ -25,8 +25,8 @@ on."""
 
 TOLD_SHARE = 0.25
 """Where at least so many of the tokens are told, `write_told` is the faster way for any number of sequences. With a
-codec of slots that tells 64 % (128 tokens a segment, int8, one thread, CPU time) it took 0.7 of the time of steps, for one
-segment and for 49. With 10 % told at random it was even with steps for 49; with none it took 1.1 of their time, and
+codec of slots that tells 64 % (128 tokens a segment, int8, one thread, CPU time) it took 0.7 of the time of steps, for
+one segment and for 49. With 10 % told at random it was even with steps for 49; with none it took 1.1 of their time, and
 1.2 for one."""
 
 
