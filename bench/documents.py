@@ -36,6 +36,10 @@ class DocumentError(ValueError):
     """A block that should be filled, or a file that a document is written from, is missing or does not fit."""
 
 
+README_WAYS = ("codec", "without compressor", "without decompressor", "fixed units")
+"""Ways to store a text that the README's table lists; the card has all."""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.documents", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -95,7 +99,38 @@ def measured(folder: Path) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         if "points" in results:
             parts.append(_curve_section(results))
+        elif "families" in results:
+            parts.append(_evaluation_section(path.stem, results))
     return "\n\n".join(parts) if parts else "No results file is in `docs/results` yet."
+
+
+def _evaluation_section(name: str, results: dict) -> str:
+    """What `ztok eval` found: the codec, and what it loses without either language model or with units of r tokens."""
+    parts = []
+    for family, found in results["families"].items():
+        rows = [
+            [
+                f"{row['asked']:g}",
+                row["way"],
+                number(row["ratio"]),
+                number(row["rate"]),
+                number(row["residual_bits"]),
+                number(row["efficiency"]),
+                percent(row["teacher_forced"]),
+                percent(row["free_running"]),
+            ]
+            for row in found
+            if row["way"] in README_WAYS
+        ]
+        first = found[0]
+        headers = ["r", "way", "ratio", "rate", "residual", "η", "teacher-forced", "free-running"]
+        parts.append(
+            f"**{name}**, {first['documents']} documents of `{family}`, {first['tokens']:,} text tokens; bits per "
+            f"token. Own bits without Z-tokens: {number(first['own_bits'])}; log2 of the vocabulary: "
+            f"{number(first['vocabulary_bits'])}. [Evaluation](docs/evaluation.md) defines the columns and ways.\n\n"
+            + table(headers, rows)
+        )
+    return "\n\n".join(parts)
 
 
 def _curve_section(results: dict) -> str:
