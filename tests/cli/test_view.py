@@ -322,6 +322,26 @@ def test_units_by_keyboard_and_by_pointing(opened, nasty_page):
     assert label.startswith(f"Unit {unit + 1}: “") and f"{len(own['codes'][unit])} named" in label
 
 
+def test_a_long_text_is_laid_out_in_blocks(browser, nasty_page, tmp_path):
+    data = data_of(nasty_page)
+    lines = [f"line {line} of a long text\n" for line in range(2000)]
+    data["tokens"], data["bits"] = [part for line in lines for part in (line[:5], line[5:])], [2.0] * 4000
+    own = data["ratios"][0]
+    own |= {"lengths": [2] * 2000, "codes": [[7]] * 2000, "places": [[1]] * 2000, "instead": {"3999": "x"}}
+    data["ratios"] = [own]
+    (tmp_path / "long.html").write_text(view.render(data))
+    browser.open(tmp_path / "long.html")
+    assert browser.run("document.getElementById('text').textContent") == "".join(lines)
+    assert browser.run("document.querySelectorAll('#text > .b').length") == 4000 / 300 // 1 + 1
+    assert browser.run("document.getElementById('ratio').disabled")
+    browser.run("document.querySelector('#text .u').focus()")
+    browser.press("n")
+    assert browser.run("document.activeElement === [...document.querySelectorAll('#text .u')].at(-1)")
+    top, bottom = browser.run("((r) => [r.top, r.bottom])(document.activeElement.getBoundingClientRect())")
+    assert 0 <= top < bottom <= browser.run("innerHeight")
+    assert browser.errors == []
+
+
 def test_what_was_written_instead(opened, nasty_page):
     own = data_of(nasty_page)["ratios"][2]
     opened.run("document.getElementById('ratio').focus()")
