@@ -142,7 +142,7 @@ def test_bits_are_those_of_the_streams(codec, model):
 
 
 def test_damaged_streams_give_slots_or_an_error(codec, model):
-    z = some_ztokens(codec, [40, 12])
+    z = some_ztokens(codec, [40, 12], share=0.2)
     streams, refused, tried = slot_prior.encode(model, z), 0, 0
     damaged = [streams[0][:at] + bytes([streams[0][at] ^ 0x55]) + streams[0][at + 1 :] for at in range(len(streams[0]))]
     for own in [*damaged, b"", streams[0][:5], b"\xff" * 30, streams[1]]:

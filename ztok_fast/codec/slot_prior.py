@@ -1,9 +1,9 @@
 """The slots of Z-tokens as range-coded streams, with the inferencer as the prior.
 
 `slot_coding` learns from what it has coded; here the inferencer says how likely each gap and each code is after the
-Z-tokens before it. It runs in the engine, and the products of its head are sums in one fixed order, so that a reader has
-the counts of the writer on any machine (docs/determinism.md). Writing is one packed pass. Reading goes step by step,
-many streams side by side.
+Z-tokens before it. It runs in the engine, and the products of its head are sums in one fixed order, so that a reader
+has the counts of the writer on any machine (docs/determinism.md). Writing is one packed pass. Reading goes step by
+step, many streams side by side.
 
 A document is cut into *stretches* of at most `CONTEXT` Z-tokens, each a sequence of its own for the inferencer and a
 stream of its own. The first stream begins with what the inferencer is not asked (`Layout.head`): the slots that each
@@ -57,7 +57,8 @@ def encode(model: SlotModel, z: ZTokens) -> list[bytes]:
     z = z.to("cpu")
     layout, intervals, stream = _intervals(model, z)
     count = len(layout.begin)
-    streams = range_encode(*intervals.T.contiguous(), offsets(stream.bincount(minlength=count))).to_bytes()
+    start, size, total = intervals.T.contiguous()
+    streams = range_encode(start, size, total, offsets(stream.bincount(minlength=count))).to_bytes()
     bounds = layout.cu_stretches.tolist()
     return [join(streams[first:last]) for first, last in zip(bounds, bounds[1:])]
 
@@ -89,9 +90,9 @@ def decode(
     """
     prior, layout = _Prior(model), Layout(model, cu_segments, cu_documents)
     parts = []
-    for document, (own, count) in enumerate(zip(streams, layout.cu_stretches.diff().tolist())):
+    for document, (stored, count) in enumerate(zip(streams, layout.cu_stretches.diff().tolist())):
         try:
-            parts += split(own, count)
+            parts += split(stored, count)
         except ZFileError as error:
             raise ZFileError(f"document {document}: {error}") from error
     data, cu_bytes = Streams.from_bytes(parts)
@@ -175,7 +176,8 @@ class Layout:
 
         The slots filled by Z-tokens within a segment, then by those that end one; the tokens after the last filled slot
         of those within, then for all that end a segment but not the document: 0 where the segment has as many tokens
-        as it can have, else 1 more than the tokens after the last filled slot. The document's tokens say it of its last.
+        as it can have, else 1 more than the tokens after the last filled slot. For the document's last Z-token they
+        follow from the document's tokens.
         """
         slots, longest = self._config.num_codebooks, self._config.max_unit_length
         return [
@@ -208,7 +210,7 @@ class Layout:
         covered = torch.zeros_like(tokens).index_add_(0, self.document, lengths)
         lengths[self._last] += (tokens - covered)[self.document[self._last]]
         longest = self._config.max_unit_length
-        if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= longest:
+        if bool(((lengths < _named(z).clamp(min=1)) | (lengths > longest)).any()):
             raise ZFileError(f"slots: expected units of 1 to {longest} tokens, got others: the file is damaged")
         return lengths.int()
 
@@ -303,6 +305,7 @@ class _Prior:
                 their streams ``[B, 4]``; data: uint8, the bytes of all streams.
         """
         count, steps = len(begin), int(lengths[0])
+        assert z.slot_offsets is not None
         once = torch.arange(count + 1, dtype=torch.int32)
         runtime = self.model.runtime
         with runtime.session("inferencer", self.marks(count), torch.zeros(count).long(), once, steps) as session:
@@ -317,6 +320,7 @@ class _Prior:
                     session.step(self.model.embed(own), torch.full_like(onward, step + 1))
 
     def _read_rows(self, hidden, z: ZTokens, rows: Tensor, filled: Tensor, state: Tensor, data: Tensor) -> None:
+        assert z.slot_offsets is not None
         chosen = hidden.new_zeros(len(rows), self.words.shape[1])
         place = torch.full_like(rows, -1)
         uniform = torch.ones(self.larger, dtype=torch.int64)
