@@ -180,13 +180,18 @@ def check_parent(path: Path) -> None:
         raise UsageError(f"output {path}: cannot be written, no permission to make files in the folder {folder}")
 
 
-def load_batch(path: str) -> ZBatch:
+def load_batch(path: str, options: argparse.Namespace) -> ZBatch:
+    """The Z-tokens of a file; the codec of ``options`` reads what it alone can."""
     if path == "-":
         raise UsageError("-: expected the name of a .ztok file, which cannot be read from standard input")
     check_input(path)
+    from ztok_fast.codec.errors import PriorNeededError
     from ztok_fast.codec.zbatch import ZBatch
 
-    return ZBatch.load(path)
+    try:
+        return ZBatch.load(path)
+    except PriorNeededError:
+        return load_codec(options).load(path)
 
 
 # Codec
@@ -215,13 +220,18 @@ def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_codec(options: argparse.Namespace) -> ZTokCodec:
+    """The codec that `add_codec_arguments` names; a command that asks again gets the same."""
     import torch
 
     from ztok_fast.codec.codec import ZTokCodec
 
+    if (codec := getattr(options, "loaded_codec", None)) is not None:
+        return codec
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device can be used here; `ztok doctor` says why")
-    return ZTokCodec.from_pretrained(options.codec, base=options.base, engine=options.engine).to(options.device)
+    codec = ZTokCodec.from_pretrained(options.codec, base=options.base, engine=options.engine).to(options.device)
+    options.loaded_codec = codec
+    return codec
 
 
 def tokenize(codec: ZTokCodec, texts: list[str]) -> list[list[int]]:

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
             question=options.question,
             progress=progress,
         )
-    z.save(output)
+    codec.save(z, output)
     from ztok_fast.cli.report import number
 
     rate = f"{number(z.rate)} bits per token"

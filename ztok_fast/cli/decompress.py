@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         return corpus.decompress(options)
     if coded.is_coded(options.file):
         return coded.decompress(options, _check_output)
-    z = common.load_batch(options.file)
+    z = common.load_batch(options.file, options)
     if options.document is not None:
         if not 0 <= options.document < len(z):
             raise common.UsageError(f"--document: expected 0 to {len(z) - 1}, got {options.document}")

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _describe_file(options: argparse.Namespace) -> int:
-    z = common.load_batch(options.target)
+    z = common.load_batch(options.target, options)
     size = Path(options.target).stat().st_size
     originals = [document.byte_length for document in z.documents if document.byte_length is not None]
     rows: list[tuple[str, object]] = [

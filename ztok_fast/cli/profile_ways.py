@@ -114,7 +114,7 @@ def read_work(options, codec: ZTokCodec) -> Work:
         )
     ratio = codec.config.check_ratio(options.ratio)
     if batch_files:
-        z = _first_documents([common.load_batch(name) for name in batch_files], options.tokens)
+        z = _first_documents([common.load_batch(name, options) for name in batch_files], options.tokens)
     else:
         texts = read_texts(codec, options.files, options.tokens)
         if options.what == "compress":

@@ -59,7 +59,7 @@ def generate(options: argparse.Namespace) -> int:
     if output is None:
         _print_documents(codec.decompress_bytes(new))
         return 0
-    new.save(output)
+    codec.save(new, output)
     print(f"{output}: {new.ztokens:,} new Z-tokens that stand for {new.tokens:,} tokens")
     return 0
 
@@ -78,7 +78,7 @@ def _load(options: argparse.Namespace, what: str) -> tuple[ZBatch, ZTokCodec]:
     if coded.is_coded(options.file):
         codec = common.load_codec(options)
         return coded.learned(options, codec, what), codec
-    z = common.load_batch(options.file)
+    z = common.load_batch(options.file, options)
     return z, common.load_codec(options)
 
 

@@ -26,10 +26,12 @@ from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
 from ztok_fast.codec.focus import Span, token_weights
 from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
+from ztok_fast.codec.prior_files import prior_reader, prior_slots
 from ztok_fast.codec.shipped import codec_folder, shipped_codecs
-from ztok_fast.codec.text import as_text, detokenize, tokenize
+from ztok_fast.codec.text import as_text, detokenize, originals_and_texts, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
 from ztok_fast.codec.zbatch import ZBatch
+from ztok_fast.codec.zfile import load_zfile, save_zfile
 from ztok_fast.codec.ztokens import ZTokens
 
 DEFAULT_CODEC = "ztok-mini"
@@ -107,6 +109,15 @@ class ZTokCodec:
         """Replace the codec's weights by those of ``state``; names and shapes must be this codec's."""
         copy_state(self.model.codec_state(), state)
         self._fingerprint = None
+
+    def save(self, z: ZBatch, path: str | Path) -> None:
+        """Write a ``.ztok`` file, in which slots take less than in one of `ZBatch.save` where the inferencer helps."""
+        self._check_batch(z)
+        save_zfile(z, path, prior_slots(self.model, self._engines, z))
+
+    def load(self, path: str | Path) -> ZBatch:
+        """Read a ``.ztok`` file of any codec, or one that `save` of this codec wrote."""
+        return load_zfile(path, ZBatch, prior_reader(self.model, self._engines, self.fingerprint))
 
     @property
     def fingerprint(self) -> str:
@@ -187,11 +198,11 @@ class ZTokCodec:
         if units == "coded":
             if (ratio, exact, levels, fixed_units, keep, question) != (4, False, None, None, None, None):
                 raise CodecError("units: expected no ratio, exact or other choices with coded units, got some")
-            return self._coded_units.compress(self._contents(texts)[0], aligned)
+            return self._coded_units.compress(originals_and_texts(texts)[0], aligned)
         if units != "learned" or aligned:
             raise CodecError(f"units: expected learned, or coded where they are aligned, got {units!r}")
         ratio = self.config.check_ratio(ratio)
-        originals, contents = self._contents(texts)
+        originals, contents = originals_and_texts(texts)
         check_count("batch_tokens", batch_tokens)
         if levels is not None:
             if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= self.config.num_codebooks:
@@ -240,18 +251,6 @@ class ZTokCodec:
     @cached_property
     def _coded_units(self) -> UnitCoder:
         return UnitCoder(TextCoder(self.base), self.config.num_codebooks, self.config.codebook_size)
-
-    def _contents(self, texts) -> tuple[list[bytes], list[str]]:
-        if isinstance(texts, (str, bytes)):
-            raise CodecError(f"texts: expected a list of strings, got one {type(texts).__name__}; put it in a list")
-        originals, contents = [], []
-        for index, text in enumerate(texts):
-            if not isinstance(text, (str, bytes)):
-                raise CodecError(f"texts[{index}]: expected a string or bytes, got {type(text).__name__}")
-            original = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-            originals.append(original)
-            contents.append(original.decode("utf-8", "replace"))
-        return originals, contents
 
     def tokenize(self, texts: Sequence[str]) -> list[array]:
         """The text tokens of every document, as `compress` sees them: arrays of C ints."""
@@ -328,11 +327,14 @@ class ZTokCodec:
 
     def _check(self, z: ZBatch) -> str:
         """Let the model run as the batch asks for, which must be this codec's; the precision."""
+        self._check_batch(z)
+        return self._engines.use(z)
+
+    def _check_batch(self, z: ZBatch) -> None:
         if not isinstance(z, ZBatch):
             raise CodecError(f"z: expected a ZBatch, got {type(z).__name__}")
         z.validate().check_codec(self.fingerprint)
         check_fits(z, self.config, self.model.adapted.embedding.weight.shape[0])
-        return self._engines.use(z)
 
     # Z-space
 

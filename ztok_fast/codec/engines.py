@@ -63,6 +63,21 @@ class Engines:
             return FLOAT
         return wanted
 
+    def need(self, precision: str) -> None:
+        """Let the model run in the precision that a file's slots were coded with.
+
+        Raises:
+            CodecError: another was chosen, or the engine does not run here.
+        """
+        if self.choice not in (AUTO, precision):
+            raise CodecError(
+                f"engine: expected {precision!r}, with which the slots of the file were coded, got {self.choice!r}"
+            )
+        try:
+            self._model.engine = self._get(precision)
+        except EngineUnsupported as error:
+            raise CodecError(str(error)) from error
+
     def _get(self, precision: str) -> EngineRuntime:
         device = self._model.device
         if device.type != "cpu":  # passes on a GPU have not been run on one yet (docs/engine.md)

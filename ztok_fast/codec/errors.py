@@ -13,6 +13,10 @@ class ZFileError(ValueError):
     """A ``.ztok`` file or a compressed corpus is truncated, foreign, of another version or inconsistent."""
 
 
+class PriorNeededError(ZFileError):
+    """The slots of a file are coded with a codec's inferencer as the prior: only that codec reads them."""
+
+
 class ExactMismatchError(ValueError):
     """The bytes that came back are not those that were compressed."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
+from ztok_fast.codec.errors import CodecError
 from ztok_fast.profiling import TOKENISE, stage
 
 CUT_CHARS = 1 << 16
@@ -23,6 +24,24 @@ CONTEXT_TOKENS = 1 << 6
 """As the two above, for tokens to text."""
 
 _TRIES = 16
+
+
+def originals_and_texts(texts: Sequence[str | bytes]) -> tuple[list[bytes], list[str]]:
+    """The bytes of every document, and its text, in which others stand for bytes that are not UTF-8.
+
+    Raises:
+        CodecError: a document is neither a string nor bytes, or ``texts`` is one document.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise CodecError(f"texts: expected a list of strings, got one {type(texts).__name__}; put it in a list")
+    originals, contents = [], []
+    for index, text in enumerate(texts):
+        if not isinstance(text, (str, bytes)):
+            raise CodecError(f"texts[{index}]: expected a string or bytes, got {type(text).__name__}")
+        original = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+        originals.append(original)
+        contents.append(original.decode("utf-8", "replace"))
+    return originals, contents
 
 
 def tokenize(tokenizer, texts: Sequence[str]) -> list[array]:
