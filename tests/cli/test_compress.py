@@ -9,6 +9,7 @@ import tqdm
 
 from tests.cli.conftest import TEXT, assert_mistake
 from ztok_fast.cli import common
+from ztok_fast.codec.errors import PriorNeededError
 from ztok_fast.codec.zbatch import ZBatch
 
 
@@ -256,3 +257,19 @@ def test_spans_of_a_file_are_kept(ztok, tmp_path):
     assert result.status == 0, result.err
     back = ztok("decompress", tmp_path / "a.txt.ztok", "-o", tmp_path / "b.txt")
     assert back.status == 0 and "2217" in (tmp_path / "b.txt").read_text()
+
+
+def test_slots_that_need_their_codec(ztok, slots_folder, codec_folder, tmp_path, monkeypatch):
+    # The inferencer has not been trained: let tables that learn be worse still.
+    monkeypatch.setattr("ztok_fast.codec.zfile.encode_slots", lambda *settings: bytes(4096))
+    codec, file = ("--codec", slots_folder), tmp_path / "text.ztok"
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert ztok("compress", tmp_path / "text.txt", "-o", file, "-r", 1, "--exact", *codec).status == 0
+    with pytest.raises(PriorNeededError, match="codec.load"):
+        ZBatch.load(file)
+    assert ztok("decompress", file, *codec).bytes == (tmp_path / "text.txt").read_bytes()
+    assert f"{file.stat().st_size:,} bytes" in ztok("info", file, *codec).out
+    assert ztok("answer", file, "Who?", "--max-new-tokens", 2, *codec).status == 0
+    assert ztok("generate", file, "--max-new-ztokens", 2, "-o", tmp_path / "new.ztok", *codec).status == 0
+    assert ztok("decompress", tmp_path / "new.ztok", *codec).status == 0
+    assert_mistake(ztok("decompress", file, "--codec", codec_folder), "expected the one with fingerprint")
