@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ztok_fast.codec import slot_prior
 from ztok_fast.codec.errors import LossyTextWarning
 from ztok_fast.codec.layout import position_in_sequence, sequence_of_row
 from ztok_fast.codec.passes import BATCH_TOKENS, batches, decompress_documents, pack_tokens, teacher_forced
@@ -18,6 +19,7 @@ from ztok_fast.codec.selection import rank_in_segment, within_budget
 from ztok_fast.codec.slot_coding import encode_slots
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.slots import fill_slots, slot_mass, written_tokens
+from ztok_fast.codec.zbatch import FLOAT
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.evaluation.sample import Sample
 from ztok_fast.evaluation.scores import Outcome
@@ -58,7 +60,11 @@ def stored_bits(codec: ZTokCodec, z: ZTokens) -> tuple[float, float]:
         return bits, bits
     places = 8 * len(encode_slots(z, config.codebook_size, config.max_unit_length, codes=False))
     plain = int((z.codes >= 0).sum()) * math.log2(config.codebook_size) + places
-    return 8 * len(encode_slots(z, config.codebook_size, config.max_unit_length)), plain
+    stored = len(encode_slots(z, config.codebook_size, config.max_unit_length))
+    if codec.engine != FLOAT:
+        assert isinstance(codec.model, SlotModel)
+        stored = min(stored, len(slot_prior.join(slot_prior.encode(codec.model, z))))
+    return 8 * stored, plain
 
 
 def ztokens_of_documents(sample: Sample, z: ZTokens) -> torch.Tensor:
