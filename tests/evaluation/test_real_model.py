@@ -5,7 +5,7 @@ import torch
 
 from ztok_fast.cli.evaluation import SAMPLE
 from ztok_fast.codec.base_model import load_base
-from ztok_fast.codec.codec import MODELS, ZTokCodec
+from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.evaluation.evaluate import CODEC, COMPRESSOR, DECOMPRESSOR, IDS, WAYS, compare
 from ztok_fast.evaluation.sample import Sample
@@ -13,7 +13,7 @@ from ztok_fast.evaluation.sample import Sample
 
 @pytest.fixture(scope="module")
 def rows():
-    base = load_base(str(MODELS / "mini-base" / "base"))
+    base = load_base("mini-base")
     vocabulary = len(base.model.get_input_embeddings().weight)
     torch.manual_seed(0)
     codec = ZTokCodec(
