@@ -9,7 +9,7 @@ from ztok_fast.codec.errors import CodecError, ZBatchError
 from ztok_fast.codec.focus import KEPT
 from ztok_fast.codec.layout import offsets, sequence_of_row
 from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
-from ztok_fast.codec.selection import choose_ztokens, close, grow, guess, harm, is_right, sums, within_budget
+from ztok_fast.codec.selection import _shared, choose_ztokens, close, grow, guess, harm, is_right, sums, within_budget
 from ztok_fast.codec.slots import fill_slots
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.profiling import profile
@@ -282,3 +282,12 @@ def test_slots_of_one_instruction_set_decode_under_each_other(codec, guessable, 
                 assert [d.tolist() for d in decompress_documents(codec.model, z)] == guessable, (writer, reader)
     finally:
         torch.ops.ztok.isa_native(before)
+
+
+def test_units_to_spare_are_no_more_than_the_document_has():
+    """One segment needs more than its even share; the others give back what they have beyond their needs."""
+    share, needed = torch.tensor([2, 2, 2, 3, 3]), torch.tensor([1, 4, 1, 1, 2])
+    document, wanted = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([6, 6])
+    assert _shared(share, needed, document, wanted).tolist() == [1, 4, 1, 3, 3]
+    assert _shared(share, needed, document, torch.tensor([7, 4])).tolist() == [1, 4, 2, 1, 3]
+    assert _shared(share[:0], needed[:0], document[:0], wanted[:0]).tolist() == []

@@ -224,7 +224,11 @@ def choose(parts, own: Segments, ratio: float) -> Units:
         if int(needed[rows].sum()) < wanted:
             share = (stops / ratio).floor().long()
             share = share - nn.functional.pad(share, (1, 0))[:-1]
-            units[rows] = torch.maximum(share, needed[rows])
+            share = torch.maximum(share, needed[rows])
+            # Not more than the document has: the first segments that got more than they need give it back.
+            slack = share - needed[rows]
+            given = (int(share.sum()) - wanted - (slack.cumsum(0) - slack)).clamp(min=0)
+            units[rows] = share - torch.minimum(given, slack)
         else:
             written[rows] = _dearest(own.rows(rows), written[rows], loss[rows], wanted, slots)
     spare = (units > 0).nonzero()[:, 0]

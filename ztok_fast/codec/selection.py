@@ -257,8 +257,7 @@ def choose_ztokens(
     # units, so they are looked at once more.
     begin = cu_segments[cu_documents.long()[document]]
     stops, starts = (((cu - begin) / ratio[document]).floor().long() for cu in (cu_segments[1:], cu_segments[:-1]))
-    even_share = stops - starts
-    units = torch.where(exact, torch.maximum(even_share, needed), 0)
+    units = torch.where(exact, _shared(stops - starts, needed, document, wanted), 0)
 
     def cut(own, cu, segments):
         return slot_mass(own, cu, slots, units[spare[segments]])
@@ -269,6 +268,19 @@ def choose_ztokens(
         written[rows] = grow(model, tokens[rows], cu, written[rows], cut)
     mass = slot_mass(written, cu_segments, slots, units)
     return fill_slots(tokens, written, cu_segments, cu_documents, slots, mass)
+
+
+def _shared(share, needed, document, wanted) -> torch.Tensor:
+    """Units of every segment: what it needs, and more towards its even share while its document has units to spare."""
+    units = torch.maximum(share, needed)
+    excess = _totals(units, document, len(wanted)) - wanted
+    slack = units - needed
+    # Taken from the first segments that have some to give.
+    before = slack.cumsum(0) - slack
+    first = torch.full_like(wanted, before.max() if len(before) else 0)
+    first = first.scatter_reduce(0, document, before, "amin")
+    left = excess[document] - (before - first[document])
+    return units - torch.minimum(left.clamp(min=0), slack)
 
 
 def _totals(values: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:
