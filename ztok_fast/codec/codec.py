@@ -100,9 +100,8 @@ class ZTokCodec:
         Args:
             dtype: cast the weights, e.g. to ``torch.bfloat16`` for shipping; ``None`` keeps every bit.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(folder, self.model.codec_state(), dtype)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_weights(Path(folder), self.model.codec_state(), dtype)
         self.config.save(folder)
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
