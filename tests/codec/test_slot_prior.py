@@ -126,10 +126,10 @@ def test_symbols_cost_what_the_inferencer_says(codec, monkeypatch):
             chosen, place = 0.0, -1
             for slot in range(sum(code >= 0 for code in codes)):
                 gap, place = places[slot] - place - 1, places[slot]
-                for level, table, choice in ((0, head.gap_rows[slot][:SEGMENT], gap), (1, words, codes[slot])):
-                    logits = (own @ head.queries[2 * slot + level].T + chosen) @ table.T
-                    expected.append(logits.double().log_softmax(0)[choice])
-                    chosen = chosen + table[choice]
+                chosen = chosen + head.gap_rows[slot][gap]
+                logits = (own @ head.queries[2 * slot + 1].T + chosen) @ words.T
+                expected.append(logits.double().log_softmax(0)[codes[slot]])
+                chosen = chosen + words[codes[slot]]
     found = (intervals[:, 1].double() / intervals[:, 2].double()).log()
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=1e-3)
     assert float(found.min()) < -8, "the prior is not even"

@@ -1,18 +1,18 @@
 """The slots of Z-tokens as range-coded streams, with the inferencer as the prior.
 
-`slot_coding` learns from what it has coded; here the inferencer says how likely each gap and each code is after the
-Z-tokens before it. It runs in the engine, and the products of its head are sums in one fixed order, so that a reader
-has the counts of the writer on any machine (docs/determinism.md). Writing is one packed pass. Reading goes step by
-step, many streams side by side.
+`slot_coding` learns from what it has coded; here the inferencer says how likely each code is after the Z-tokens before
+it. It runs in the engine, and the products of its head are sums in one fixed order, so that a reader has the counts of
+the writer on any machine (docs/determinism.md). Writing is one packed pass. Reading goes step by step, many streams
+side by side.
 
 A document is cut into *stretches* of at most `CONTEXT` Z-tokens, each a sequence of its own for the inferencer and a
-stream of its own. The first stream begins with what the inferencer is not asked (`Layout.head`): the slots that each
-Z-token fills, and the tokens after a unit's last filled slot.
+stream of its own. The first stream begins with where the slots stand, by tables that learn: at most ratios they know it
+better than the inferencer, which is not told the ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ ROWS = 128
 
 LIKELY = 4
 """Share of a new table that a likely symbol has, against 1 for all others together."""
+
+
+GAP_COUNTS = (48, 24, 12, 6, 3)
+"""Counts that the table of gaps starts with; larger gaps start with 1."""
+
+Read = Callable[[Tensor, Tensor], Tensor]
+"""Reads one symbol for each of ``[T]`` documents, by a table that learns."""
 
 
 @torch.inference_mode()
@@ -97,24 +104,24 @@ def decode(
             raise ZFileError(f"document {document}: {error}") from error
     data, cu_bytes = Streams.from_bytes(parts)
     state = range_decoder(data, cu_bytes)
-    head, first = [], layout.cu_stretches[:-1].long()
-    for rows, size, likely in layout.head():
-        cu = offsets(layout.document[rows].bincount(minlength=len(first)))
-        counts = _table(size, likely)
-        symbols, state[first] = decode_symbols(counts, state[first], data, cu, len(rows), INCREMENT)
-        head.append((rows, symbols))
-    filled = torch.zeros(len(layout.document), dtype=torch.int64)
-    for rows, symbols in head[:2]:
-        filled[rows] = symbols
-    nothing = torch.full((len(filled), model.config.num_codebooks), -1, dtype=torch.int32)
-    z = ZTokens(nothing, filled.int(), cu_segments, cu_documents, nothing.clone())
+    first = layout.cu_stretches[:-1].long()
+
+    def read(document: Tensor, counts: Tensor) -> Tensor:
+        cu = offsets(document.bincount(minlength=len(first)))
+        symbols, state[first] = decode_symbols(counts, state[first], data, cu, len(document), INCREMENT)
+        return symbols
+
+    filled = layout.read_filled(read)
+    places = layout.read_places(read, filled)
+    tails, ends = layout.read_tails(read)
+    z = ZTokens(torch.full_like(places, -1), filled.int(), cu_segments, cu_documents, places)
     # Longest first: a session goes on with its first sequences.
     order = layout.lengths.argsort(descending=True, stable=True)
     order = order[layout.lengths[order] > 0]
     for at in range(0, len(order), ROWS):
         own = order[at : at + ROWS]
-        prior.read(z, filled, layout.begin[own], layout.lengths[own], state[own], data)
-    z.unit_lengths = layout.unit_lengths(z, head[2][1], head[3][1], torch.tensor(tokens, dtype=torch.int64))
+        prior.read(z, layout.begin[own], layout.lengths[own], state[own], data)
+    z.unit_lengths = layout.unit_lengths(z, tails, ends, torch.tensor(tokens, dtype=torch.int64))
     return z
 
 
@@ -171,32 +178,58 @@ class Layout:
         self._inner, self._ends = (~ends).nonzero()[:, 0], ends.nonzero()[:, 0]
         self._between, self._last = (ends & ~last).nonzero()[:, 0], last.nonzero()[:, 0]
 
-    def head(self) -> list[tuple[Tensor, int, int | None]]:
-        """What comes before the inferencer's symbols, kind after kind: Z-tokens, alphabet, likely symbol.
+    def head(self, z: ZTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What comes before the inferencer's symbols, kind after kind: symbols, the document of each, and a table.
 
-        The slots filled by Z-tokens within a segment, then by those that end one; the tokens after the last filled slot
-        of those within, then for all that end a segment but not the document: 0 where the segment has as many tokens
-        as it can have, else 1 more than the tokens after the last filled slot. For the document's last Z-token they
-        follow from the document's tokens.
+        The slots filled by Z-tokens within a segment, then by those that end one; the tokens between each filled slot
+        and the one before; the tokens after the last filled slot of Z-tokens within a segment, then of all that end a
+        segment but not the document: 0 where the segment has as many tokens as it can have, else 1 more than the tokens
+        after the last filled slot. For the document's last Z-token they follow from the document's tokens.
         """
-        slots, longest = self._config.num_codebooks, self._config.max_unit_length
-        return [
-            (self._inner, slots + 1, slots),
-            (self._ends, slots + 1, None),
-            (self._inner, longest + 1, 0),
-            (self._between, longest + 2, 0),
-        ]
-
-    def head_symbols(self, z: ZTokens) -> list[Tensor]:
-        """The symbols of `head`, of Z-tokens that are known."""
-        assert z.slot_offsets is not None
-        filled, named = (z.codes >= 0).sum(1), _named(z)
-        tails = z.unit_lengths.long() - named
+        used, named = z.codes >= 0, _named(z)
+        filled, tails = used.sum(1), z.unit_lengths.long() - named
         inner = named.clone()
         inner[self._inner] += tails[self._inner]
         own = tails[self._between]
         ends = torch.where(own == self._room(inner), 0, own + 1)
-        return [filled[self._inner], filled[self._ends], tails[self._inner], ends]
+        within, at_end, after, last = self._tables()
+        return [
+            (filled[self._inner], self.document[self._inner], within),
+            (filled[self._ends], self.document[self._ends], at_end),
+            (_gaps(z)[used], self.document.repeat_interleave(filled), self._gap_table()),
+            (tails[self._inner], self.document[self._inner], after),
+            (ends, self.document[self._between], last),
+        ]
+
+    def read_filled(self, read: Read) -> Tensor:
+        """Slots that each Z-token fills, int64 ``[K]``."""
+        within, at_end, _, _ = self._tables()
+        filled = torch.zeros(len(self.document), dtype=torch.int64)
+        filled[self._inner] = read(self.document[self._inner], within)
+        filled[self._ends] = read(self.document[self._ends], at_end)
+        return filled
+
+    def read_places(self, read: Read, filled: Tensor) -> Tensor:
+        """Slot offsets int32 ``[K, L]``."""
+        used = torch.arange(self._config.num_codebooks) < filled[:, None]
+        steps = torch.zeros(used.shape, dtype=torch.int64)
+        steps[used] = read(self.document.repeat_interleave(filled), self._gap_table()) + 1
+        return torch.where(used, steps.cumsum(1) - 1, -1).int()
+
+    def read_tails(self, read: Read) -> tuple[Tensor, Tensor]:
+        """The last two kinds of `head`."""
+        _, _, after, last = self._tables()
+        return read(self.document[self._inner], after), read(self.document[self._between], last)
+
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        slots, longest = self._config.num_codebooks, self._config.max_unit_length
+        return _table(slots + 1, slots), _table(slots + 1), _table(longest + 1, 0), _table(longest + 2, 0)
+
+    def _gap_table(self) -> Tensor:
+        counts = torch.ones(self._config.max_unit_length, dtype=torch.int64)
+        for gap, count in enumerate(GAP_COUNTS[: len(counts)]):
+            counts[gap] = count
+        return counts
 
     def unit_lengths(self, z: ZTokens, tails: Tensor, ends: Tensor, tokens: Tensor) -> Tensor:
         """Unit lengths int32 ``[K]`` from the slots' places and the last two kinds of `head`.
@@ -231,28 +264,22 @@ class _Prior:
                 "slots with the inferencer as prior: expected a codec whose base model the engine runs (int8 or "
                 "float32), since a reader must find the same bits; got transformers' modules (float)"
             )
-        head, longest = model.zspace, model.config.max_unit_length
+        head = model.zspace
         self.model, self.slots = model, model.config.num_codebooks
-        # A gap of `gaps - 1` stands for all larger ones too; how much larger is one of `larger`.
-        self.gaps = min(GAPS, longest)
-        self.larger = longest - self.gaps + 1
         self.words = runtime.linear(head.words, model.adapted.embedding.weight)
-        self.gap_rows = head.gap_rows[:, : self.gaps].float()
-        self._queries = [ordered_pack(query) for query in head.queries]
-        self._word_panels = ordered_pack(self.words)
-        self._gap_panels = [ordered_pack(rows) for rows in self.gap_rows]
+        self._gap_rows = head.gap_rows[:, :GAPS].float()
+        # The inferencer chooses a gap before each code.
+        self._queries = [ordered_pack(query) for query in head.queries[1::2]]
+        self._panels = ordered_pack(self.words)
 
-    def gap_logits(self, hidden: Tensor, slot: int, chosen: Tensor) -> Tensor:
-        """Of the gap before a slot, ``[B, gaps]``; ``chosen`` ``[B, d]``: the rows of the choices before."""
-        return self._logits(hidden, 2 * slot, chosen, self._gap_panels[slot], self.gaps)
+    def after_gap(self, slot: int, chosen: Tensor, gap: Tensor) -> Tensor:
+        """``chosen`` ``[B, d]``, the rows of the choices before, with that of a gap before a slot."""
+        return chosen + self._gap_rows[slot][gap.clamp(max=GAPS - 1)]
 
-    def code_logits(self, hidden: Tensor, slot: int, chosen: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, slot: int, chosen: Tensor) -> Tensor:
         """Of the token that a slot names, ``[B, V]``."""
-        return self._logits(hidden, 2 * slot + 1, chosen, self._word_panels, len(self.words))
-
-    def _logits(self, hidden, level: int, chosen, panels, count: int) -> Tensor:
-        query = ordered_linear(hidden, self._queries[level], self.words.shape[1]) + chosen
-        return ordered_linear(query, panels, count)
+        query = ordered_linear(hidden, self._queries[slot], self.words.shape[1]) + chosen
+        return ordered_linear(query, self._panels, len(self.words))
 
     def marks(self, count: int) -> Tensor:
         """The row that each of ``count`` sequences begins with."""
@@ -275,34 +302,24 @@ class _Prior:
         )
 
     def intervals(self, hidden: Tensor, z: ZTokens) -> tuple[Tensor, Tensor]:
-        """Intervals int64 ``[R, 3]`` of the choices of Z-tokens, and the Z-token of each, int64 ``[R]``."""
-        assert z.slot_offsets is not None
-        places = z.slot_offsets.long()
-        gaps = places - torch.nn.functional.pad(places, (1, 0), value=-1)[:, :-1] - 1
-        cells = torch.zeros(len(places), self.slots, 3, 3, dtype=torch.int64)
-        used = torch.zeros(cells.shape[:3], dtype=torch.bool)
+        """Intervals int64 ``[R, 3]`` of the codes of Z-tokens, and the Z-token of each, int64 ``[R]``."""
+        gaps, used = _gaps(z), z.codes >= 0
+        cells = torch.zeros(*used.shape, 3, dtype=torch.int64)
         chosen = hidden.new_zeros(len(hidden), self.words.shape[1])
         for slot in range(self.slots):
-            rows = (z.codes[:, slot] >= 0).nonzero()[:, 0]
-            own, before = hidden[rows], chosen[rows]
-            gap, code = gaps[rows, slot], z.codes[rows, slot].long()
-            told = gap.clamp(max=self.gaps - 1)
-            cells[rows, slot, 0] = torch.stack(token_intervals(self.gap_logits(own, slot, before), told), 1)
-            rest = gap - self.gaps + 1
-            cells[rows, slot, 1] = torch.stack([rest, torch.ones_like(rest), torch.full_like(rest, self.larger)], 1)
-            before = before + self.gap_rows[slot][told]
-            cells[rows, slot, 2] = torch.stack(token_intervals(self.code_logits(own, slot, before), code), 1)
-            used[rows, slot] = True
-            used[rows, slot, 1] = (rest >= 0) & (self.larger > 1)
+            rows = used[:, slot].nonzero()[:, 0]
+            code = z.codes[rows, slot].long()
+            before = self.after_gap(slot, chosen[rows], gaps[rows, slot])
+            cells[rows, slot] = torch.stack(token_intervals(self.logits(hidden[rows], slot, before), code), 1)
             chosen[rows] = before + self.words[code]
         return cells[used], used.nonzero()[:, 0]
 
-    def read(self, z: ZTokens, filled: Tensor, begin: Tensor, lengths: Tensor, state: Tensor, data: Tensor) -> None:
-        """Read stretches, the longest first, into the codes and places of ``z``.
+    def read(self, z: ZTokens, begin: Tensor, lengths: Tensor, state: Tensor, data: Tensor) -> None:
+        """Read stretches, the longest first, into the codes of ``z``, whose places are known.
 
         Args:
-            filled: int64 ``[K]``, slots of every Z-token; begin, lengths: int64 ``[B]``, of the stretches; state: of
-                their streams ``[B, 4]``; data: uint8, the bytes of all streams.
+            begin, lengths: int64 ``[B]``, of the stretches; state: of their streams ``[B, 4]``; data: uint8, the bytes
+                of all streams.
         """
         count, steps = len(begin), int(lengths[0])
         assert z.slot_offsets is not None
@@ -313,42 +330,32 @@ class _Prior:
                 going = int((lengths > step).sum())
                 rows = begin[:going] + step
                 state = state[:going]
-                self._read_rows(session.last[:going], z, rows, filled[rows], state, data)
+                self._read_rows(session.last[:going], z, rows, state, data)
                 onward = rows[: int((lengths > step + 1).sum())]
                 if len(onward):
                     own = one_each(z.codes[onward], z.unit_lengths[onward], z.slot_offsets[onward])
                     session.step(self.model.embed(own), torch.full_like(onward, step + 1))
 
-    def _read_rows(self, hidden, z: ZTokens, rows: Tensor, filled: Tensor, state: Tensor, data: Tensor) -> None:
+    def _read_rows(self, hidden: Tensor, z: ZTokens, rows: Tensor, state: Tensor, data: Tensor) -> None:
         assert z.slot_offsets is not None
+        own = one_each(z.codes[rows], z.unit_lengths[rows], z.slot_offsets[rows])
+        gaps, used = _gaps(own), z.slot_offsets[rows] >= 0
         chosen = hidden.new_zeros(len(rows), self.words.shape[1])
-        place = torch.full_like(rows, -1)
-        uniform = torch.ones(self.larger, dtype=torch.int64)
         for slot in range(self.slots):
-            going = (filled > slot).nonzero()[:, 0]
-            own, before = hidden[going], chosen[going]
-            gap, state[going] = decode_tokens(self.gap_logits(own, slot, before), state[going], data)
-            before = before + self.gap_rows[slot][gap]
-            most = going[gap == self.gaps - 1]
-            if len(most) and self.larger > 1:
-                each = torch.arange(len(most) + 1)
-                rest, state[most] = decode_symbols(uniform, state[most], data, each, len(most))
-                gap[gap == self.gaps - 1] += rest
-            code, state[going] = decode_tokens(self.code_logits(own, slot, before), state[going], data)
+            going = used[:, slot].nonzero()[:, 0]
+            before = self.after_gap(slot, chosen[going], gaps[going, slot])
+            code, state[going] = decode_tokens(self.logits(hidden[going], slot, before), state[going], data)
             chosen[going] = before + self.words[code]
-            place[going] += gap + 1
             z.codes[rows[going], slot] = code.int()
-            z.slot_offsets[rows[going], slot] = place[going].int()
 
 
 def _intervals(model: SlotModel, z: ZTokens) -> tuple[Layout, Tensor, Tensor]:
     """Of all symbols in the order of the streams: intervals int64 ``[R, 3]`` and the stream of each, int64 ``[R]``."""
     prior, layout = _Prior(model), Layout(model, z.cu_segments, z.cu_documents)
     found, streams = [], []
-    for (rows, size, likely), symbols in zip(layout.head(), layout.head_symbols(z)):
-        document = layout.document[rows]
+    for symbols, document, counts in layout.head(z):
         cu = offsets(document.bincount(minlength=len(z)))
-        found.append(torch.stack(symbol_intervals(symbols, _table(size, likely), cu, INCREMENT), 1))
+        found.append(torch.stack(symbol_intervals(symbols, counts, cu, INCREMENT), 1))
         streams.append(layout.cu_stretches.long()[document])
     hidden = prior.hidden(z, layout)
     stretch = sequence_of_row(offsets(layout.lengths), z.ztokens)
@@ -371,7 +378,15 @@ def _named(z: ZTokens) -> Tensor:
     return z.slot_offsets.long().amax(1) + 1
 
 
-def _table(size: int, likely: int | None) -> Tensor:
+def _gaps(z: ZTokens) -> Tensor:
+    """Tokens between each slot and the one before, int64 ``[K, L]``; anything where a slot is not filled."""
+    assert z.slot_offsets is not None
+    places = z.slot_offsets.long()
+    gaps = places - torch.nn.functional.pad(places, (1, 0), value=-1)[:, :-1] - 1
+    return gaps.clamp(min=0)
+
+
+def _table(size: int, likely: int | None = None) -> Tensor:
     counts = torch.ones(size, dtype=torch.int64)
     if likely is not None:
         counts[likely] = LIKELY * size
