@@ -6,8 +6,8 @@ the writer on any machine (docs/determinism.md). Writing is one packed pass. Rea
 side by side.
 
 A document is cut into *stretches* of at most `CONTEXT` Z-tokens, each a sequence of its own for the inferencer and a
-stream of its own. The first stream begins with where the slots stand, by tables that learn: at most ratios they know it
-better than the inferencer, which is not told the ratio.
+stream of its own. The first stream begins with where the slots stand, by tables that learn: at low ratios they know it
+as well as the inferencer, which is not told the ratio, and at high ones far better.
 """
 
 from __future__ import annotations
