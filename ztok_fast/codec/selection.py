@@ -236,7 +236,7 @@ def choose_ztokens(
             fp32 ``[G]``.
         fixed_units: units of ``ratio`` tokens each.
         weights: fp32 ``[T]``, what a token's absence counts for, 1 for most; those of `KEPT` and more are written in
-            any case, even past the budget.
+            any case, even past the budget, as far as the slots of a unit go where ``fixed_units`` are asked for.
     """
     slots, total, documents = model.config.num_codebooks, len(tokens), len(cu_documents) - 1
     weights = torch.ones(total, device=tokens.device) if weights is None else weights
