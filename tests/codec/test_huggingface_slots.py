@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.codec.test_selection import SEGMENT, SLOTS, guessable_texts
 from tests.codec.tiny_codec import tiny_base, tiny_codec
+from tests.codec.tiny_slots import SEGMENT, SLOTS, guessable_texts
 from ztok_fast.codec import huggingface
 from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.passes import compress_documents, decompress_documents

@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save as serialize
 
-from tests.codec.test_selection import SLOTS, TEXTS
 from tests.codec.tiny_codec import tiny_codec
+from tests.codec.tiny_slots import SLOTS, TEXTS
 from ztok_fast.codec import prior_files, slot_prior, zfile
 from ztok_fast.codec.errors import CodecError, PriorNeededError, ZBatchError, ZFileError
 from ztok_fast.codec.zbatch import ZBatch

@@ -3,31 +3,21 @@
 import pytest
 import torch
 
-from tests.codec.tiny_codec import packed_documents, tiny_base, tiny_codec
+from tests.codec.tiny_codec import tiny_codec
+from tests.codec.tiny_slots import SEGMENT, SLOTS, TEXTS, VOCABULARY, guessable_texts, tiny_slot_codec
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.errors import CodecError, ZBatchError
 from ztok_fast.codec.focus import KEPT
 from ztok_fast.codec.layout import offsets, sequence_of_row
-from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
+from ztok_fast.codec.passes import compress_documents, decompress_documents, teacher_forced
 from ztok_fast.codec.selection import _shared, choose_ztokens, close, grow, guess, harm, is_right, sums, within_budget
-from ztok_fast.codec.slots import fill_slots
 from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.profiling import profile
-
-SEGMENT = 16
-VOCABULARY = tiny_base().model.get_input_embeddings().weight.shape[0]
-SLOTS = {"emission": "slots", "codebook_size": VOCABULARY, "max_unit_length": SEGMENT, "segment_length": SEGMENT}
-TEXTS = ["a small text to learn a few merges from", "the text is small; as small texts go, it is the text", "", "a"]
 
 
 @pytest.fixture(scope="module")
 def codec():
-    codec = tiny_codec(**SLOTS)
-    with torch.no_grad():
-        # A random model guesses anew whatever it is told; told softly, it keeps some of its guesses.
-        for parameter in (codec.model.slot_gates, codec.model.slot_places.weight, codec.model.ahead_places):
-            parameter.mul_(0.05)
-    return codec
+    return tiny_slot_codec()
 
 
 @pytest.fixture(params=["int8", "float32", "float"])
@@ -40,18 +30,6 @@ def engine(codec, request, monkeypatch):
 @pytest.fixture
 def guessable(codec) -> list[list[int]]:
     return guessable_texts(codec)
-
-
-def guessable_texts(codec) -> list[list[int]]:
-    """Texts of which the model guesses a good part: what it writes itself around some random tokens."""
-    model, documents = codec.model, packed_documents(codec, [64, 40, 16, 5], seed=3)
-    codec._engines.use()
-    tokens = pack_tokens(documents, model.device)
-    cu = offsets(torch.tensor([16, 16, 16, 16, 16, 16, 8, 16, 5]))
-    told = torch.rand(len(tokens), generator=torch.Generator().manual_seed(1)) < 0.3
-    cu_documents = torch.tensor([0, 4, 7, 8, 9], dtype=torch.int32)
-    z = fill_slots(tokens, told, cu, cu_documents, codec.config.num_codebooks)
-    return [own.tolist() for own in decompress_documents(model, z)]
 
 
 def packed(documents):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.codec.test_selection import SEGMENT, SLOTS
 from tests.codec.tiny_codec import packed_documents, tiny_codec
+from tests.codec.tiny_slots import SEGMENT, SLOTS
 from ztok_fast.codec import slot_prior
 from ztok_fast.codec.errors import CodecError, ZFileError
 from ztok_fast.codec.layout import offsets

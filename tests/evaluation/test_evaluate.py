@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 
 import ztok_fast
-from tests.codec.test_selection import SLOTS, VOCABULARY
 from tests.codec.tiny_codec import packed_documents, tiny_causal_lm, tiny_codec
+from tests.codec.tiny_slots import SLOTS, VOCABULARY, tiny_slot_codec
 from ztok_fast.codec import zfile
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
@@ -28,11 +28,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def slots():
-    codec = tiny_codec(**SLOTS)
-    with torch.no_grad():
-        for parameter in (codec.model.slot_gates, codec.model.slot_places.weight, codec.model.ahead_places):
-            parameter.mul_(0.05)
-    return codec
+    return tiny_slot_codec()
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.codec.test_selection import SEGMENT, SLOTS
 from tests.codec.tiny_codec import tiny_base, tiny_codec
+from tests.codec.tiny_slots import SEGMENT, SLOTS
 from tests.train.tiny_run import tiny_settings
 from ztok_fast.train.batches import Section, make_batch
 from ztok_fast.train.loop import Trainer
