@@ -61,10 +61,11 @@ def guess(model: SlotModel, tokens, written, cu_segments, prefix=None, mass=None
     found, right, loss = [own[:0]], [written[:0]], [guesses.loss[:0]]
     for rows, truth in zip(hidden.split(model.rows_at_once), own.split(model.rows_at_once)):
         logits = model.runtime.logits(rows).float()
-        best = logits.topk(2, dim=-1)
-        sure = True if model.runtime.exact else best.values[:, 0] - best.values[:, 1] >= MARGIN
         found.append(logits.argmax(-1))
-        right.append((found[-1] == truth) & sure)
+        right.append(found[-1] == truth)
+        if not model.runtime.exact:
+            best = logits.topk(2, dim=-1).values
+            right[-1] &= best[:, 0] - best[:, 1] >= MARGIN
         loss.append(torch.nn.functional.cross_entropy(logits, truth, reduction="none"))
     guesses.tokens[guessed], guesses.right[guessed] = torch.cat(found), torch.cat(right)
     guesses.loss[guessed] = torch.cat(loss)
