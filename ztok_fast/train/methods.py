@@ -55,7 +55,7 @@ class SlotMethod:
         """The loss terms of one batch, and its Z-tokens."""
         seed = (self.settings.seed * 1_000_003 + step) * 64 + part + 7919 * process
         terms = objective(batch, seed)
-        return terms, round(len(batch.tokens) / float(terms.pop("ratio")))
+        return terms, int(terms.pop("ztokens"))
 
     def observe(self) -> None:
         """Called after every batch's backward pass."""

@@ -48,7 +48,7 @@ class InferencerObjective(nn.Module):
         terms = {"zspace": zspace, "total": zspace}
         if answer is not None:
             terms |= {"answer": answer, "total": zspace + self.answer * answer}
-        return {**terms, "ratio": torch.tensor(len(tokens) / max(1, z.ztokens))}
+        return {**terms, "ztokens": torch.tensor(z.ztokens)}
 
 
 class SlotObjective(nn.Module):
@@ -97,7 +97,7 @@ class SlotObjective(nn.Module):
             "total": loss,
             "accuracy": (logits.detach().argmax(-1) == tokens[~written]).float().mean(),
             "written": written.float().mean(),
-            "ratio": torch.tensor(len(tokens) / max(1, z.ztokens)),
+            "ztokens": torch.tensor(z.ztokens),
         }
 
     def _mass(self, written, cu, segment, uniform) -> torch.Tensor:
