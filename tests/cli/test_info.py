@@ -24,11 +24,11 @@ def test_file_is_described_without_its_codec(ztok, compressed):
     assert values["documents"] == "1" and values["text tokens"] == str(z.tokens)
     assert values["Z-tokens"].startswith(f"{z.ztokens} of")
     assert values["achieved ratio"].startswith(f"{z.achieved_ratio:.2f}")
-    assert values["rate"].startswith(f"{z.rate:.2f}") and values["with corrections"].startswith(f"{z.rate_exact:.2f}")
+    assert values["rate"].startswith(f"{z.rate:.2f}") and values["exact"].startswith(f"{z.rate_exact:.2f}")
     assert values["original"] == f"{len(TEXT.encode())} bytes" and values["codec"] == z.codec_fingerprint
     assert values["this file"] == f"{compressed.stat().st_size:,} bytes"
     row = result.out.splitlines()[-1]
-    kind = "stored as it is" if z.documents[0].corrections.raw is not None else "corrections"
+    kind = "stored as it is" if z.documents[0].corrections.raw is not None else "bytes"
     assert kind in row
 
 
@@ -47,7 +47,7 @@ def test_document_stored_as_it_is_has_no_units_to_show(tiny, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 3000)
     tiny("compress", tmp_path / "a.txt", "--exact")
     result = tiny("info", tmp_path / "a.txt.ztok", "--units")
-    assert result.out.rstrip().endswith("stored as it is, since that is smaller than its corrections")
+    assert result.out.rstrip().endswith("stored as it is, since that is smaller than what exact mode adds")
 
 
 def test_text_is_marked_by_unit(tiny, tmp_path):

@@ -86,7 +86,7 @@ def test_missing_truncated_and_foreign_files_are_refused(corpus, parquet, tmp_pa
     with pytest.raises(ZFileError, match="not a whole Parquet file"):
         next(read_corpus(corpus))
     parquet.write_table(pyarrow.table({"id": ["x"]}), corpus)
-    with pytest.raises(ZFileError, match="expected a compressed corpus of format version 1, got format None"):
+    with pytest.raises(ZFileError, match="expected a compressed corpus of format version 2, got format None"):
         next(read_corpus(corpus))
 
 
@@ -125,7 +125,7 @@ def test_tampered_rows_are_named(corpus, parquet, columns, message):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format_version": "2"}, "got format 'ztok-corpus', version '2'"),
+        ({"format_version": "1"}, "got format 'ztok-corpus', version '1'"),
         ({"num_codebooks": "x"}, "metadata num_codebooks: expected a decimal"),
         ({"num_codebooks": "999999"}, "num_codebooks: expected 1 to 256"),
         ({"codec_fingerprint": "x"}, "codec_fingerprint: expected 64"),

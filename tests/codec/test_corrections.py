@@ -54,8 +54,7 @@ def test_stored_bytes_pack_gaps_and_tokens_to_the_bits_they_need():
     ids=["repetitive text, many mistakes", "dense text, few mistakes"],
 )
 def test_smallest_takes_the_raw_bytes_only_where_they_are_smaller(original, wrong, raw):
-    positions = torch.arange(wrong)
-    chosen = Corrections.smallest(positions, positions, original, original)
+    chosen = Corrections(int32(range(wrong)), int32(range(wrong))).smallest(original, original)
     assert (chosen.raw is not None) == raw
     assert chosen.restore(original) == original
 
@@ -63,7 +62,7 @@ def test_smallest_takes_the_raw_bytes_only_where_they_are_smaller(original, wron
 def test_smallest_adds_a_patch_where_the_tokens_do_not_round_trip():
     original = random.Random(1).randbytes(2000)
     decoded = original[:700] + b"??" + original[705:]
-    chosen = Corrections.smallest(int32([]), int32([]), decoded, original)
+    chosen = Corrections.none_needed().smallest(decoded, original)
     assert chosen.patch == Patch(700, 702, original[700:705])
     assert chosen.restore(decoded) == original
 

@@ -29,7 +29,11 @@ def add_commands(commands) -> None:
         "--text-column", default="text", metavar="NAME", help="with --corpus: the column of the texts (default: text)"
     )
     parser.add_argument("-r", "--ratio", type=float, help="text tokens per Z-token (default: 4)")
-    parser.add_argument("--exact", action="store_true", help="also store corrections, so that every byte is restored")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="also store what the decompressor would guess wrong, so that every byte is restored",
+    )
     parser.add_argument("--levels", type=int, metavar="N", help="residual quantizer levels to use (default: all)")
     parser.add_argument(
         "--fixed-units",
@@ -67,7 +71,9 @@ def add_commands(commands) -> None:
         help="with --units coded: tokens that the model sees at once, a power of two (default: 512)",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="with --units coded: do not decode what was encoded to compare it"
+        "--no-verify",
+        action="store_true",
+        help="with --exact or --units coded: do not decode what was encoded to compare it",
     )
     common.add_codec_arguments(parser)
     parser.set_defaults(run=run)
@@ -81,10 +87,11 @@ def run(options: argparse.Namespace) -> int:
         from ztok_fast.cli import coded
 
         return coded.compress(options, _output_name(options))
-    for name in ("--context", "--window", "--no-verify"):
-        if getattr(options, name[2:].replace("-", "_")) in (None, False):
-            continue
-        raise common.UsageError(f"{name}: expected --units coded with it, got learned units")
+    for name in ("context", "window"):
+        if getattr(options, name) is not None:
+            raise common.UsageError(f"--{name}: expected --units coded with it, got learned units")
+    if options.no_verify and not options.exact:
+        raise common.UsageError("--no-verify: expected --exact or --units coded with it, got neither")
     options.ratio = 4.0 if options.ratio is None else options.ratio
     if options.corpus is not None:
         return _run_corpus(options)
@@ -95,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     total = 0
     if common.shows_progress():
         total = sum(map(len, codec.tokenize([d.decode("utf-8", "replace") for d in documents])))
-    # Exact mode decodes all that it has encoded.
+    # Exact mode decodes, or encodes once more, all that it has compressed.
     with (
         common.progress_bar(2 * total if options.exact else total, "compress") as progress,
         common.collected_warnings(LossyTextWarning) as losses,
@@ -108,6 +115,7 @@ def run(options: argparse.Namespace) -> int:
             fixed_units=options.fixed_units,
             keep=spans,
             question=options.question,
+            verify=not options.no_verify,
             progress=progress,
         )
     codec.save(z, output)
@@ -115,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
 
     rate = f"{number(z.rate)} bits per token"
     if options.exact:
-        rate += f", {number(z.rate_exact)} with corrections"
+        rate += f", {number(z.rate_exact)} exact"
     print(
         f"{output}: {z.tokens:,} tokens -> {z.ztokens:,} Z-tokens, ratio {number(z.achieved_ratio)}, {rate}; "
         f"{sum(map(len, documents)):,} bytes -> {output.stat().st_size:,}"
@@ -163,6 +171,7 @@ def _run_corpus(options: argparse.Namespace) -> int:
                 text_column=options.text_column,
                 levels=options.levels,
                 fixed_units=options.fixed_units,
+                verify=not options.no_verify,
                 progress=progress,
             )
         except ImportError as error:

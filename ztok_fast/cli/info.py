@@ -58,7 +58,7 @@ def _describe_file(options: argparse.Namespace) -> int:
         ("rate", f"{report.number(z.rate)} bits per text token"),
     ]
     if any(document.corrections is not None for document in z.documents):
-        rows.append(("with corrections", f"{report.number(z.rate_exact)} bits per text token"))
+        rows.append(("exact", f"{report.number(z.rate_exact)} bits per text token"))
     if len(originals) == len(z):
         rows.append(("original", f"{sum(originals):,} bytes"))
     rows += [
@@ -76,7 +76,7 @@ def _describe_file(options: argparse.Namespace) -> int:
             print(f"\ndocument {index}:")
             corrections = z.documents[index].corrections
             if corrections is not None and corrections.raw is not None:
-                print("  stored as it is, since that is smaller than its corrections")
+                print("  stored as it is, since that is smaller than what exact mode adds")
             else:
                 _show_units(codec, tokens, z[index].unit_lengths.tolist(), options.tokens)
     return 0
@@ -106,6 +106,8 @@ def _exactness(info: DocumentInfo) -> str:
     if info.corrections.raw is not None:
         return "stored as it is"
     patch = "" if info.corrections.patch is None else " and a patch"
+    if info.corrections.remainder is not None:
+        return f"{len(info.corrections.remainder):,} bytes{patch}"
     return f"{len(info.corrections.positions):,} corrections{patch}"
 
 

@@ -20,12 +20,13 @@ from ztok_fast.codec.coded import TextCoder
 from ztok_fast.codec.coded_units import CodedUnits, UnitCoder
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
+from ztok_fast.codec.corrections import Corrections
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
 from ztok_fast.codec.focus import Span, token_weights
 from ztok_fast.codec.models import make_model
-from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents, decompress_documents
+from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents
 from ztok_fast.codec.prior_files import prior_reader, prior_slots
 from ztok_fast.codec.shipped import codec_folder, shipped_codecs
 from ztok_fast.codec.text import as_text, detokenize, originals_and_texts, tokenize
@@ -148,6 +149,7 @@ class ZTokCodec:
         fixed_units: bool | None = ...,
         keep: Sequence[Sequence[Span]] | None = ...,
         question: str | Sequence[str] | None = ...,
+        verify: bool = ...,
         batch_tokens: int = ...,
         progress: Progress | None = ...,
     ) -> ZBatch: ...
@@ -167,6 +169,7 @@ class ZTokCodec:
         fixed_units: bool | None = None,
         keep: Sequence[Sequence[Span]] | None = None,
         question: str | Sequence[str] | None = None,
+        verify: bool = True,
         batch_tokens: int = BATCH_TOKENS,
         progress: Progress | None = None,
     ) -> ZBatch | CodedUnits:
@@ -175,15 +178,16 @@ class ZTokCodec:
         Args:
             texts: documents; ``bytes`` that are not UTF-8 come back byte for byte in exact mode only.
             ratio: text tokens per Z-token to aim at, 1 to ``config.max_unit_length``.
-            exact: decompress while compressing and store corrections, so that what comes back is the input.
+            exact: store what the decompressor would guess wrong, so that what comes back is the input.
             levels: residual levels to use, 1 to ``config.num_codebooks``; ``None`` for all.
             fixed_units: ``True`` for one Z-token for every ``ratio`` tokens, ``False`` for units by learned halting
                 mass; ``None`` as the codec is configured.
             keep: with slots, for each text spans (start, end) of characters that are written at any ratio.
             question: with slots, one, or one for each text: where slots are short, they go to what shares its words.
+            verify: with ``exact``, decompress what was compressed and compare it.
             batch_tokens: text tokens of one pass; bounds the memory, beside some 16 bytes per text token.
             progress: called with the number of text tokens just finished; ``exact`` finishes each token twice, once
-                compressed and once verified.
+                compressed and once verified (or encoded, without ``verify``).
             units: "learned", Z-tokens that models read; "coded", windows of as many bits of the text itself, coded
                 under the base model: exact, for keeping (`CodedUnits`). They take none of the arguments above.
             aligned: of coded units, each window ends with a token; see `CodedUnits`.
@@ -193,6 +197,7 @@ class ZTokCodec:
 
         Warns:
             LossyTextWarning: without ``exact``, tokens cannot represent every byte of a document.
+            UserWarning: with ``exact``, a document did not come back as it was and is stored as it is.
         """
         if units == "coded":
             if (ratio, exact, levels, fixed_units, keep, question) != (4, False, None, None, None, None):
@@ -241,10 +246,15 @@ class ZTokCodec:
             for tokens, original in zip(documents, originals)
         ]
         if exact:
-            found = exact_mode.find_corrections(self.model, z, sections, batch_tokens=batch_tokens, progress=progress)
-            of_document = exact_mode.by_document(found, [len(s) for s in sections], counts)
-            for info, own, tokens, original in zip(infos, of_document, documents, originals):
-                info.corrections = exact_mode.document_corrections(*own, self._text_bytes(tokens), original)
+            found = exact_mode.corrections_of(
+                self.model, z, sections, counts, batch_tokens=batch_tokens, verify=verify, progress=progress
+            )
+            for index, (info, own, tokens, original) in enumerate(zip(infos, found, documents, originals)):
+                if own is None:
+                    warnings.warn(f"texts[{index}] did not come back as it was and is stored as it is", stacklevel=2)
+                    info.corrections = Corrections.stored_raw(original)
+                else:
+                    info.corrections = own.smallest(self._text_bytes(tokens), original)
         return self._zbatch(z.joined(counts), infos, precision)
 
     @cached_property
@@ -309,20 +319,8 @@ class ZTokCodec:
     def _decompress(self, z: ZBatch, batch_segments: int, progress: Progress | None) -> list[array]:
         self._check(z)
         check_count("batch_segments", batch_segments)
-        is_raw = [info.corrections is not None and info.corrections.raw is not None for info in z.documents]
-        decoded = [index for index, raw in enumerate(is_raw) if not raw]
-        sections, counts = z.select(decoded).sections(self.config.section_segments)
-        lengths, forced, at = sections.cu_text[sections.cu_documents.long()].diff().tolist(), [], 0
-        for index, count in zip(decoded, counts):
-            forced += exact_mode.split(z.documents[index].corrections, lengths[at : at + count])
-            at += count
-        tokens = decompress_documents(self.model, sections, forced, batch_segments=batch_segments, progress=progress)
-        results, at = [array("i") for _ in z.documents], 0
-        for index, count in zip(decoded, counts):
-            for section in tokens[at : at + count]:
-                results[index].extend(section)
-            at += count
-        return results
+        stored = [info.corrections for info in z.documents]
+        return exact_mode.decode(self.model, z, stored, batch_segments=batch_segments, progress=progress)
 
     def _check(self, z: ZBatch) -> str:
         """Let the model run as the batch asks for, which must be this codec's; the precision."""

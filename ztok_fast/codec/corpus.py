@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ztok_fast.codec.passes import Progress
 
 FORMAT = "ztok-corpus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SETTINGS = ("num_codebooks", "codebook_size", "max_unit_length")
 _MAX_CODEBOOK = 1 << 16
 
@@ -52,6 +52,7 @@ def compress_corpus(
     id_column: str = "id",
     levels: int | None = None,
     fixed_units: bool | None = None,
+    verify: bool = True,
     rows_at_once: int = 64,
     progress: Progress | None = None,
 ) -> CorpusTotals:
@@ -61,7 +62,7 @@ def compress_corpus(
     takes each of its rows.
 
     Args:
-        codec: the codec; ratio, exact, levels, fixed_units, progress: as in `ZTokCodec.compress`.
+        codec: the codec; ratio, exact, levels, fixed_units, verify, progress: as in `ZTokCodec.compress`.
         source: Parquet file with one text a row; target: file to write, which appears once it is whole.
         text_column: column with the texts.
         id_column: column with an identifier of each row; where there is none, rows are numbered from 0.
@@ -76,7 +77,9 @@ def compress_corpus(
     def rows() -> Iterator[tuple[str, ZBatch]]:
         nonlocal documents, tokens, ztokens
         for ids, texts in read_texts(source, text_column, id_column, rows_at_once):
-            z = codec.compress(texts, ratio, exact, levels=levels, fixed_units=fixed_units, progress=progress)
+            z = codec.compress(
+                texts, ratio, exact, levels=levels, fixed_units=fixed_units, verify=verify, progress=progress
+            )
             documents, tokens, ztokens = documents + len(z), tokens + z.tokens, ztokens + z.ztokens
             yield from zip(ids, z)
 
@@ -199,6 +202,7 @@ def _schema(arrow):
             ("tokens", listed(arrow.int32())),
             ("patch", arrow.struct([("start", arrow.int64()), ("end", arrow.int64()), ("bytes", arrow.binary())])),
             ("raw", arrow.binary()),
+            ("remainder", arrow.binary()),
         ]
     )
     return arrow.schema(
@@ -251,6 +255,7 @@ def _corrections_to(corrections: Corrections | None) -> dict | None:
         "tokens": corrections.tokens.tolist(),
         "patch": None if patch is None else {"start": patch.start, "end": patch.end, "bytes": patch.replacement},
         "raw": corrections.raw,
+        "remainder": corrections.remainder,
     }
 
 
@@ -318,4 +323,5 @@ def _corrections_from(row: dict | None) -> Corrections | None:
         torch.tensor(row["tokens"], dtype=torch.int32),
         None if patch is None else Patch(patch["start"], patch["end"], patch["bytes"]),
         row["raw"],
+        row["remainder"],
     )

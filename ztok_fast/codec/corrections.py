@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,17 +26,28 @@ class Corrections:
         patch: from the corrected tokens' bytes to the original's, where the tokenizer does not
             round-trip; ``None`` where it does.
         raw: the original's bytes; then there is nothing else, and nothing to decode.
+        remainder: the tokens that the Z-tokens do not write, coded under the decompressor (`remainder`); empty where
+            its guesses are right. ``None`` where corrections are stored instead, for bits that are not the same on
+            every machine (precision "float").
     """
 
     positions: torch.Tensor
     tokens: torch.Tensor
     patch: Patch | None = None
     raw: bytes | None = None
+    remainder: bytes | None = None
 
     @classmethod
     def none_needed(cls) -> Corrections:
         """Corrections of a document that decodes exactly as it is."""
         return cls(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
+
+    @classmethod
+    def of_remainder(cls, remainder: bytes) -> Corrections:
+        """None, since the remainder gives every token."""
+        own = cls.none_needed()
+        own.remainder = remainder
+        return own
 
     @classmethod
     def stored_raw(cls, original: bytes) -> Corrections:
@@ -45,16 +56,14 @@ class Corrections:
         empty.raw = original
         return empty
 
-    @classmethod
-    def smallest(cls, positions: torch.Tensor, tokens: torch.Tensor, decoded: bytes, original: bytes) -> Corrections:
-        """Corrected tokens and a patch where one is needed, or the raw original where that is smaller.
+    def smallest(self, decoded: bytes, original: bytes) -> Corrections:
+        """These with a patch where one is needed, or the raw original where that is smaller.
 
-        ``decoded`` holds the bytes that the *corrected* tokens decode to.
+        ``decoded`` holds the bytes that the document's true tokens decode to.
         """
         patch = None if decoded == original else make_patch(decoded, original)
-        corrected = cls(positions.to(torch.int32).cpu(), tokens.to(torch.int32).cpu(), patch)
-        raw = cls.stored_raw(original)
-        return raw if raw.stored_bytes < corrected.stored_bytes else corrected
+        patched, raw = replace(self, patch=patch), Corrections.stored_raw(original)
+        return raw if raw.stored_bytes < patched.stored_bytes else patched
 
     def apply(self, tokens: torch.Tensor) -> torch.Tensor:
         """A copy of the document's decoded tokens ``[N]`` with the true token at every position."""
@@ -70,12 +79,12 @@ class Corrections:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the corrections take in a file: packed positions and tokens, compressed patch and raw bytes."""
+        """Bytes in a file: packed positions and tokens or the remainder, compressed patch and raw bytes."""
         count = len(self.positions)
         size = packed_size(count, bit_width(self.gaps)) + packed_size(count, bit_width(self.tokens))
         if self.patch is not None:
             size += PATCH_HEADER_BYTES + len(zlib.compress(self.patch.replacement, 9))
-        return size + (0 if self.raw is None else len(zlib.compress(self.raw, 9)))
+        return size + len(self.remainder or b"") + (0 if self.raw is None else len(zlib.compress(self.raw, 9)))
 
     @property
     def gaps(self) -> torch.Tensor:
@@ -102,8 +111,14 @@ class Corrections:
                 )
             if int(self.tokens.min()) < 0:
                 raise ZBatchError(f"corrections.tokens: expected token ids, got {int(self.tokens.min())}")
-        if self.raw is not None and (len(self.positions) or self.patch is not None):
-            raise ZBatchError("corrections: expected raw bytes alone, got positions or a patch beside them")
+        if self.raw is not None and (len(self.positions) or self.patch is not None or self.remainder is not None):
+            raise ZBatchError(
+                "corrections: expected raw bytes alone, got positions, a patch or a remainder beside them"
+            )
+        if self.remainder is not None and not isinstance(self.remainder, bytes):
+            raise ZBatchError(f"corrections.remainder: expected bytes, got {type(self.remainder).__name__}")
+        if self.remainder is not None and len(self.positions):
+            raise ZBatchError("corrections: expected a remainder or positions, got both")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Corrections):
@@ -111,7 +126,7 @@ class Corrections:
         return (
             torch.equal(self.positions, other.positions)
             and torch.equal(self.tokens, other.tokens)
-            and (self.patch, self.raw) == (other.patch, other.raw)
+            and (self.patch, self.raw, self.remainder) == (other.patch, other.raw, other.remainder)
         )
 
 

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from ztok_fast.codec.runtime import Runtime
+from ztok_fast.engine.draft import Choose
 from ztok_fast.profiling import count_rows
 
 
@@ -21,6 +22,7 @@ def decode_text(
     forced: torch.Tensor | None = None,
     conditioning: torch.Tensor | None = None,
     logit_bias: torch.Tensor | None = None,
+    choose: Choose | None = None,
 ) -> torch.Tensor:
     """Write ``lengths[b]`` text tokens for every sequence, greedily.
 
@@ -32,6 +34,7 @@ def decode_text(
         conditioning: ``[B, max(lengths), D]``, added to the input row that writes each column (the start rows
             in ``embeds`` have theirs already).
         logit_bias: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
+        choose: finds the tokens in place of the likeliest ones, as in `write_told`; with the engine only.
 
     Returns:
         int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
@@ -42,7 +45,7 @@ def decode_text(
     longest, going = counts[0], len(counts)
     written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
     with runtime.session("decompressor", embeds, position_ids, cu_seqlens, longest - 1) as session:
-        drafted = session.draft(lengths, conditioning, logit_bias, forced)
+        drafted = session.draft(lengths, conditioning, logit_bias, forced, choose)
         if drafted is not None:
             return drafted
         for column in range(longest):

@@ -67,8 +67,8 @@ class DocumentInfo:
         if digest != self.sha256 or len(data) != self.byte_length:
             raise ExactMismatchError(
                 f"the text that came back ({len(data)} bytes, SHA-256 {digest[:16]}...) is not the original "
-                f"({self.byte_length} bytes, SHA-256 {self.sha256[:16]}...). Decoding depends on hardware, dtype and "
-                "library versions: decompress as the text was compressed"
+                f"({self.byte_length} bytes, SHA-256 {self.sha256[:16]}...). It is damaged, or, with precision float, "
+                "made on another machine, whose rounding may differ"
             )
 
 

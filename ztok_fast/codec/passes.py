@@ -30,6 +30,9 @@ are no faster on two cores."""
 Progress = Callable[[int], None]
 """Called with the number of text tokens just finished."""
 
+Choose = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""(hidden states ``[R, D]``, what is added to them, their segments) -> tokens int64 ``[R]``"""
+
 Tokens = Sequence[int]
 """Text tokens of one document; an ``array`` takes a ninth of the memory of a list."""
 
@@ -147,6 +150,7 @@ def decode_segments(
     forced: Sequence[dict[int, int] | None] | None = None,
     batch_segments: int = BATCH_SEGMENTS,
     vectors: torch.Tensor | None = None,
+    choose: Choose | None = None,
 ) -> list[list[int]]:
     """Write the text tokens of every segment, many segments side by side.
 
@@ -154,6 +158,7 @@ def decode_segments(
         z: Z-tokens on the model's device.
         forced: for each segment a mapping position → token that is written whatever the model says, or ``None``.
         vectors: ``[K, d_z]`` to decode in place of the code vectors.
+        choose: finds the tokens in place of the likeliest ones, pass by pass (`write_told`); with the engine only.
     """
     embeddings = model.embed(z, vectors)
     rows, positions, cu_prefix = model.prefix(z)
@@ -188,6 +193,12 @@ def decode_segments(
                 for position, token in (forced[s] or {}).items():
                     fixed[row, position] = token
             fixed = fixed.to(device)
+        places = torch.tensor(members)
+
+        def choose_own(hidden, bias, texts, columns, places=places):
+            assert choose is not None
+            return choose(hidden, bias, places[texts])
+
         tokens = decode_text(
             model.runtime,
             joined.values,
@@ -198,6 +209,7 @@ def decode_segments(
             fixed,
             conditions,
             biases,
+            None if choose is None else choose_own,
         )
         for s, row in zip(members, tokens.tolist()):
             written[s] = row[: segment_lengths[s]]

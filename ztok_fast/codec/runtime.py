@@ -18,7 +18,7 @@ from ztok_fast.codec.adapters import ADAPTERS, AdaptedBase
 from ztok_fast.codec.float_session import DecodeSession
 from ztok_fast.codec.layout import offsets
 from ztok_fast.engine import Engine, Sequences, write_blocks, write_told
-from ztok_fast.engine.draft import DRAFTED_SEQUENCES, TOLD_SHARE
+from ztok_fast.engine.draft import DRAFTED_SEQUENCES, TOLD_SHARE, Choose
 from ztok_fast.ops import ordered_linear, ordered_pack
 from ztok_fast.profiling import HEAD, MODEL, count_rows, measuring, stage
 
@@ -36,7 +36,7 @@ class Session(Protocol):
     last: Tensor
     """Hidden states ``[B, D]`` of every sequence's last row."""
 
-    def draft(self, lengths: Tensor, conditioning, logit_bias, forced) -> Tensor | None:
+    def draft(self, lengths: Tensor, conditioning, logit_bias, forced, choose: Choose | None = None) -> Tensor | None:
         """What `decode_text` writes, if the session has a faster way than steps, else ``None``."""
 
     def step(self, embeds: Tensor, position_ids: Tensor) -> Tensor:
@@ -200,17 +200,20 @@ class EngineSession:
         self._offsets = offsets(torch.ones(len(slots), dtype=torch.int64))
         self.last = hidden[cu_seqlens[1:].long() - 1]
 
-    def draft(self, lengths: Tensor, conditioning, logit_bias, forced) -> Tensor | None:
+    def draft(self, lengths: Tensor, conditioning, logit_bias, forced, choose: Choose | None = None) -> Tensor | None:
         """Write whole texts at once (`write_told`, `write_blocks`) where that beats steps, else ``None``; see
         `decode_text`."""
         told = 0 if forced is None else int((forced >= 0).sum())
-        write = write_told if told >= TOLD_SHARE * int(lengths.sum()) else write_blocks
-        if write is write_blocks and len(lengths) > DRAFTED_SEQUENCES:
+        by_pass = choose is not None or told >= TOLD_SHARE * int(lengths.sum())
+        if not by_pass and len(lengths) > DRAFTED_SEQUENCES:
             return None
         engine = self._runtime.engine
         adapters = engine.variants(self._adapter, len(lengths))
         sequences = Sequences(self._slots, adapters, self._lengths, self._positions, self.last)
-        written = write(engine, sequences, lengths, conditioning, logit_bias, forced)
+        if by_pass:
+            written = write_told(engine, sequences, lengths, conditioning, logit_bias, forced, choose)
+        else:
+            written = write_blocks(engine, sequences, lengths, conditioning, logit_bias, forced)
         if measuring():
             passes = written.passes + 1  # with the one over the prefix
             count_rows(int(passes.sum()), int(passes.max()) * len(lengths))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ztok_fast.codec.errors import ZFileError
 
 MOST_BYTES = 9
@@ -32,3 +34,33 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at + index + 1
     raise ZFileError(f"number: expected at most {MOST_BYTES} bytes, got more: the file is damaged")
+
+
+def join_parts(parts: Sequence[bytes]) -> bytes:
+    """Parts one after another, behind the lengths of all but the last; nothing where all are empty."""
+    if not any(parts):
+        return b""
+    return b"".join([varint(len(part)) for part in parts[:-1]] + list(parts))
+
+
+def split_parts(data: bytes, count: int) -> list[bytes]:
+    """The inverse of `join_parts`.
+
+    Raises:
+        ZFileError: the data do not hold ``count`` parts.
+    """
+    if not data:
+        return [b""] * count
+    if not count:
+        raise ZFileError(f"parts: expected none, got {len(data)} bytes: they are damaged")
+    sizes, at, parts = [], 0, []
+    for _ in range(count - 1):
+        size, at = read_varint(data, at)
+        sizes.append(size)
+    sizes.append(len(data) - at - sum(sizes))
+    if sizes[-1] < 0:
+        raise ZFileError(f"parts: expected {len(data) - at} bytes, got lengths of more: they are damaged")
+    for size in sizes:
+        parts.append(data[at : at + size])
+        at += size
+    return parts

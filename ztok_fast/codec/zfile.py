@@ -333,6 +333,9 @@ def _corrections_to(corrections: Corrections | None, parts: dict[str, list[bytes
     if corrections.raw is not None:
         parts["raw"].append(zlib.compress(corrections.raw, 9))
         stated["raw_stored"] = len(parts["raw"][-1])
+    if corrections.remainder is not None:
+        parts["raw"].append(corrections.remainder)
+        stated["remainder"] = len(corrections.remainder)
     return stated
 
 
@@ -355,5 +358,6 @@ def _corrections_from(stated: dict, byte_length: int | None, readers: dict[str, 
         if byte_length is None:
             raise ZFileError("byte_length: expected a number beside raw bytes, got none")
         raw = readers["raw"].zlib(read_count(stated, "raw_stored"), byte_length)
+    remainder = readers["raw"].take(read_count(stated, "remainder")) if "remainder" in stated else None
     as_int32 = [torch.from_numpy(values.astype(np.int32)) for values in (positions, tokens)]
-    return Corrections(as_int32[0], as_int32[1], patch, raw)
+    return Corrections(as_int32[0], as_int32[1], patch, raw, remainder)

@@ -7,6 +7,7 @@ steps would have written. Where the text is nearly fixed by what the sequence ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,10 @@ one segment and for 49. With 10 % told at random it was even with steps for 49; 
 1.2 for one."""
 
 
+Choose = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+"""(hidden states [T, D], biases [T, D], their texts, their columns) -> tokens int64 [T]"""
+
+
 @dataclass(frozen=True)
 class Written:
     """Texts: int64 `tokens` [B, L], -1 past a text's end; int64 `passes` [B], in how many passes each had rows."""
@@ -44,7 +49,7 @@ class _Texts:
     The row of column c is that of its token; its hidden state predicts column c + 1.
     """
 
-    def __init__(self, engine, sequences, lengths, vectors, biases, forced) -> None:
+    def __init__(self, engine, sequences, lengths, vectors, biases, forced, chooser: Choose | None = None) -> None:
         count, hidden = len(sequences), engine.settings.hidden
         checks.tensor("lengths", lengths, (count,), torch.int64)
         longest = int(lengths.max()) if count else 0
@@ -62,7 +67,7 @@ class _Texts:
                 f"{int(needed.max())}; call reserve(capacity=...)"
             )
         self.engine, self.sequences, self.lengths = engine, sequences, lengths
-        self.vectors, self.biases, self.forced = vectors, biases, forced
+        self.vectors, self.biases, self.forced, self.chooser = vectors, biases, forced, chooser
         self.tokens = torch.full((count, longest), -1)
         self.passes = torch.zeros(count, dtype=torch.int64)
 
@@ -82,7 +87,10 @@ class _Texts:
 
     def choose(self, hidden: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
         """The tokens of columns from the hidden states that predict them."""
-        tokens = self.engine.argmax(hidden, None if self.biases is None else self.biases[texts, columns])
+        biases = None if self.biases is None else self.biases[texts, columns]
+        tokens = (
+            self.engine.argmax(hidden, biases) if self.chooser is None else self.chooser(hidden, biases, texts, columns)
+        )
         if self.forced is None:
             return tokens
         forced = self.forced[texts, columns]
@@ -138,13 +146,18 @@ def write_told(
     vectors: Tensor | None = None,
     biases: Tensor | None = None,
     forced: Tensor | None = None,
+    choose: Choose | None = None,
 ) -> Written:
     """What `write_steps` writes, in one pass for each token that is not forced; the arguments are the same.
 
     A pass reads a sequence's last token and all forced ones after it, and so predicts its next token to guess. What
     comes after the last guess is not read.
+
+    Args:
+        choose: finds the tokens that are not forced in place of those with the highest logits. It is asked for the
+            first column, where that is not forced, and then in each pass for the next token of every text.
     """
-    text = _Texts(engine, sequences, lengths, vectors, biases, forced)
+    text = _Texts(engine, sequences, lengths, vectors, biases, forced, choose)
     count, longest = text.tokens.shape
     if not longest:
         return text.finish()
