@@ -1,4 +1,4 @@
-"""Files whose slots are coded with the inferencer as the prior: written where that is smaller, read by their codec."""
+"""Files whose slots are coded under the compressor's model: written where that is smaller, read by their codec."""
 
 import numpy as np
 import pytest
@@ -8,22 +8,26 @@ from safetensors.numpy import save as serialize
 
 from tests.codec.tiny_codec import tiny_codec
 from tests.codec.tiny_slots import SLOTS, TEXTS
-from ztok_fast.codec import prior_files, slot_prior, zfile
+from ztok_fast.codec import prior_files, zfile
+from ztok_fast.codec.draft import symbol_losses
+from ztok_fast.codec.draft_head import SHARES
 from ztok_fast.codec.errors import CodecError, PriorNeededError, ZBatchError, ZFileError
+from ztok_fast.codec.slots import written_tokens
 from ztok_fast.codec.zbatch import ZBatch
 
 
 def taught(codec):
-    """The codec with an inferencer that knows what is to come."""
+    """The codec with a compressor that knows what is to come."""
     codec._engines.use()
     model, z = codec.model, codec.compress(TEXTS, 1)
-    with torch.inference_mode():
-        hidden = slot_prior._Prior(model).hidden(z, slot_prior.Layout(model, z.cu_segments, z.cu_documents))
-    hidden, ends = hidden.clone(), torch.zeros(z.ztokens, dtype=torch.bool)
-    optimizer = torch.optim.Adam(model.zspace.parameters(), 0.05)
-    for _ in range(40):
+    named, cu = written_tokens(z), z.cu_text
+    share = torch.full((len(cu) - 1,), SHARES - 1)
+    own = [p for n, p in model.trainable_parameters().items() if ".compressor." in n or n.startswith("draft.")]
+    optimizer = torch.optim.Adam(own, 0.01)
+    for _ in range(100):
         optimizer.zero_grad()
-        model.zspace.loss(hidden, z.codes, z.slot_offsets, ends, model.adapted.embedding.weight).backward()
+        symbols, _ = symbol_losses(model, named.clamp(min=0), named, named.clamp(min=0), cu, share)
+        symbols.mean().backward()
         optimizer.step()
     codec._fingerprint = None
     return codec
@@ -131,7 +135,7 @@ def test_wrong_statements_are_refused(codec, saved, changed, message):
 
 
 def test_more_ztokens_than_a_stream_can_hold(codec, saved, monkeypatch):
-    monkeypatch.setattr(prior_files, "MOST_ZTOKENS_OF_A_BYTE", 0.01)
+    monkeypatch.setattr(prior_files, "MOST_TOKENS_OF_A_BYTE", 0.01)
     with pytest.raises(ZFileError, match="codes: expected a stream of"):
         codec.load(saved[1])
     codec.save(*saved)
@@ -157,3 +161,11 @@ def test_damaged_codes_give_an_error_or_valid_ztokens(codec, saved):
         except ZFileError:
             refused += 1
     assert refused and refused + changed >= size - 4
+
+
+def test_parts_that_are_joined():
+    for parts in ([], [b""], [b"ab", b"", b"x" * 300, b"y"]):
+        assert prior_files.split(prior_files.join(parts), len(parts)) == parts
+    for data, count in ((b"a", 0), (b"\x05abc", 2), (b"\x80", 2), (b"", 3)):
+        with pytest.raises(ZFileError):
+            prior_files.split(data, count)

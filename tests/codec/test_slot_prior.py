@@ -1,4 +1,6 @@
-"""Slots coded with the inferencer as the prior: the same Z-tokens come back, whatever runs beside them."""
+"""Slots coded under the compressor's model: the same Z-tokens come back, whatever runs beside them."""
+
+import math
 
 import pytest
 import torch
@@ -6,9 +8,11 @@ import torch
 from tests.codec.tiny_codec import packed_documents, tiny_codec
 from tests.codec.tiny_slots import SEGMENT, SLOTS
 from ztok_fast.codec import slot_prior
+from ztok_fast.codec.draft import draft, draft_hidden, symbol_logits, symbol_losses
+from ztok_fast.codec.draft_head import SHARES
 from ztok_fast.codec.errors import CodecError, ZFileError
 from ztok_fast.codec.layout import offsets
-from ztok_fast.codec.slots import fill_slots, slot_mass
+from ztok_fast.codec.slots import fill_slots, fill_units, slot_mass, written_tokens
 from ztok_fast.codec.ztokens import ZTokens, concatenate
 
 LENGTHS = [70, 16, 0, 33, 1, 160]
@@ -18,8 +22,10 @@ LENGTHS = [70, 16, 0, 33, 1, 160]
 def codec():
     codec = tiny_codec(**SLOTS)
     with torch.no_grad():
-        # Far from even, so that a stream read with other logits would not come back.
-        codec.model.zspace.queries.mul_(200)
+        # What is written and how much of it matters, so that a stream read with other inputs would not come back.
+        codec.model.draft.choice.weight.normal_(std=2.0, generator=torch.Generator().manual_seed(1))
+        codec.model.draft.written.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+        codec.model.draft.shares.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
     return codec
 
 
@@ -50,7 +56,19 @@ def same(one: ZTokens, other: ZTokens) -> bool:
 
 def read(model, streams, z: ZTokens, tokens=None) -> ZTokens:
     tokens = [int(z.part(i).unit_lengths.sum()) for i in range(len(z))] if tokens is None else tokens
-    return slot_prior.decode(model, streams, z.cu_segments, z.cu_documents, tokens)
+    return slot_prior.decode(model, streams, tokens)
+
+
+def fixed(z: ZTokens, length: int) -> ZTokens:
+    """The same slots in units of ``length`` tokens, the last one of a segment shorter."""
+    named, own = written_tokens(z), [[length] * (n // length) + [n % length][: n % length] for n in lengths_of(z)]
+    lengths = torch.tensor([n for lengths in own for n in lengths], dtype=torch.int32)
+    cu = offsets(torch.tensor([len(lengths) for lengths in own]))
+    return fill_units(named.clamp(min=0), named >= 0, lengths, cu, z.cu_documents, z.num_codebooks)
+
+
+def lengths_of(z: ZTokens) -> list[int]:
+    return z.cu_text.diff().tolist()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
@@ -68,23 +86,23 @@ def test_a_document_has_the_same_stream_in_every_batch(codec, model):
     assert same(read(model, [together[i] for i in order], z.select(order)), z.select(order))
 
 
-def test_documents_longer_than_the_context(codec, model, monkeypatch):
-    monkeypatch.setattr(slot_prior, "CONTEXT", 7)
+def test_documents_of_more_segments_than_are_read_side_by_side(codec, model, monkeypatch):
+    z = some_ztokens(codec)
+    whole = slot_prior.encode(model, z)
     monkeypatch.setattr(slot_prior, "ROWS", 3)
     monkeypatch.setattr(type(model), "rows_at_once", 10)
-    z = some_ztokens(codec)
     streams = slot_prior.encode(model, z)
     assert same(read(model, streams, z), z)
-    monkeypatch.setattr(slot_prior, "CONTEXT", 512)
-    assert streams != slot_prior.encode(model, z)
+    assert streams != whole, "other segments take turns"
 
 
-def test_gaps_that_the_inferencer_does_not_tell_apart(monkeypatch):
-    codec = tiny_codec(**(SLOTS | {"segment_length": 100, "max_unit_length": 100}))
-    codec._engines.use()
-    z = some_ztokens(codec, [250, 90], share=0.02, segment=100)
-    assert int(z.slot_offsets.max()) > 50
-    assert same(read(codec.model, slot_prior.encode(codec.model, z), z), z)
+@pytest.mark.parametrize("length", [1, 2])
+def test_units_that_no_rule_gives_are_listed(codec, model, length):
+    z = fixed(some_ztokens(codec, share=0.3), length)
+    streams = slot_prior.encode(model, z)
+    assert same(read(model, streams, z), z)
+    shortest = slot_prior.encode(model, some_ztokens(codec, share=0.3))
+    assert sum(map(len, streams)) > sum(map(len, shortest)), "their lengths are told"
 
 
 def test_segments_that_are_not_full_come_back(codec, model):
@@ -112,27 +130,42 @@ def test_streams_of_one_instruction_set_are_read_under_each_other(codec, model):
         torch.ops.ztok.isa_native(before)
 
 
-def test_symbols_cost_what_the_inferencer_says(codec, monkeypatch):
+def test_symbols_cost_what_the_compressor_says(codec, monkeypatch):
+    """The bits of a stream are those of the losses that training lowers, and of its first symbol."""
     monkeypatch.setattr(codec._engines, "choice", "float32")
     codec._engines.use()
-    head, z = codec.model.zspace, some_ztokens(codec)
-    words = head.words(codec.model.adapted.embedding.weight)
+    model, z = codec.model, some_ztokens(codec, [160])
+    with torch.no_grad():
+        named = written_tokens(z)
+        share = torch.full((10,), int((named >= 0).sum()) * SHARES // 160)
+        drafted = draft(model, named, z.cu_text, share)
+        losses, _ = symbol_losses(model, drafted, named, named.clamp(min=0), z.cu_text, share)
+        assert torch.equal(drafted[named >= 0], named[named >= 0])
+        model.engine = None
+        by_steps = draft(model, named, z.cu_text, share)
+        found, _ = symbol_losses(model, drafted, named, named.clamp(min=0), z.cu_text, share)
+    expected = float(losses.double().sum()) / math.log(2) + math.log2(2 * SHARES * 3)
+    codec._engines.use()
+    assert float(slot_prior.bits(model, z)) == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(by_steps, drafted), "transformers' modules draft the same"
+    torch.testing.assert_close(found, losses, atol=1e-3, rtol=1e-3)
+    assert float(losses.max()) > 8, "the symbols are not even"
+
+
+def test_a_draft_is_the_guesses_after_what_is_written(codec, model):
+    """A draft, and the hidden states of its pass, give the guesses that the draft has."""
+    z = some_ztokens(codec, [160, 20])
+    named, share = written_tokens(z), torch.zeros(len(z.cu_text) - 1, dtype=torch.int64)
     with torch.inference_mode():
-        prior = slot_prior._Prior(codec.model)
-        hidden = prior.hidden(z, slot_prior.Layout(codec.model, z.cu_segments, z.cu_documents))
-        intervals, _ = prior.intervals(hidden, z)
-        expected = []
-        for own, codes, places in zip(hidden, z.codes.tolist(), z.slot_offsets.tolist()):
-            chosen, place = 0.0, -1
-            for slot in range(sum(code >= 0 for code in codes)):
-                gap, place = places[slot] - place - 1, places[slot]
-                chosen = chosen + head.gap_rows[slot][gap]
-                logits = (own @ head.queries[2 * slot + 1].T + chosen) @ words.T
-                expected.append(logits.double().log_softmax(0)[codes[slot]])
-                chosen = chosen + words[codes[slot]]
-    found = (intervals[:, 1].double() / intervals[:, 2].double()).log()
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=1e-3)
-    assert float(found.min()) < -8, "the prior is not even"
+        drafted = draft(model, named, z.cu_text, share)
+        hidden = draft_hidden(model, drafted, named >= 0, z.cu_text, share)
+        logits, guesses = symbol_logits(model, hidden)
+        plain, choice = model.runtime.logits(hidden), model.runtime.linear(model.draft.choice, hidden)
+    assert torch.equal(torch.where(named >= 0, named, guesses), drafted)
+    assert logits.shape == (180, codec.config.codebook_size + 1)
+    torch.testing.assert_close(logits[:, -1], plain.amax(1) + choice[:, 0])
+    at = plain.argmax(1, keepdim=True)
+    torch.testing.assert_close(logits.gather(1, at), plain.gather(1, at) - choice[:, 1:])
 
 
 def test_bits_are_those_of_the_streams(codec, model):
@@ -156,15 +189,7 @@ def test_damaged_streams_give_slots_or_an_error(codec, model):
         assert 1 <= int(found.unit_lengths.min()) and int(found.unit_lengths.max()) <= SEGMENT
         assert (found.slot_offsets < found.unit_lengths[:, None]).all()
         assert same(found.part(1), z.part(1)), "a stream is its document's own"
-    assert 0 < refused < tried
-
-
-def test_parts_that_are_joined():
-    for parts in ([], [b""], [b"ab", b"", b"x" * 300, b"y"]):
-        assert slot_prior.split(slot_prior.join(parts), len(parts)) == parts
-    for data, count in ((b"a", 0), (b"\x05abc", 2), (b"\x80", 2), (b"", 3)):
-        with pytest.raises(ZFileError):
-            slot_prior.split(data, count)
+    assert 0 <= refused < tried
 
 
 def test_transformers_modules_are_refused(codec, monkeypatch):

@@ -11,8 +11,8 @@ from tests.train.tiny_run import tiny_settings
 from ztok_fast.train.batches import Section, make_batch
 from ztok_fast.train.loop import Trainer
 from ztok_fast.train.settings import SettingsError
-from ztok_fast.train.slot_evaluate import evaluate_inferencer, evaluate_slots
-from ztok_fast.train.slot_objective import InferencerObjective, SlotObjective
+from ztok_fast.train.slot_evaluate import evaluate_compressor, evaluate_inferencer, evaluate_slots
+from ztok_fast.train.slot_objective import CompressorObjective, InferencerObjective, SlotObjective
 
 CODEC = SLOTS | {"num_codebooks": 2, "latent_dim": 8, "lora_rank": 2, "budgets": [2.0, 4.0]}
 
@@ -59,6 +59,32 @@ def test_the_inferencer_learns_what_comes_next_and_nothing_else():
     assert {"zspace.queries", "zspace.gap_rows", "zspace.words.weight", "zspace.marks"} <= moved(codec)
 
 
+def test_the_compressor_learns_what_is_written_and_nothing_else():
+    codec = tiny_codec(**SLOTS)
+    own = [p for n, p in codec.model.trainable_parameters().items() if ".compressor." in n or n.startswith("draft.")]
+    optimizer, objective = torch.optim.Adam(own, 0.01), CompressorObjective(codec.model)
+    found = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        terms = objective(batch(codec), 0)
+        terms["total"].backward()
+        optimizer.step()
+        found.append(terms["symbols"].item())
+        assert terms["total"].item() >= found[-1]
+    assert all(name.startswith("draft.") or ".compressor." in name for name in moved(codec))
+    assert {"draft.start", "draft.written", "draft.shares", "draft.choice.weight"} <= moved(codec)
+    assert found[-1] < 0.7 * found[0]
+
+
+def test_symbols_cost_bits_and_drafts_are_scored():
+    found = evaluate_compressor(tiny_codec(**SLOTS), [torch.randint(3, 270, (64,)).tolist()])
+    assert set(found) == {"symbol_bits", "draft_accuracy"}
+    assert list(found["symbol_bits"]) == ["4", "8", "16"]
+    # Random text: a written token costs nearly log2 of the vocabulary.
+    assert found["symbol_bits"]["4"] > found["symbol_bits"]["8"] > found["symbol_bits"]["16"] > 1
+    assert 0.1 < found["draft_accuracy"]["16"] < found["draft_accuracy"]["4"] <= 1
+
+
 def test_an_untrained_inferencer_is_near_uniform():
     codec = tiny_codec(**SLOTS)
     found = evaluate_inferencer(codec, [torch.randint(3, 270, (60,)).tolist()])
@@ -72,18 +98,24 @@ def test_what_an_exact_copy_takes():
     assert found["base_bits"] > found["guessed_bits"] >= 0
 
 
-def test_both_parts_run_and_resume(tmp_path):
+def test_the_parts_run_and_resume(tmp_path):
     settings = tiny_settings(tmp_path, codec=CODEC, steps=4, checkpoint_every=2, eval_every=4)
     first = Trainer(settings, tiny_base())
     before = {n: p.detach().clone() for n, p in first.model.trainable_parameters().items()}
     folder = first.run()
     changed = {n for n, p in first.model.trainable_parameters().items() if not torch.equal(p, before[n])}
-    assert changed and not any(n.startswith("zspace.") or ".inferencer." in n for n in changed)
+    others = (".inferencer.", ".compressor.", "zspace.", "draft.")
+    assert changed and not any(other in n for n in changed for other in others)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert set(rows[-1]["eval"]) == {"written", "ratio", "guessed_bits", "base_bits"}
 
-    values = {"part": "inferencer", "start": str(folder), "out": str(tmp_path / "second"), "codec": CODEC}
-    settings = tiny_settings(tmp_path, **values, steps=4, checkpoint_every=2, eval_every=4)
+    for part, module in (("inferencer", "zspace."), ("compressor", "draft.")):
+        values = {"part": part, "start": str(folder), "out": str(tmp_path / part), "codec": CODEC}
+        run_again(tiny_settings(tmp_path, **values, steps=4, checkpoint_every=2, eval_every=4), first, part, module)
+
+
+def run_again(settings, first, part: str, module: str):
+    """Another part after the first, in two runs."""
     second = Trainer(settings, tiny_base())
     started = {n: p.detach().clone() for n, p in second.model.trainable_parameters().items()}
     rounded = first.model.slot_gates.detach().to(torch.bfloat16).float()
@@ -95,12 +127,12 @@ def test_both_parts_run_and_resume(tmp_path):
     assert resumed.step == 2
     resumed.run()
     changed = {n for n, p in resumed.model.trainable_parameters().items() if not torch.equal(p, started[n])}
-    assert changed and all(n.startswith("zspace.") or ".inferencer." in n for n in changed)
+    assert changed and all(n.startswith(module) or f".{part}." in n for n in changed)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"part": "compressor"}, "part: expected one of"), ({"start": "nowhere"}, "start: nowhere: codec folder")],
+    [({"part": "quantiser"}, "part: expected one of"), ({"start": "nowhere"}, "start: nowhere: codec folder")],
 )
 def test_wrong_settings_are_refused(tmp_path, values, message):
     with pytest.raises(SettingsError, match=message):

@@ -111,7 +111,7 @@ class ZTokCodec:
         self._fingerprint = None
 
     def save(self, z: ZBatch, path: str | Path) -> None:
-        """Write a ``.ztok`` file, in which slots take less than in one of `ZBatch.save` where the inferencer helps."""
+        """Write a ``.ztok`` file; slots take less than in one of `ZBatch.save` where the compressor helps."""
         self._check_batch(z)
         save_zfile(z, path, prior_slots(self.model, self._engines, z))
 

@@ -23,11 +23,12 @@ def decode_text(
     conditioning: torch.Tensor | None = None,
     logit_bias: torch.Tensor | None = None,
     choose: Choose | None = None,
+    adapter: str = "decompressor",
 ) -> torch.Tensor:
     """Write ``lengths[b]`` text tokens for every sequence, greedily.
 
     Args:
-        embeds, position_ids, cu_seqlens: packed decompressor prefixes, the start row last.
+        embeds, position_ids, cu_seqlens: packed prefixes, the start row last.
         lengths: int64 ``[B]`` tokens to write, in falling order; first_position: position id of the start row.
         forced: int64 ``[B, max(lengths)]``, tokens to write instead of the model's own; -1 where there is none. Where
             they are many, the engine reads them in the passes of the tokens to guess: there is no step for each.
@@ -35,6 +36,7 @@ def decode_text(
             in ``embeds`` have theirs already).
         logit_bias: ``[B, max(lengths), D]``, added to the hidden state that predicts each column.
         choose: finds the tokens in place of the likeliest ones, as in `write_told`; with the engine only.
+        adapter: the model that writes.
 
     Returns:
         int64 ``[B, max(lengths)]``; columns past a sequence's length are meaningless.
@@ -44,7 +46,7 @@ def decode_text(
         raise ValueError("decode_text: lengths must be in falling order, got one above the one before it")
     longest, going = counts[0], len(counts)
     written = torch.zeros(len(lengths), longest, dtype=torch.int64, device=embeds.device)
-    with runtime.session("decompressor", embeds, position_ids, cu_seqlens, longest - 1) as session:
+    with runtime.session(adapter, embeds, position_ids, cu_seqlens, longest - 1) as session:
         drafted = session.draft(lengths, conditioning, logit_bias, forced, choose)
         if drafted is not None:
             return drafted

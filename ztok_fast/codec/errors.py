@@ -14,7 +14,7 @@ class ZFileError(ValueError):
 
 
 class PriorNeededError(ZFileError):
-    """The slots of a file are coded with a codec's inferencer as the prior: only that codec reads them."""
+    """The slots of a file are coded under a codec's compressor: only that codec reads them."""
 
 
 class ExactMismatchError(ValueError):

@@ -54,7 +54,7 @@ def read_slots(own: StoredSlots, settings: dict[str, int], read_prior: SlotReade
     if coding == PRIOR:
         if read_prior is None:
             raise PriorNeededError(
-                "its slots are coded with the codec's inferencer as the prior: read it with codec.load(path), codec "
+                "its slots are coded under the codec's compressor: read it with codec.load(path), codec "
                 "being the ZTokCodec that compressed it"
             )
         return read_prior(own)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ztok_fast.codec.config import ConfigError, ZTokConfig
+from ztok_fast.codec.draft_head import DraftHead
 from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
 from ztok_fast.codec.slot_space import SlotSpaceHead
 from ztok_fast.codec.slots import ahead, written_tokens
@@ -55,6 +56,8 @@ class SlotModel(SegmentModel):
         self.ahead_gates = nn.Parameter(0.05 * torch.randn(AHEAD, DISTANCES + 1, width))
         self.ahead_places = nn.Parameter(0.05 * rms * torch.randn(AHEAD, DISTANCES + 1, width))
         self.zspace = SlotSpaceHead(width, config, rms)
+        start = base.config.bos_token_id
+        self.draft = DraftHead(self.start_embedding if start is None else words[start])
 
     def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
         # Slots have no vectors beside their codes.

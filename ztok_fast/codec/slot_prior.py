@@ -1,393 +1,288 @@
-"""The slots of Z-tokens as range-coded streams, with the inferencer as the prior.
+"""The slots of Z-tokens as range-coded streams, under the compressor's language model.
 
-`slot_coding` learns from what it has coded; here the inferencer says how likely each code is after the Z-tokens before
-it. It runs in the engine, and the products of its head are sums in one fixed order, so that a reader has the counts of
-the writer on any machine (docs/determinism.md). Writing is one packed pass. Reading goes step by step, many streams
-side by side.
+A document is one stream. It holds a symbol for every text token, *guessed* or the token that a slot names, as
+`ztok_fast.codec.draft_head` says how likely each is; and, where they are not the shortest, how long units are. The
+model runs in the engine, and the symbols' probabilities are sums in one fixed order, so that a reader has the counts of
+the writer on any machine (docs/determinism.md).
 
-A document is cut into *stretches* of at most `CONTEXT` Z-tokens, each a sequence of its own for the inferencer and a
-stream of its own. The first stream begins with where the slots stand, by tables that learn: at low ratios they know it
-as well as the inferencer, which is not told the ratio, and at high ones far better.
+The symbols of `ROWS` segments of a document take turns in its stream: first those of the segments' first tokens, then
+those of their second ones, and so on. A reader finds the symbols of a turn side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ztok_fast.codec.draft import draft, draft_hidden, symbol_logits
+from ztok_fast.codec.draft_head import SHARES, share_of
 from ztok_fast.codec.errors import CodecError, ZFileError
-from ztok_fast.codec.layout import expand_ranges, offsets, sequence_of_row
+from ztok_fast.codec.layout import expand_ranges, offsets, position_in_sequence, sequence_of_row, split_segments
 from ztok_fast.codec.slot_coding import INCREMENT
 from ztok_fast.codec.slot_model import SlotModel
-from ztok_fast.codec.slot_space import GAPS
-from ztok_fast.codec.varint import read_varint, varint
-from ztok_fast.codec.ztokens import ZTokens, one_each
-from ztok_fast.ops import (
-    decode_symbols,
-    decode_tokens,
-    ordered_linear,
-    ordered_pack,
-    ragged_gather,
-    range_decoder,
-    range_encode,
-    symbol_intervals,
-    token_intervals,
-)
+from ztok_fast.codec.slot_units import KINDS, SHORTEST, even, read_units, units_told
+from ztok_fast.codec.slots import written_tokens
+from ztok_fast.codec.ztokens import ZTokens
+from ztok_fast.ops import decode_symbols, decode_tokens, range_decoder, range_encode, symbol_intervals, token_intervals
 from ztok_fast.ops.entropy.range_encode import Streams
 
-CONTEXT = 512
-"""Z-tokens that the inferencer sees at most, with the start mark."""
-
 ROWS = 128
-"""Streams that are read side by side."""
+"""Segments whose symbols take turns in a stream, and that are read side by side."""
 
-LIKELY = 4
-"""Share of a new table that a likely symbol has, against 1 for all others together."""
-
-
-GAP_COUNTS = (48, 24, 12, 6, 3)
-"""Counts that the table of gaps starts with; larger gaps start with 1."""
-
-Read = Callable[[Tensor, Tensor], Tensor]
-"""Reads one symbol for each of ``[T]`` documents, by a table that learns."""
+_FIRST = 2 * SHARES * KINDS
+"""Values of a stream's first symbol: whether segments have other lengths than usual, the share, and what is said of
+the units."""
 
 
 @torch.inference_mode()
 def encode(model: SlotModel, z: ZTokens) -> list[bytes]:
-    """What stores the slots of each document; `decode` is the inverse.
+    """What stores the Z-tokens of each document; `decode` is the inverse.
 
     Raises:
         CodecError: the engine does not run the model.
     """
-    z = z.to("cpu")
-    layout, intervals, stream = _intervals(model, z)
-    count = len(layout.begin)
-    start, size, total = intervals.T.contiguous()
-    streams = range_encode(start, size, total, offsets(stream.bincount(minlength=count))).to_bytes()
-    bounds = layout.cu_stretches.tolist()
-    return [join(streams[first:last]) for first, last in zip(bounds, bounds[1:])]
+    symbols = _symbols(model, z.to("cpu"))
+    start, size, total = symbols.intervals.T.contiguous()
+    return range_encode(start, size, total, offsets(symbols.document.bincount(minlength=len(z)))).to_bytes()
 
 
 @torch.inference_mode()
 def bits(model: SlotModel, z: ZTokens) -> Tensor:
     """Bits of each document's symbols in `encode`, float64 ``[n_documents]``; a stream takes at most 16 more."""
-    z = z.to("cpu")
-    layout, intervals, stream = _intervals(model, z)
-    own = (intervals[:, 2].double() / intervals[:, 1].double()).log2()
-    document = sequence_of_row(layout.cu_stretches, len(layout.begin))
-    return own.new_zeros(len(z)).index_add_(0, document[stream], own)
+    symbols = _symbols(model, z.to("cpu"))
+    own = (symbols.intervals[:, 2].double() / symbols.intervals[:, 1].double()).log2()
+    return own.new_zeros(len(z)).index_add_(0, symbols.document, own)
 
 
 @torch.inference_mode()
-def decode(
-    model: SlotModel, streams: Sequence[bytes], cu_segments: Tensor, cu_documents: Tensor, tokens: Sequence[int]
-) -> ZTokens:
+def decode(model: SlotModel, streams: Sequence[bytes], tokens: Sequence[int]) -> ZTokens:
     """The Z-tokens of documents.
 
     Args:
-        streams: of each document what `encode` gave, of this call or of several.
-        cu_segments, cu_documents: int32, those of the Z-tokens (`ZTokens`), on the CPU.
-        tokens: text tokens of each document.
+        streams: of each document what `encode` gave, of this call or of several; tokens: its text tokens.
 
     Raises:
         CodecError: the engine does not run the model.
         ZFileError: a document's bytes do not hold such Z-tokens.
     """
-    prior, layout = _Prior(model), Layout(model, cu_segments, cu_documents)
-    parts = []
-    for document, (stored, count) in enumerate(zip(streams, layout.cu_stretches.diff().tolist())):
-        try:
-            parts += split(stored, count)
-        except ZFileError as error:
-            raise ZFileError(f"document {document}: {error}") from error
-    data, cu_bytes = Streams.from_bytes(parts)
-    state = range_decoder(data, cu_bytes)
-    first = layout.cu_stretches[:-1].long()
-
-    def read(document: Tensor, counts: Tensor) -> Tensor:
-        cu = offsets(document.bincount(minlength=len(first)))
-        symbols, state[first] = decode_symbols(counts, state[first], data, cu, len(document), INCREMENT)
-        return symbols
-
-    filled = layout.read_filled(read)
-    places = layout.read_places(read, filled)
-    tails, ends = layout.read_tails(read)
-    z = ZTokens(torch.full_like(places, -1), filled.int(), cu_segments, cu_documents, places)
-    # Longest first: a session goes on with its first sequences.
-    order = layout.lengths.argsort(descending=True, stable=True)
-    order = order[layout.lengths[order] > 0]
-    for at in range(0, len(order), ROWS):
-        own = order[at : at + ROWS]
-        prior.read(z, layout.begin[own], layout.lengths[own], state[own], data)
-    z.unit_lengths = layout.unit_lengths(z, tails, ends, torch.tensor(tokens, dtype=torch.int64))
-    return z
+    _check(model)
+    reader = _Reader(model, streams)
+    first = reader.symbols(torch.arange(len(streams)), even(_FIRST))
+    cuts, counts = split_segments(list(tokens), model.config.segment_length)
+    for document in (first >= KINDS * SHARES).nonzero()[:, 0].tolist():
+        own = reader.cuts(document, tokens[document])
+        at = sum(counts[:document])
+        cuts[at : at + counts[document]], counts[document] = own, len(own)
+    cu_text, cu_documents = offsets(torch.tensor(cuts, dtype=torch.int64)), offsets(torch.tensor(counts))
+    named = reader.text(cu_text, cu_documents, first // KINDS % SHARES)
+    return reader.units(named, cu_text, cu_documents, first % KINDS)
 
 
-def join(parts: Sequence[bytes]) -> bytes:
-    """Parts one after another, behind the lengths of all but the last as varints."""
-    return b"".join([varint(len(part)) for part in parts[:-1]] + list(parts))
-
-
-def split(data: bytes, count: int) -> list[bytes]:
-    """The inverse of `join`.
-
-    Raises:
-        ZFileError: the data do not hold ``count`` parts.
-    """
-    if count == 0 and data:
-        raise ZFileError(f"streams: expected none, got {len(data)} bytes: the file is damaged")
-    sizes, at, parts = [], 0, []
-    for _ in range(count - 1):
-        size, at = read_varint(data, at)
-        sizes.append(size)
-    left = len(data) - at - sum(sizes)
-    if left < 0:
-        raise ZFileError(f"streams: expected {len(data) - at} bytes, got lengths of more: the file is damaged")
-    for size in [*sizes, left][:count]:
-        parts.append(data[at : at + size])
-        at += size
-    return parts
-
-
-class Layout:
-    """Where the Z-tokens of documents lie, as writer and reader know it before the first symbol.
-
-    Attributes:
-        document: int64 ``[K]``, of every Z-token; segment likewise.
-        cu_stretches: int32 ``[n_documents + 1]``; a document has one stretch at least.
-        begin, lengths: int64, first Z-token and Z-tokens of every stretch.
-    """
-
-    def __init__(self, model: SlotModel, cu_segments: Tensor, cu_documents: Tensor) -> None:
-        self._config = model.config
-        cu_rows = cu_segments[cu_documents.long()].long()
-        total, sizes = int(cu_rows[-1]), cu_rows.diff()
-        self.document = sequence_of_row(cu_rows, total)
-        self.segment = sequence_of_row(cu_segments, total)
-        self.cu_stretches = offsets(((sizes + CONTEXT - 1) // CONTEXT).clamp(min=1))
-        owner = sequence_of_row(self.cu_stretches, int(self.cu_stretches[-1]))
-        index = torch.arange(len(owner)) - self.cu_stretches.long()[owner]
-        self.begin = cu_rows[owner] + index * CONTEXT
-        self.lengths = (cu_rows[owner + 1] - self.begin).clamp(max=CONTEXT)
-        ends = torch.zeros(total, dtype=torch.bool)
-        ends[cu_segments[1:][cu_segments.diff() > 0].long() - 1] = True
-        last = torch.zeros(total, dtype=torch.bool)
-        last[cu_rows[1:][sizes > 0] - 1] = True
-        self._inner, self._ends = (~ends).nonzero()[:, 0], ends.nonzero()[:, 0]
-        self._between, self._last = (ends & ~last).nonzero()[:, 0], last.nonzero()[:, 0]
-
-    def head(self, z: ZTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What comes before the inferencer's symbols, kind after kind: symbols, the document of each, and a table.
-
-        The slots filled by Z-tokens within a segment, then by those that end one; the tokens between each filled slot
-        and the one before; the tokens after the last filled slot of Z-tokens within a segment, then of all that end a
-        segment but not the document: 0 where the segment has as many tokens as it can have, else 1 more than the tokens
-        after the last filled slot. For the document's last Z-token they follow from the document's tokens.
-        """
-        used, named = z.codes >= 0, _named(z)
-        filled, tails = used.sum(1), z.unit_lengths.long() - named
-        inner = named.clone()
-        inner[self._inner] += tails[self._inner]
-        own = tails[self._between]
-        ends = torch.where(own == self._room(inner), 0, own + 1)
-        within, at_end, after, last = self._tables()
-        return [
-            (filled[self._inner], self.document[self._inner], within),
-            (filled[self._ends], self.document[self._ends], at_end),
-            (_gaps(z)[used], self.document.repeat_interleave(filled), self._gap_table()),
-            (tails[self._inner], self.document[self._inner], after),
-            (ends, self.document[self._between], last),
-        ]
-
-    def read_filled(self, read: Read) -> Tensor:
-        """Slots that each Z-token fills, int64 ``[K]``."""
-        within, at_end, _, _ = self._tables()
-        filled = torch.zeros(len(self.document), dtype=torch.int64)
-        filled[self._inner] = read(self.document[self._inner], within)
-        filled[self._ends] = read(self.document[self._ends], at_end)
-        return filled
-
-    def read_places(self, read: Read, filled: Tensor) -> Tensor:
-        """Slot offsets int32 ``[K, L]``."""
-        used = torch.arange(self._config.num_codebooks) < filled[:, None]
-        steps = torch.zeros(used.shape, dtype=torch.int64)
-        steps[used] = read(self.document.repeat_interleave(filled), self._gap_table()) + 1
-        return torch.where(used, steps.cumsum(1) - 1, -1).int()
-
-    def read_tails(self, read: Read) -> tuple[Tensor, Tensor]:
-        """The last two kinds of `head`."""
-        _, _, after, last = self._tables()
-        return read(self.document[self._inner], after), read(self.document[self._between], last)
-
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        slots, longest = self._config.num_codebooks, self._config.max_unit_length
-        return _table(slots + 1, slots), _table(slots + 1), _table(longest + 1, 0), _table(longest + 2, 0)
-
-    def _gap_table(self) -> Tensor:
-        counts = torch.ones(self._config.max_unit_length, dtype=torch.int64)
-        for gap, count in enumerate(GAP_COUNTS[: len(counts)]):
-            counts[gap] = count
-        return counts
-
-    def unit_lengths(self, z: ZTokens, tails: Tensor, ends: Tensor, tokens: Tensor) -> Tensor:
-        """Unit lengths int32 ``[K]`` from the slots' places and the last two kinds of `head`.
-
-        Raises:
-            ZFileError: one is not a length that a unit can have.
-        """
-        lengths = _named(z)
-        lengths[self._inner] += tails
-        lengths[self._between] += torch.where(ends == 0, self._room(lengths), ends - 1)
-        covered = torch.zeros_like(tokens).index_add_(0, self.document, lengths)
-        lengths[self._last] += (tokens - covered)[self.document[self._last]]
-        longest = self._config.max_unit_length
-        if bool(((lengths < _named(z).clamp(min=1)) | (lengths > longest)).any()):
-            raise ZFileError(f"slots: expected units of 1 to {longest} tokens, got others: the file is damaged")
-        return lengths.int()
-
-    def _room(self, lengths: Tensor) -> Tensor:
-        """Tokens that units of such lengths leave of each segment that ends at ``_between``."""
-        covered = lengths.new_zeros(int(self.segment[-1]) + 1 if len(lengths) else 0)
-        covered.index_add_(0, self.segment, lengths)
-        return self._config.segment_length - covered[self.segment[self._between]]
-
-
-class _Prior:
-    """The inferencer's logits, in the same bits for a row whatever the others."""
-
-    def __init__(self, model: SlotModel) -> None:
-        runtime = model.runtime
-        if not runtime.exact:
-            raise CodecError(
-                "slots with the inferencer as prior: expected a codec whose base model the engine runs (int8 or "
-                "float32), since a reader must find the same bits; got transformers' modules (float)"
-            )
-        head = model.zspace
-        self.model, self.slots = model, model.config.num_codebooks
-        self.words = runtime.linear(head.words, model.adapted.embedding.weight)
-        self._gap_rows = head.gap_rows[:, :GAPS].float()
-        # The inferencer chooses a gap before each code.
-        self._queries = [ordered_pack(query) for query in head.queries[1::2]]
-        self._panels = ordered_pack(self.words)
-
-    def after_gap(self, slot: int, chosen: Tensor, gap: Tensor) -> Tensor:
-        """``chosen`` ``[B, d]``, the rows of the choices before, with that of a gap before a slot."""
-        return chosen + self._gap_rows[slot][gap.clamp(max=GAPS - 1)]
-
-    def logits(self, hidden: Tensor, slot: int, chosen: Tensor) -> Tensor:
-        """Of the token that a slot names, ``[B, V]``."""
-        query = ordered_linear(hidden, self._queries[slot], self.words.shape[1]) + chosen
-        return ordered_linear(query, self._panels, len(self.words))
-
-    def marks(self, count: int) -> Tensor:
-        """The row that each of ``count`` sequences begins with."""
-        return self.model.zspace.marks[:1].float().expand(count, -1).contiguous()
-
-    def hidden(self, z: ZTokens, layout: Layout) -> Tensor:
-        """The states that predict each Z-token, ``[K, D]``."""
-        used = layout.lengths > 0
-        begin, lengths = layout.begin[used], layout.lengths[used]
-        # A stretch is read but for its last Z-token, which nothing follows.
-        rows, cu_rows = expand_ranges(begin, begin + lengths - 1)
-        count = len(begin)
-        cu_marks = torch.arange(count + 1, dtype=torch.int32)
-        each = torch.zeros(count, dtype=torch.int64)
-        embeddings = self.model.embed(z).float()
-        joined = ragged_gather([self.marks(1), embeddings], [each, rows], [cu_marks, cu_rows])
-        longest = int(lengths.max()) if count else 0
-        return self.model.runtime.hidden(
-            joined.values, joined.position_ids, joined.cu_seqlens, longest, adapter="inferencer"
+def _check(model: SlotModel) -> None:
+    if not model.runtime.exact:
+        raise CodecError(
+            "slots under the compressor's model: expected a codec whose base model the engine runs (int8 or float32), "
+            "since a reader must find the same bits; got transformers' modules (float)"
         )
 
-    def intervals(self, hidden: Tensor, z: ZTokens) -> tuple[Tensor, Tensor]:
-        """Intervals int64 ``[R, 3]`` of the codes of Z-tokens, and the Z-token of each, int64 ``[R]``."""
-        gaps, used = _gaps(z), z.codes >= 0
-        cells = torch.zeros(*used.shape, 3, dtype=torch.int64)
-        chosen = hidden.new_zeros(len(hidden), self.words.shape[1])
-        for slot in range(self.slots):
-            rows = used[:, slot].nonzero()[:, 0]
-            code = z.codes[rows, slot].long()
-            before = self.after_gap(slot, chosen[rows], gaps[rows, slot])
-            cells[rows, slot] = torch.stack(token_intervals(self.logits(hidden[rows], slot, before), code), 1)
-            chosen[rows] = before + self.words[code]
-        return cells[used], used.nonzero()[:, 0]
 
-    def read(self, z: ZTokens, begin: Tensor, lengths: Tensor, state: Tensor, data: Tensor) -> None:
-        """Read stretches, the longest first, into the codes of ``z``, whose places are known.
+@dataclass
+class _Symbols:
+    """The symbols of documents, in the order of their streams: intervals int64 ``[R, 3]``, documents int64 ``[R]``."""
 
-        Args:
-            begin, lengths: int64 ``[B]``, of the stretches; state: of their streams ``[B, 4]``; data: uint8, the bytes
-                of all streams.
+    intervals: Tensor
+    document: Tensor
+
+
+def _symbols(model: SlotModel, z: ZTokens) -> _Symbols:
+    _check(model)
+    cu_text, named = z.cu_text, written_tokens(z)
+    of_segment = sequence_of_row(z.cu_documents, len(cu_text) - 1)
+    document = of_segment[sequence_of_row(cu_text, len(named))]
+    share = share_of(named >= 0, document, len(z))
+    found, owners = [], []
+
+    def add(symbols: Tensor, owner: Tensor, counts: Tensor, increment: int = 0) -> None:
+        cu = offsets(owner.bincount(minlength=len(z)))
+        found.append(torch.stack(symbol_intervals(symbols, counts, cu, increment), 1))
+        owners.append(owner)
+
+    lengths = cu_text.diff().long()
+    regular = _regular(model, lengths, z)
+    units, counts, listed = units_told(z, named >= 0)
+    own = torch.arange(len(z))
+    add((~regular * SHARES + share) * KINDS + units, own, even(_FIRST))
+    irregular = ~regular[of_segment]
+    add(lengths[irregular] - 1, of_segment[irregular], even(model.config.segment_length))
+    order = _turns(cu_text, z.cu_documents)
+    found.append(_text(model, named, cu_text, share[of_segment])[order])
+    owners.append(document[order])
+    told = units[of_segment] != SHORTEST
+    add(counts[told] - 1, of_segment[told], even(model.config.segment_length), INCREMENT)
+    row_document = of_segment[sequence_of_row(z.cu_segments, z.ztokens)]
+    add(z.unit_lengths.long()[listed] - 1, row_document[listed], even(model.config.max_unit_length), INCREMENT)
+    owner = torch.cat(owners)
+    by_document = owner.argsort(stable=True)
+    return _Symbols(torch.cat(found)[by_document], owner[by_document])
+
+
+def _regular(model: SlotModel, lengths: Tensor, z: ZTokens) -> Tensor:
+    """Whether each document is cut into full segments and what is left, bool ``[n_documents]``."""
+    cu, bounds = offsets(lengths).tolist(), z.cu_documents.tolist()
+    whole = [cu[last] - cu[first] for first, last in zip(bounds, bounds[1:])]
+    cuts, counts = split_segments(whole, model.config.segment_length)
+    at, regular, own = 0, [], lengths.tolist()
+    for count, first, last in zip(counts, bounds, bounds[1:]):
+        regular.append(cuts[at : at + count] == own[first:last])
+        at += count
+    return torch.tensor(regular, dtype=torch.bool)
+
+
+def _turns(cu_text: Tensor, cu_documents: Tensor) -> Tensor:
+    """The text rows in the order of their documents' streams, int64 ``[T]``."""
+    total = int(cu_text[-1])
+    segment, position = sequence_of_row(cu_text, total), position_in_sequence(cu_text, total)
+    block, rank = _blocks(cu_text, cu_documents)
+    order = rank[segment].argsort(stable=True)
+    order = order[position[order].argsort(stable=True)]
+    return order[block[segment[order]].argsort(stable=True)]
+
+
+def _blocks(cu_text: Tensor, cu_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every segment the block, counted over all documents, and its place there by falling length: int64 ``[S]``."""
+    count = len(cu_text) - 1
+    place = position_in_sequence(cu_documents, count)
+    owner, blocks = sequence_of_row(cu_documents, count), -(-cu_documents.diff().long() // ROWS)
+    block = offsets(blocks).long()[owner] + place // ROWS
+    order = cu_text.diff().argsort(descending=True, stable=True)
+    order = order[block[order].argsort(stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = position_in_sequence(offsets(block.bincount()), count)
+    return block, rank
+
+
+def _text(model: SlotModel, named: Tensor, cu_text: Tensor, share: Tensor) -> Tensor:
+    """The intervals int64 ``[T, 3]`` of the symbols of text rows; ``share``: int64 ``[S]``."""
+    found = [torch.empty(0, 3, dtype=torch.int64)]
+    for first in range(0, len(cu_text) - 1, ROWS):
+        cu = cu_text[first : first + ROWS + 1]
+        own, shares = named[int(cu[0]) : int(cu[-1])], share[first : first + ROWS]
+        hidden = draft_hidden(model, draft(model, own, cu - cu[0], shares), own >= 0, cu - cu[0], shares)
+        for rows, symbols in zip(hidden.split(model.rows_at_once), own.split(model.rows_at_once)):
+            logits, _ = symbol_logits(model, rows)
+            symbols = torch.where(symbols >= 0, symbols, logits.shape[1] - 1)
+            found.append(torch.stack(token_intervals(logits, symbols), 1))
+    return torch.cat(found)
+
+
+class _Reader:
+    """Reads the streams of documents."""
+
+    def __init__(self, model: SlotModel, streams: Sequence[bytes]) -> None:
+        self.model = model
+        self.data, cu_bytes = Streams.from_bytes(streams)
+        self.state = range_decoder(self.data, cu_bytes)
+
+    def symbols(self, document: Tensor, counts: Tensor, increment: int = 0) -> Tensor:
+        """One symbol for each of ``document``, int64 ``[R]`` in rising order."""
+        cu = offsets(document.bincount(minlength=len(self.state)))
+        found, self.state = decode_symbols(counts, self.state, self.data, cu, len(document), increment)
+        return found
+
+    def cuts(self, document: int, tokens: int) -> list[int]:
+        """The lengths of a document's segments where they are not the usual ones."""
+        lengths: list[int] = []
+        while sum(lengths) < tokens:
+            lengths.append(1 + int(self.symbols(torch.tensor([document]), even(self.model.config.segment_length))))
+        if sum(lengths) > tokens:
+            raise ZFileError(f"document {document}: expected segments of {tokens} tokens, got more: it is damaged")
+        return lengths
+
+    def text(self, cu_text: Tensor, cu_documents: Tensor, share: Tensor) -> Tensor:
+        """The tokens that are named, int64 ``[T]``, -1 at others; ``share``: int64 ``[n_documents]``."""
+        named = torch.full((int(cu_text[-1]),), -1)
+        for segments in _batches(cu_text, cu_documents):
+            rows, cu = expand_ranges(cu_text[segments], cu_text[segments + 1])
+            document = torch.searchsorted(cu_documents[1:].contiguous(), segments, right=True)
+            named[rows] = self._segments(cu.diff().long(), document, share[document])
+        return named
+
+    def _segments(self, lengths: Tensor, document: Tensor, share: Tensor) -> Tensor:
+        """The tokens that are named in segments of falling length, packed."""
+        model, count, longest = self.model, len(lengths), int(lengths[0])
+        found = torch.full((count, longest), -1)
+        turn = _rank(document)
+        session = model.runtime.session(
+            "compressor",
+            model.draft.starts(share).float(),
+            torch.zeros(count, dtype=torch.int64),
+            torch.arange(count + 1, dtype=torch.int32),
+            longest,
+        )
+        with session as rows:
+            for column in range(longest):
+                going = int((lengths > column).sum())
+                logits, guesses = symbol_logits(model, rows.last[:going])
+                symbols = self._turn(logits, document[:going], turn[:going])
+                written = symbols < logits.shape[1] - 1
+                found[:going, column] = torch.where(written, symbols, -1)
+                onward = int((lengths > column + 1).sum())
+                if onward:
+                    token = torch.where(written, symbols, guesses)[:onward]
+                    told = model.draft.told(written[:onward], share[:onward])
+                    rows.step(model.adapted.embedding(token) + told, torch.full_like(token, column + 1))
+        return found[torch.arange(longest) < lengths[:, None]]
+
+    def _turn(self, logits: Tensor, document: Tensor, turn: Tensor) -> Tensor:
+        """A symbol of each row; those of one document come one after another in its stream."""
+        symbols = torch.empty(len(logits), dtype=torch.int64)
+        for own in range(int(turn.max()) + 1):
+            rows = (turn == own).nonzero()[:, 0]
+            symbols[rows], self.state[document[rows]] = decode_tokens(
+                logits[rows], self.state[document[rows]], self.data
+            )
+        return symbols
+
+    def units(self, named: Tensor, cu_text: Tensor, cu_documents: Tensor, kinds: Tensor) -> ZTokens:
+        """The Z-tokens of text rows whose slots are known; ``kinds``: int64 ``[n_documents]``, `SHORTEST` and so on.
+
+        Raises:
+            ZFileError: what the streams say of units is none.
         """
-        count, steps = len(begin), int(lengths[0])
-        assert z.slot_offsets is not None
-        once = torch.arange(count + 1, dtype=torch.int32)
-        runtime = self.model.runtime
-        with runtime.session("inferencer", self.marks(count), torch.zeros(count).long(), once, steps) as session:
-            for step in range(steps):
-                going = int((lengths > step).sum())
-                rows = begin[:going] + step
-                state = state[:going]
-                self._read_rows(session.last[:going], z, rows, state, data)
-                onward = rows[: int((lengths > step + 1).sum())]
-                if len(onward):
-                    own = one_each(z.codes[onward], z.unit_lengths[onward], z.slot_offsets[onward])
-                    session.step(self.model.embed(own), torch.full_like(onward, step + 1))
-
-    def _read_rows(self, hidden: Tensor, z: ZTokens, rows: Tensor, state: Tensor, data: Tensor) -> None:
-        assert z.slot_offsets is not None
-        own = one_each(z.codes[rows], z.unit_lengths[rows], z.slot_offsets[rows])
-        gaps, used = _gaps(own), z.slot_offsets[rows] >= 0
-        chosen = hidden.new_zeros(len(rows), self.words.shape[1])
-        for slot in range(self.slots):
-            going = used[:, slot].nonzero()[:, 0]
-            before = self.after_gap(slot, chosen[going], gaps[going, slot])
-            code, state[going] = decode_tokens(self.logits(hidden[going], slot, before), state[going], data)
-            chosen[going] = before + self.words[code]
-            z.codes[rows[going], slot] = code.int()
+        return read_units(self.model.config, named, cu_text, cu_documents, kinds, self.symbols)
 
 
-def _intervals(model: SlotModel, z: ZTokens) -> tuple[Layout, Tensor, Tensor]:
-    """Of all symbols in the order of the streams: intervals int64 ``[R, 3]`` and the stream of each, int64 ``[R]``."""
-    prior, layout = _Prior(model), Layout(model, z.cu_segments, z.cu_documents)
-    found, streams = [], []
-    for symbols, document, counts in layout.head(z):
-        cu = offsets(document.bincount(minlength=len(z)))
-        found.append(torch.stack(symbol_intervals(symbols, counts, cu, INCREMENT), 1))
-        streams.append(layout.cu_stretches.long()[document])
-    hidden = prior.hidden(z, layout)
-    stretch = sequence_of_row(offsets(layout.lengths), z.ztokens)
-    step = model.rows_at_once
-    for at in range(0, z.ztokens, step):
-        some = slice(at, at + step)
-        assert z.slot_offsets is not None
-        own = one_each(z.codes[some], z.unit_lengths[some], z.slot_offsets[some])
-        intervals, rows = prior.intervals(hidden[some], own)
-        found.append(intervals)
-        streams.append(stretch[some][rows])
-    stream = torch.cat(streams)
-    order = stream.argsort(stable=True)
-    return layout, torch.cat(found)[order], stream[order]
+def _batches(cu_text: Tensor, cu_documents: Tensor) -> Iterator[Tensor]:
+    """Segments that are read side by side, by falling length: int64; those of a block together, blocks in order."""
+    block, _ = _blocks(cu_text, cu_documents)
+    sizes = block.bincount().tolist()
+    owner = sequence_of_row(cu_documents, len(block))
+    last: dict[int, int] = {}
+    batches: list[list[int]] = []
+    held: list[int] = []
+    for number, document in enumerate(owner[offsets(torch.tensor(sizes)).long()[:-1]].tolist()):
+        # After the blocks before it in the same stream, and where there is room.
+        at = last.get(document, -1) + 1
+        while at < len(batches) and held[at] + sizes[number] > ROWS:
+            at += 1
+        if at == len(batches):
+            batches.append([])
+            held.append(0)
+        batches[at].append(number)
+        held[at] += sizes[number]
+        last[document] = at
+    lengths = cu_text.diff().long()
+    for own in batches:
+        segments = torch.isin(block, torch.tensor(own)).nonzero()[:, 0]
+        yield segments[lengths[segments].argsort(descending=True, stable=True)]
 
 
-def _named(z: ZTokens) -> Tensor:
-    """Tokens of each unit up to its last filled slot, int64 ``[K]``."""
-    assert z.slot_offsets is not None
-    return z.slot_offsets.long().amax(1) + 1
-
-
-def _gaps(z: ZTokens) -> Tensor:
-    """Tokens between each slot and the one before, int64 ``[K, L]``; anything where a slot is not filled."""
-    assert z.slot_offsets is not None
-    places = z.slot_offsets.long()
-    gaps = places - torch.nn.functional.pad(places, (1, 0), value=-1)[:, :-1] - 1
-    return gaps.clamp(min=0)
-
-
-def _table(size: int, likely: int | None = None) -> Tensor:
-    counts = torch.ones(size, dtype=torch.int64)
-    if likely is not None:
-        counts[likely] = LIKELY * size
-    return counts
+def _rank(values: Tensor) -> Tensor:
+    """How many equal values come before each, int64 ``[N]``."""
+    order = values.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = position_in_sequence(offsets(values.bincount()), len(values))
+    return rank

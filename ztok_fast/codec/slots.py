@@ -65,15 +65,24 @@ def fill_slots(
         mass = slot_mass(written, cu_segments, slots)
     units = halting_units(mass, cu_segments)
     lengths = unit_lengths(units, int(units.cu_units[-1]))
+    return fill_units(tokens, written, lengths, units.cu_units, cu_documents, slots)
+
+
+def fill_units(tokens, written, lengths, cu_units, cu_documents, slots: int) -> ZTokens:
+    """The Z-tokens of units of ``lengths`` (int32 ``[K]``) tokens; ``cu_units``: int32 ``[S + 1]``, of every segment.
+
+    The other arguments are those of `fill_slots`.
+    """
     cu_text = offsets(lengths)
-    unit, offset = units.unit.long()[written], position_in_sequence(cu_text, len(tokens))[written]
+    unit = sequence_of_row(cu_text, len(tokens))[written]
+    offset = position_in_sequence(cu_text, len(tokens))[written]
     before = offsets(written.long())[cu_text.long()[:-1]].long()
     place = torch.arange(len(unit), device=tokens.device) - before[unit]
     codes = torch.full((len(lengths), slots), -1, dtype=torch.int32, device=tokens.device)
     at = codes.clone()
     codes[unit, place] = tokens[written].int()
     at[unit, place] = offset.int()
-    return ZTokens(codes, lengths, units.cu_units, cu_documents, at)
+    return ZTokens(codes, lengths, cu_units, cu_documents, at)
 
 
 def written_tokens(z: ZTokens) -> torch.Tensor:

@@ -157,7 +157,7 @@ def load_zfile(path: str | Path, make: type[ZBatch], read_prior: SlotReader | No
 
     Args:
         make: the class of the result, `ZBatch`.
-        read_prior: reads slots that are coded with a codec's inferencer as the prior.
+        read_prior: reads slots that are coded under a codec's compressor.
 
     Raises:
         PriorNeededError: the file has such slots, and ``read_prior`` is not given.

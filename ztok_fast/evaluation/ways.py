@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ztok_fast.codec import slot_prior
-from ztok_fast.codec.bitpack import packed_size
-from ztok_fast.codec.corrections import bit_width
 from ztok_fast.codec.errors import LossyTextWarning
 from ztok_fast.codec.layout import position_in_sequence, sequence_of_row
 from ztok_fast.codec.passes import BATCH_TOKENS, batches, decompress_documents, pack_tokens, teacher_forced
 from ztok_fast.codec.pooled_model import PooledModel
+from ztok_fast.codec.prior_files import join
 from ztok_fast.codec.selection import rank_in_segment, within_budget
 from ztok_fast.codec.slot_coding import encode_slots
 from ztok_fast.codec.slot_model import SlotModel
@@ -65,9 +64,7 @@ def stored_bits(codec: ZTokCodec, z: ZTokens) -> tuple[float, float]:
     stored = len(encode_slots(z, config.codebook_size, config.max_unit_length))
     if codec.engine != FLOAT:
         assert isinstance(codec.model, SlotModel)
-        # With the prior it must be told how many Z-tokens each segment has; else that follows from the unit lengths.
-        rows = z.cu_segments.diff()
-        with_prior = len(slot_prior.join(slot_prior.encode(codec.model, z))) + packed_size(len(rows), bit_width(rows))
+        with_prior = len(join(slot_prior.encode(codec.model, z)))
         stored = min(stored, with_prior)
     return 8 * stored, plain
 

@@ -17,8 +17,8 @@ from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_b
 from ztok_fast.train.evaluate import evaluate
 from ztok_fast.train.objective import Objective
 from ztok_fast.train.settings import TrainSettings
-from ztok_fast.train.slot_evaluate import evaluate_inferencer, evaluate_slots
-from ztok_fast.train.slot_objective import InferencerObjective, SlotObjective
+from ztok_fast.train.slot_evaluate import evaluate_compressor, evaluate_inferencer, evaluate_slots
+from ztok_fast.train.slot_objective import CompressorObjective, InferencerObjective, SlotObjective
 
 
 class SlotMethod:
@@ -33,14 +33,15 @@ class SlotMethod:
             # The decompressor stays as it is, so the closed loop, which needs no gradient, runs in the engine.
             Engines(model, AUTO).use()
             self.objective = InferencerObjective(model, settings.loss_weights().answer)
+        elif settings.part == "compressor":
+            self.objective = CompressorObjective(model)
         else:
             self.objective = SlotObjective(model)
 
     def groups(self) -> list[dict]:
         """The optimiser's groups of parameters, each with its highest learning rate."""
         own, settings = self.codec.model.trainable_parameters(), self.settings
-        inferencers = settings.part == "inferencer"
-        own = {n: p for n, p in own.items() if (".inferencer." in n or n.startswith("zspace.")) == inferencers}
+        own = {n: p for n, p in own.items() if _part_of(n) == settings.part}
         adapters = [p for n, p in own.items() if n.startswith("adapters.")]
         modules = [p for n, p in own.items() if not n.startswith("adapters.")]
         return [
@@ -65,18 +66,32 @@ class SlotMethod:
         return {}
 
     def evaluate(self, dev: list[list[int]], step: int) -> dict:
-        measure = evaluate_inferencer if self.settings.part == "inferencer" else evaluate_slots
-        return measure(self.codec, dev)
+        measure = {
+            "decompressor": evaluate_slots,
+            "compressor": evaluate_compressor,
+            "inferencer": evaluate_inferencer,
+        }
+        return measure[self.settings.part](self.codec, dev)
 
     def summary(self, row: dict) -> dict:
         """What the progress bar shows of a step."""
-        return {name: f"{row[name]:.3f}" for name in ("total", "accuracy", "written", "answer") if name in row}
+        return {
+            name: f"{row[name]:.3f}" for name in ("total", "symbols", "accuracy", "written", "answer") if name in row
+        }
 
     def state(self) -> dict:
         return {}
 
     def load_state(self, state: dict) -> None:
         pass
+
+
+def _part_of(name: str) -> str:
+    """The part of a codec of slots that a parameter belongs to."""
+    for part, module in (("inferencer", "zspace."), ("compressor", "draft.")):
+        if f".{part}." in name or name.startswith(module):
+            return part
+    return "decompressor"
 
 
 class PooledMethod:

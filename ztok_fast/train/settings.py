@@ -11,8 +11,8 @@ import yaml
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.objective import LossWeights, Phase
 
-PARTS = ("decompressor", "inferencer")
-"""Of a codec of slots: what the inferencer reads depends on the decompressor, so it is trained after it."""
+PARTS = ("decompressor", "compressor", "inferencer")
+"""Of a codec of slots: what the others read depends on the decompressor, so they are trained after it."""
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 """Of the matrix products in training, see `ztok_fast.train.precision`."""
@@ -28,7 +28,8 @@ class TrainSettings:
 
     Attributes:
         base: base model, as ``load_base`` resolves it; out: folder for checkpoint, metrics and codec.
-        part: for the emission "slots", what is trained: "decompressor", or "inferencer" once that is done.
+        part: for the emission "slots", what is trained: "decompressor", and once that is done
+            "compressor" and "inferencer".
         start: folder of a codec with the same settings whose weights training starts from.
         codec: codec settings (see `ZTokConfig`); loss: the weights (see `LossWeights`).
         train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.

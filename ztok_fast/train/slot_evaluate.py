@@ -6,9 +6,13 @@ import math
 
 import torch
 
-from ztok_fast.codec.selection import close, guess
+from ztok_fast.codec.draft import draft, symbol_losses
+from ztok_fast.codec.draft_head import share_of
+from ztok_fast.codec.engines import AUTO, Engines
+from ztok_fast.codec.layout import sequence_of_row
+from ztok_fast.codec.selection import choose_ztokens, close, guess
 from ztok_fast.codec.slot_space import GAPS
-from ztok_fast.codec.slots import fill_slots
+from ztok_fast.codec.slots import fill_slots, written_tokens
 from ztok_fast.train.batches import Section, make_batch
 from ztok_fast.train.inferencer import inferencer_losses
 
@@ -41,6 +45,40 @@ def evaluate_slots(codec, documents: list[list[int]]) -> dict:
         "ratio": tokens / units,
         "guessed_bits": guessed_bits / tokens,
         "base_bits": base_bits / tokens,
+    }
+
+
+RATIOS = (4, 8, 16)
+"""At which the compressor is evaluated."""
+
+
+@torch.inference_mode()
+def evaluate_compressor(codec, documents: list[list[int]]) -> dict:
+    """What the symbols of Z-tokens cost, on documents of one section each.
+
+    Returns:
+        For each ratio ``symbol_bits``, per text token, and ``draft_accuracy``, the share of right tokens in the draft.
+    """
+    model, config = codec.model, codec.config
+    Engines(model, AUTO).use()
+    sections = [Section(list(d[: config.section_tokens])) for d in documents if d]
+    bits, right, tokens = dict.fromkeys(RATIOS, 0.0), dict.fromkeys(RATIOS, 0), 0
+    for first in range(0, len(sections), 8):
+        batch = make_batch(sections[first : first + 8], config.segment_length).to(model.device)
+        cu, count = batch.cu_segments, len(batch.sections)
+        section = sequence_of_row(batch.cu_sections, len(cu) - 1)
+        tokens += len(batch.tokens)
+        for ratio in RATIOS:
+            z = choose_ztokens(model, batch.tokens, cu, batch.cu_sections, torch.full((count,), float(ratio)))
+            named = written_tokens(z)
+            share = share_of(named >= 0, section[sequence_of_row(cu, len(named))], count)[section]
+            written = draft(model, named, cu, share)
+            symbols, _ = symbol_losses(model, written, named, batch.tokens, cu, share)
+            bits[ratio] += float(symbols.sum()) / LN2
+            right[ratio] += int((written == batch.tokens).sum())
+    return {
+        "symbol_bits": {str(r): value / tokens for r, value in bits.items()},
+        "draft_accuracy": {str(r): value / tokens for r, value in right.items()},
     }
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ztok_fast.codec.draft import draft, symbol_losses
+from ztok_fast.codec.draft_head import share_of
+from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.layout import sequence_of_row
-from ztok_fast.codec.selection import close, guess
+from ztok_fast.codec.selection import choose_ztokens, close, guess
 from ztok_fast.codec.slot_model import SlotModel
-from ztok_fast.codec.slots import fill_slots, slot_mass
+from ztok_fast.codec.slots import fill_slots, slot_mass, written_tokens
 from ztok_fast.train.batches import Batch
 from ztok_fast.train.inferencer import inferencer_losses
 
@@ -28,6 +33,54 @@ they were guessed: so the decompressor learns to go on after its own mistakes.""
 
 LOOSE = 0.25
 """Share of the segments whose units end before their slots are full, as low ratios ask."""
+
+
+RATIOS = (4.0, 24.0)
+"""Between which the ratios are drawn that the compressor learns from, evenly in their logarithm."""
+
+REFRESHED = 8
+"""Steps after which drafts are written by the compressor as it is then."""
+
+DRAFTED = 0.3
+"""Weight of the loss of the guessed tokens: a better draft prices what follows better."""
+
+
+class CompressorObjective(nn.Module):
+    """The compressor's model prices the symbols of Z-tokens. The decompressor stays as it is."""
+
+    def __init__(self, model: SlotModel) -> None:
+        super().__init__()
+        self.model, self._steps = model, 0
+        self._engines = Engines(model, AUTO)
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
+        """The loss terms, 0-d; ``symbols`` is in nats a text token.
+
+        Args:
+            seed: of the draw of ratios.
+        """
+        model, tokens, cu = self.model, batch.tokens, batch.cu_segments
+        generator = torch.Generator(device=tokens.device).manual_seed(seed)
+        low, high = (math.log(ratio) for ratio in RATIOS)
+        drawn = torch.rand(len(batch.sections), generator=generator, device=tokens.device)
+        if self._steps % REFRESHED == 0:
+            self._engines.use()
+        self._steps += 1
+        with torch.no_grad():
+            z = choose_ztokens(model, tokens, cu, batch.cu_sections, (low + (high - low) * drawn).exp())
+            named = written_tokens(z)
+            section = sequence_of_row(batch.cu_sections, len(cu) - 1)
+            share = share_of(named >= 0, section[sequence_of_row(cu, len(tokens))], len(batch.sections))[section]
+            written = draft(model, named, cu, share)
+        symbols, guesses = symbol_losses(model, written, named, tokens, cu, share)
+        total = symbols.mean() + DRAFTED * guesses.sum() / len(tokens)
+        return {
+            "symbols": symbols.mean(),
+            "accuracy": (written == tokens).float().mean(),
+            "written": (named >= 0).float().mean(),
+            "total": total,
+            "ztokens": torch.tensor(z.ztokens),
+        }
 
 
 class InferencerObjective(nn.Module):
