@@ -88,15 +88,13 @@ def test_numbers_of_the_codec_are_those_of_its_own_methods(codec):
 def test_stored_bits_are_those_of_the_file(slots, tmp_path, monkeypatch, coding):
     z = slots.compress(TEXTS, 2)
     if coding == "prior":
-        # The inferencer has not been trained: let tables that learn be worse still.
+        # The compressor has not been trained: let tables that learn be worse still.
         for module in (ways, zfile):
             monkeypatch.setattr(module, "encode_slots", lambda *settings, codes=True: bytes(1 << 12))
     slots.save(z, tmp_path / "x.ztok")
     with safe_open(tmp_path / "x.ztok", framework="numpy") as file:
         assert file.metadata()["slots"] == coding
-        # The prior is read with the Z-tokens of every segment; tables that learn are read without.
-        rows = len(file.get_tensor("segment_rows")) if coding == "prior" else 0
-        assert ways.stored_bits(slots, z)[0] == 8 * (len(file.get_tensor("codes")) + rows)
+        assert ways.stored_bits(slots, z)[0] == 8 * len(file.get_tensor("codes"))
 
 
 def test_score_by_hand(sample, monkeypatch):
