@@ -8,6 +8,7 @@ import torch
 from tests.codec.tiny_codec import tiny_base, tiny_codec
 from tests.codec.tiny_slots import SEGMENT, SLOTS
 from tests.train.tiny_run import tiny_settings
+from ztok_fast.codec.slots import fill_slots
 from ztok_fast.train.batches import Section, make_batch
 from ztok_fast.train.loop import Trainer
 from ztok_fast.train.settings import SettingsError
@@ -42,6 +43,18 @@ def test_the_decompressor_learns_to_guess():
     found = moved(codec)
     assert own <= found
     assert found - own == {n for n in found if ".decompressor." in n} != set()
+
+
+def test_ztokens_without_slots_do_not_make_gradients_explode():
+    """A row of zeros would stay one in every layer, and each norm would multiply its gradient by 300."""
+    codec = tiny_codec(**SLOTS)
+    model, tokens, cu = codec.model, torch.tensor([7]), torch.tensor([0, 1], dtype=torch.int32)
+    z = fill_slots(tokens, tokens < 0, cu, cu, codec.config.num_codebooks)
+    assert int(z.codes.max()) == -1
+    hidden = model.decompressor_hidden(model.decoder_inputs(model.embed(z), z, tokens, cu))
+    hidden.square().mean().backward()
+    assert 0 < float(model.start_embedding.grad.norm()) < 1e3
+    assert bool(model.embed(z).any())
 
 
 def test_the_same_seed_gives_the_same_loss():

@@ -120,7 +120,7 @@ def embed(parts, codes: Tensor, places: Tensor) -> Tensor:
     for slot in range(codes.shape[-1]):
         own = words[..., slot, :] * weights["slot_gates"][slot] + where[..., slot, :]
         total = total + torch.where((codes[..., slot] >= 0)[..., None], own, 0.0)
-    return total
+    return torch.where(codes[..., :1] >= 0, total, weights["start_embedding"])
 
 
 def conditioning(parts, named: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class SlotModel(SegmentModel):
         for slot in range(self.config.num_codebooks):
             own = words[:, slot] * self.slot_gates[slot] + places[:, slot]
             total = total + torch.where((z.codes[:, slot] >= 0)[:, None], own, 0.0)
-        return total
+        # A row of zeros would stay one in every layer, and each norm would multiply its gradient.
+        return torch.where((z.codes[:, :1] >= 0), total, self.start_embedding)
 
     def written(self, z: ZTokens) -> torch.Tensor:
         return written_tokens(z)
