@@ -10,7 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ztok_fast import ZBatch, ZTokCodec
+from ztok_fast import ZTokCodec
 
 TEXTS = [
     "The river has been there for as long as anyone in the town can remember.",
@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     print(f"{len(z)} texts, {z.tokens} tokens -> {z.ztokens} Z-tokens; {z.rate_exact:.1f} bits per token, exact")
     with tempfile.TemporaryDirectory() as folder:
         path = options.out or Path(folder, "corpus.ztok")
-        z.save(path)
-        loaded = ZBatch.load(path)
+        codec.save(z, path)
+        loaded = codec.load(path)
     back = codec.decompress(loaded)
     assert back == texts
     first = codec.decompress(loaded[0])  # one document of the batch alone

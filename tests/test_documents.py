@@ -1,14 +1,11 @@
 """The documents agree with the code."""
 
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from tests.codec.documents import example
-from ztok_fast.codec import zfile
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.objective import LossWeights
 from ztok_fast.train.settings import TrainSettings
@@ -22,17 +19,6 @@ def test_training_explains_every_setting(settings):
     text = (ROOT / "docs" / "training.md").read_text()
     explained = set(re.findall(r"`(\w+)`", text))
     assert {f.name for f in fields(settings)} - explained == set()
-
-
-def test_the_file_format_names_every_tensor_and_key():
-    text = (ROOT / "docs" / "file-format.md").read_text()
-    tensors, metadata = zfile.to_tensors(example())
-    explained = set(re.findall(r"`(\w+)`", text))
-    assert (set(tensors) | set(metadata)) - explained == set()
-    for document in json.loads(metadata["documents"]):
-        corrections = document["corrections"] or {}
-        keys = set(document) | set(corrections) | set(corrections.get("patch", {}))
-        assert keys - explained == set()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

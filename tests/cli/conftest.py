@@ -81,6 +81,11 @@ def slots_folder(tmp_path_factory, base_folder) -> Path:
     return save_codec(tmp_path_factory.mktemp("codecs") / "slots", base_folder, seed=1, **settings)
 
 
+def load(codec: Path, path: Path):
+    """The Z-tokens of a file of the codec in a folder."""
+    return ZTokCodec.from_pretrained(codec).load(path)
+
+
 class Result:
     def __init__(self, status: int, out: bytes, err: bytes) -> None:
         self.status, self.bytes, self.out, self.err = status, out, out.decode("utf-8", "replace"), err.decode()

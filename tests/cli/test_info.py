@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from tests.cli.conftest import TEXT, assert_mistake
+from tests.cli.conftest import TEXT, assert_mistake, load
 from ztok_fast.cli import report
 from ztok_fast.codec.codec import ZTokCodec
-from ztok_fast.codec.zbatch import ZBatch
 
 
 def stated(result) -> dict[str, str]:
@@ -16,8 +15,8 @@ def stated(result) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition("  ") for line in lines)}
 
 
-def test_file_is_described_without_its_codec(ztok, compressed):
-    z = ZBatch.load(compressed)
+def test_file_is_described_without_its_codec(ztok, compressed, codec_folder):
+    z = load(codec_folder, compressed)
     result = ztok("info", compressed)
     values = stated(result)
     assert result.status == 0
@@ -35,7 +34,7 @@ def test_file_is_described_without_its_codec(ztok, compressed):
 def test_units_of_a_file_are_shown_on_its_text(tiny, tmp_path, codec_folder):
     (tmp_path / "a.txt").write_text(TEXT)
     tiny("compress", tmp_path / "a.txt", "-o", tmp_path / "a.ztok")
-    z = ZBatch.load(tmp_path / "a.ztok")
+    z = load(codec_folder, tmp_path / "a.ztok")
     result = tiny("info", tmp_path / "a.ztok", "--units", "--tokens", 0)
     codec = ZTokCodec.from_pretrained(codec_folder)
     texts = report.token_texts(codec.tokenizer, codec.decompress_tokens(z)[0])

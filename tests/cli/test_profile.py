@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.cli.conftest import TEXT, assert_mistake
+from tests.cli.conftest import TEXT, assert_mistake, load
 from ztok_fast.cli import common, profile_machine, profile_ways
 from ztok_fast.cli.common import UsageError
 from ztok_fast.cli.profile_machine import Marks, Weights
 from ztok_fast.codec.codec import ZTokCodec
-from ztok_fast.codec.zbatch import ZBatch
 from ztok_fast.profiling import HEAD, MODEL, Profile, Span
 
 SECONDS = ("--seconds", 0.01)
@@ -62,11 +61,11 @@ def test_figures_fit_one_another(ztok, texts, tmp_path, request, kind, command):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_the_engine_is_profiled_too(tiny, tmp_path):
+def test_the_engine_is_profiled_too(tiny, tmp_path, codec_folder):
     # Without corrections: tokens that are told would be read many in a pass.
     (tmp_path / "a.txt").write_text(TEXT)
     assert tiny("compress", tmp_path / "a.txt", "-o", tmp_path / "a.ztok").status == 0
-    codec_batch = ZBatch.load(tmp_path / "a.ztok")
+    codec_batch = load(codec_folder, tmp_path / "a.ztok")
     options = ("--no-baselines", "--json", tmp_path / "o.json", *SECONDS)
     result = tiny("bench", "decompress", tmp_path / "a.ztok", *options)
     found = json.loads((tmp_path / "o.json").read_text())
@@ -142,7 +141,7 @@ def test_what_baselines_cannot_do_is_said(tiny, compressed, codec_folder, monkey
 
 def test_llama_cpp_reads_and_writes_as_many_tokens(codec_folder, compressed, monkeypatch):
     codec = ZTokCodec.from_pretrained(codec_folder)
-    z = ZBatch.load(compressed)
+    z = load(codec_folder, compressed)
     work = profile_ways.Work("decompress", codec, z.tokens, "tokens", 4.0, 1, z=z)
     assert profile_ways.llama_cpp(work, None)[1] == ["llama.cpp: left out, the base model is not SmolLM2"]
     codec.base.name = "SmolLM2-135M"

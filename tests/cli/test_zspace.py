@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.cli.conftest import TEXT, assert_mistake
-from ztok_fast.codec.zbatch import ZBatch
+from tests.cli.conftest import TEXT, assert_mistake, load
 
 
 @pytest.fixture(scope="module")
@@ -18,20 +17,20 @@ def two_documents(tmp_path_factory, codec_folder):
     return folder / "two.ztok"
 
 
-def test_saved_continuation_decompresses_to_what_is_printed(tiny, compressed, tmp_path):
+def test_saved_continuation_decompresses_to_what_is_printed(tiny, compressed, tmp_path, codec_folder):
     settings = ("--max-new-ztokens", 4, "--temperature", 0.9, "--top-p", 0.95, "--seed", 7)
     printed = tiny("generate", compressed, *settings)
     saved = tiny("generate", compressed, *settings, "-o", tmp_path / "new.ztok")
-    z = ZBatch.load(tmp_path / "new.ztok")
+    z = load(codec_folder, tmp_path / "new.ztok")
     assert printed.status == saved.status == 0
     assert 1 <= z.ztokens <= 4 and f"{z.ztokens} new Z-tokens" in saved.out
     assert printed.bytes == tiny("decompress", tmp_path / "new.ztok").bytes + b"\n"
 
 
-def test_seed_decides_what_is_drawn(tiny, compressed, tmp_path):
+def test_seed_decides_what_is_drawn(tiny, compressed, tmp_path, codec_folder):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         tiny("generate", compressed, "--temperature", 5, "--seed", seed, "-o", tmp_path / f"{name}.ztok")
-    a, b, c = (ZBatch.load(tmp_path / f"{name}.ztok") for name in "abc")
+    a, b, c = (load(codec_folder, tmp_path / f"{name}.ztok") for name in "abc")
     assert a == b and a != c
 
 
@@ -47,7 +46,7 @@ def test_answer_prints_what_the_codec_answers(tiny, compressed, codec_folder):
 
     result = tiny("answer", compressed, "Where did the cat sit?", "--max-new-tokens", 5)
     codec = ZTokCodec.from_pretrained(codec_folder)
-    expected = codec.answer(ZBatch.load(compressed), "Where did the cat sit?", max_new_tokens=5)
+    expected = codec.answer(load(codec_folder, compressed), "Where did the cat sit?", max_new_tokens=5)
     assert result.status == 0 and result.out == expected + "\n"
 
 

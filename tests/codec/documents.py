@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from ztok_fast.codec.corrections import Corrections
-from ztok_fast.codec.documents import DocumentInfo
+from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.exact_patch import Patch
 from ztok_fast.codec.zbatch import ZBatch
 
@@ -47,14 +47,14 @@ def example() -> ZBatch:
     return make_batch(
         [
             ([[(3, (1, 15)), (1, (0, 2))], [], [(8, (7, 7))]], DocumentInfo(12, 4.0, 2)),
-            ([], DocumentInfo(0, 2.0, 2, hashlib.sha256(b"").hexdigest(), 0, Corrections.none_needed())),
+            ([], DocumentInfo(0, 2.0, 2, digest_of(b"").hex(), 0, Corrections.none_needed())),
             (
                 [[(4, (9,)), (3, (0,))]],
-                DocumentInfo(7, 3.5, 1, hashlib.sha256(original).hexdigest(), len(original), corrections),
+                DocumentInfo(7, 3.5, 1, digest_of(original).hex(), len(original), corrections),
             ),
             (
                 [[(2, (5, 6))]],
-                DocumentInfo(2, 2.0, 2, hashlib.sha256(raw).hexdigest(), len(raw), Corrections.stored_raw(raw)),
+                DocumentInfo(2, 2.0, 2, digest_of(raw).hex(), len(raw), Corrections.stored_raw(raw)),
             ),
         ]
     )
@@ -63,12 +63,13 @@ def example() -> ZBatch:
 @st.composite
 def documents_info(draw, tokens: int, num_codebooks: int):
     levels = draw(st.integers(1, num_codebooks))
-    budget = draw(st.floats(1, 64))
+    budget = draw(st.integers(100, 6400)) / 100
     if draw(st.booleans()):
         return DocumentInfo(tokens, budget, levels)
     original = draw(st.binary(max_size=40))
     corrections = draw(st.none() | corrections_for(tokens, original))
-    return DocumentInfo(tokens, budget, levels, hashlib.sha256(original).hexdigest(), len(original), corrections)
+    digest = None if corrections is None else digest_of(original).hex()
+    return DocumentInfo(tokens, budget, levels, digest, len(original), corrections)
 
 
 @st.composite
@@ -78,9 +79,11 @@ def corrections_for(draw, tokens: int, original: bytes):
     places = sorted(draw(st.sets(st.integers(0, tokens - 1)))) if tokens else []
     true = [draw(st.integers(0, 2**31 - 1)) for _ in places]
     patch = draw(st.none() | st.tuples(st.integers(0, 50), st.integers(0, 50), st.binary(max_size=20)))
-    return Corrections(
-        int32(places), int32(true), None if patch is None else Patch(patch[0], patch[0] + patch[1], patch[2])
-    )
+    own = Corrections(int32(places), int32(true))
+    if draw(st.booleans()):
+        own = Corrections.of_remainder(draw(st.binary(max_size=300)))
+    own.patch = None if patch is None else Patch(patch[0], patch[0] + patch[1], patch[2][: len(original)])
+    return own
 
 
 @st.composite

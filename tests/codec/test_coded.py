@@ -179,11 +179,6 @@ def test_a_file_says_how_it_is_read(tmp_path, base):
         assert from_file(tmp_path / "x.ztok", found) == [PROSE.encode()]
 
 
-def test_a_safetensors_file_of_any_header_is_no_coded_file(tmp_path):
-    (tmp_path / "x").write_bytes(b"ZC\x10\0\0\0\0\0{" + b" " * 100)
-    assert not is_coded_file(tmp_path / "x")
-
-
 def test_many_empty_documents(tmp_path, coder):
     as_file(tmp_path / "x.ztok", [b""] * 9000, coder)
     assert from_file(tmp_path / "x.ztok", coder) == [b""] * 9000

@@ -106,12 +106,18 @@ def alter(parquet, path, **columns):
         ({"tokens": [12, 0, 8, 2]}, "row 2: document 0: unit_lengths: expected to cover its 8"),
         ({"levels": [2, 2, 9, 2]}, "row 2: expected 2 Z-tokens of 1 to 2 levels"),
         ({"levels": [2, 2, 2, 2]}, "row 2: expected 2 Z-tokens"),
-        ({"sha256": ["0", None, None, None]}, "row 0: document 0: sha256 and byte_length"),
+        ({"digest": ["0", None, None, None]}, "row 0: document 0: digest: expected one with"),
         ({"codes": [[1, 15, 0, 2, 7, 16], [], [9, 0], [5, 6]]}, "row 0: document 0: codes: expected 0 to 15"),
         ({"segment_rows": [[2, 0, 2], [], [2], [1]]}, "row 0: cu_segments: expected offsets from 0 to the 3"),
-        ({"corrections": [None, None, {"positions": [1], "tokens": None}, None]}, "row 2: corrections: expected lists"),
         (
-            {"corrections": [None, None, {"positions": [], "tokens": [], "patch": {"start": 1}}, None]},
+            {"digest": [None] * 4, "corrections": [None, None, {"positions": [1], "tokens": None}, None]},
+            "row 2: corrections: expected lists",
+        ),
+        (
+            {
+                "digest": [None] * 4,
+                "corrections": [None, None, {"positions": [], "tokens": [], "patch": {"start": 1}}, None],
+            },
             "row 2: corrections.patch: expected start, end and bytes",
         ),
     ],

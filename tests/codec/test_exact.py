@@ -104,7 +104,7 @@ def test_tampered_corrections_are_an_error_and_not_wrong_text(codec):
 
 def test_tampered_hash_is_an_error(codec):
     z = exact_document(codec)
-    z.documents[0].sha256 = "0" * 64
+    z.documents[0].digest = "0" * 16
     with pytest.raises(ExactMismatchError):
         codec.decompress(z)
 

@@ -132,7 +132,7 @@ def test_exact_mode_stores_the_remainder(slots, kind, verify):
 
 def unpacked(codec, texts, ratio=6):
     """Exact documents whose remainder is stored, although the original may take less."""
-    z = codec.compress(texts, ratio)
+    z = codec.compress(texts, ratio, exact=True)
     documents = codec.tokenize(texts)
     limit = codec.config.section_tokens
     sections = [d[i : i + limit] for d in documents for i in range(0, len(d), limit)]

@@ -144,8 +144,8 @@ def test_a_wrong_token_harms_the_guesses_after_it():
 
 def test_texts_through_files(codec, engine, tmp_path):
     for ratio, exact in ((1, False), (8, True), (16, True)):
-        codec.compress(TEXTS, ratio, exact).save(tmp_path / "x.ztok")
-        z = ZBatch.load(tmp_path / "x.ztok")
+        codec.save(codec.compress(TEXTS, ratio, exact), tmp_path / "x.ztok")
+        z = codec.load(tmp_path / "x.ztok")
         assert codec.decompress(z) == TEXTS
         assert [one.slot_offsets.shape for one in z] == [one.codes.shape for one in z]
     assert z == ZBatch.concatenate(list(z))

@@ -1,5 +1,4 @@
 import copy
-import hashlib
 import math
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 
 from tests.codec.documents import FINGERPRINT, batches, example, int32, make_batch
 from ztok_fast.codec.corrections import Corrections
-from ztok_fast.codec.documents import DocumentInfo
+from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.errors import ExactMismatchError, ZBatchError
 from ztok_fast.codec.exact_patch import Patch
 from ztok_fast.codec.zbatch import ZBatch
@@ -145,7 +144,7 @@ def test_validate_names_what_does_not_fit(change, message):
         replace(batch, **change(batch)).validate()
 
 
-SHA = hashlib.sha256(b"abc").hexdigest()
+DIGEST = digest_of(b"abc").hex()
 EMPTY = Corrections.none_needed()
 DOCUMENT_FAULTS = {
     "tokens negative": ({"tokens": -1}, "tokens: expected an integer of at least 0"),
@@ -155,40 +154,45 @@ DOCUMENT_FAULTS = {
     "budget infinite": ({"budget": math.inf}, "budget: expected a ratio"),
     "levels zero": ({"levels": 0}, "levels: expected an integer from 1 to 2"),
     "levels many": ({"levels": 3}, "levels: expected an integer from 1 to 2"),
-    "sha alone": ({"sha256": SHA}, "expected both or neither"),
-    "sha short": ({"sha256": "ab", "byte_length": 3}, "sha256: expected 64"),
-    "length negative": ({"sha256": SHA, "byte_length": -1}, "byte_length: expected an integer"),
-    "corrections alone": ({"corrections": EMPTY}, "expected a SHA-256 of the original"),
+    "digest alone": ({"digest": DIGEST}, "digest: expected one with"),
+    "digest short": ({"digest": "ab", "byte_length": 3, "corrections": EMPTY}, "digest: expected 16"),
+    "length negative": ({"byte_length": -1}, "byte_length: expected an integer"),
+    "corrections alone": ({"corrections": EMPTY}, "digest: expected one with"),
+    "corrections without a length": ({"corrections": EMPTY, "digest": DIGEST}, "expected the byte_length"),
     "raw of other length": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections.stored_raw(b"abcd")},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections.stored_raw(b"abcd")},
         "corrections.raw: expected 3 bytes",
     ),
     "raw and patch": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(int32([]), int32([]), Patch(0, 0, b""), b"abc")},
+        {
+            "digest": DIGEST,
+            "byte_length": 3,
+            "corrections": Corrections(int32([]), int32([]), Patch(0, 0, b""), b"abc"),
+        },
         "expected raw bytes alone",
     ),
     "positions fall": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(int32([2, 2]), int32([1, 1]))},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections(int32([2, 2]), int32([1, 1]))},
         "expected strictly increasing",
     ),
     "position negative": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(int32([-1]), int32([1]))},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections(int32([-1]), int32([1]))},
         "expected strictly increasing",
     ),
     "position outside": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(int32([12]), int32([1]))},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections(int32([12]), int32([1]))},
         "expected indices below the document's 12",
     ),
     "token negative": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(int32([1]), int32([-1]))},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections(int32([1]), int32([-1]))},
         "corrections.tokens: expected token ids",
     ),
     "token missing": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(int32([1]), int32([]))},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections(int32([1]), int32([]))},
         "as many tokens as positions",
     ),
     "positions int64": (
-        {"sha256": SHA, "byte_length": 3, "corrections": Corrections(torch.tensor([1]), int32([1]))},
+        {"digest": DIGEST, "byte_length": 3, "corrections": Corrections(torch.tensor([1]), int32([1]))},
         "corrections.positions: expected an int32 vector",
     ),
 }
@@ -203,7 +207,7 @@ def test_validate_names_the_document_that_is_wrong(change, message):
 
 
 def test_verify_accepts_the_original_alone():
-    info = DocumentInfo(1, 2.0, 1, SHA, 3)
+    info = DocumentInfo(1, 2.0, 1, DIGEST, 3)
     info.verify(b"abc")
     with pytest.raises(ExactMismatchError, match="4 bytes"):
         info.verify(b"abcd")

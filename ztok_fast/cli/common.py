@@ -181,17 +181,11 @@ def check_parent(path: Path) -> None:
 
 
 def load_batch(path: str, options: argparse.Namespace) -> ZBatch:
-    """The Z-tokens of a file; the codec of ``options`` reads what it alone can."""
+    """The Z-tokens of a file, read by the codec of ``options``."""
     if path == "-":
         raise UsageError("-: expected the name of a .ztok file, which cannot be read from standard input")
     check_input(path)
-    from ztok_fast.codec.errors import PriorNeededError
-    from ztok_fast.codec.zbatch import ZBatch
-
-    try:
-        return ZBatch.load(path)
-    except PriorNeededError:
-        return load_codec(options).load(path)
+    return load_codec(options).load(path)
 
 
 # Codec

@@ -11,11 +11,11 @@ from ztok_fast.codec.errors import ZBatchError
 from ztok_fast.codec.zbatch import ZBatch
 
 
-def check_fits(z: ZBatch, config: ZTokConfig, vocabulary: int) -> None:
+def check_fits(z: ZBatch, config: ZTokConfig, vocabulary: int | None = None) -> None:
     """Raise `ZBatchError` unless a valid batch has the sizes and the segments of this codec.
 
     Args:
-        vocabulary: tokens that the base model has an embedding for.
+        vocabulary: tokens that the base model has an embedding for, where corrections are to be looked at.
     """
     for name in ("num_codebooks", "codebook_size", "max_unit_length"):
         if getattr(z, name) != getattr(config, name):
@@ -25,7 +25,12 @@ def check_fits(z: ZBatch, config: ZTokConfig, vocabulary: int) -> None:
     _check_segments(z, config.segment_length)
     for index, document in enumerate(z.documents):
         corrections = document.corrections
-        if corrections is not None and len(corrections.tokens) and int(corrections.tokens.max()) >= vocabulary:
+        if (
+            vocabulary
+            and corrections is not None
+            and len(corrections.tokens)
+            and int(corrections.tokens.max()) >= vocabulary
+        ):
             raise ZBatchError(
                 f"document {index}: corrections.tokens: expected token ids below {vocabulary}, the size of the "
                 f"base model's vocabulary, got {int(corrections.tokens.max())}"
@@ -43,6 +48,6 @@ def _check_segments(z: ZBatch, segment_length: int) -> None:
             raise ZBatchError(f"{where} at most {segment_length} text tokens in each, got {max(own)}")
         if min(own, default=1) < 1:
             raise ZBatchError(f"{where} at least 1 text token in each, got {min(own)}")
-        # Generated Z-tokens (no SHA-256) may leave a segment partly filled: the next unit did not fit.
-        if document.sha256 is not None and any(length != segment_length for length in own[:-1]):
+        # Generated Z-tokens (no original) may leave a segment partly filled: the next unit did not fit.
+        if document.byte_length is not None and any(length != segment_length for length in own[:-1]):
             raise ZBatchError(f"{where} {segment_length} text tokens in each but the last, got {own[:-1]}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from array import array
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -21,18 +20,18 @@ from ztok_fast.codec.coded_units import CodedUnits, UnitCoder
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.continuation import answer_question, check_count, continue_ztokens
 from ztok_fast.codec.corrections import Corrections
-from ztok_fast.codec.documents import DocumentInfo
+from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
 from ztok_fast.codec.focus import Span, token_weights
+from ztok_fast.codec.learned_file import load_units, save_units
 from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents
-from ztok_fast.codec.prior_files import prior_reader, prior_slots
 from ztok_fast.codec.shipped import codec_folder, shipped_codecs
+from ztok_fast.codec.slot_streams import read_streams, write_streams
 from ztok_fast.codec.text import as_text, detokenize, originals_and_texts, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
 from ztok_fast.codec.zbatch import ZBatch
-from ztok_fast.codec.zfile import load_zfile, save_zfile
 from ztok_fast.codec.ztokens import ZTokens
 
 DEFAULT_CODEC = "ztok-mini"
@@ -111,13 +110,16 @@ class ZTokCodec:
         self._fingerprint = None
 
     def save(self, z: ZBatch, path: str | Path) -> None:
-        """Write a ``.ztok`` file; slots take less than in one of `ZBatch.save` where the compressor helps."""
+        """Write a ``.ztok`` file (docs/file-format.md), which this codec alone reads."""
         self._check_batch(z)
-        save_zfile(z, path, prior_slots(self.model, self._engines, z))
+        save_units(z, path, self.config, write_streams(self.model, self._engines, z))
 
     def load(self, path: str | Path) -> ZBatch:
-        """Read a ``.ztok`` file of any codec, or one that `save` of this codec wrote."""
-        return load_zfile(path, ZBatch, prior_reader(self.model, self._engines, self.fingerprint))
+        """Read a ``.ztok`` file that `save` of this codec wrote; `ZFileError` says what is wrong with another."""
+        vocabulary = self.model.adapted.embedding.weight.shape[0]
+        return load_units(
+            path, self.config, self.fingerprint, vocabulary, partial(read_streams, self.model, self._engines)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -240,7 +242,7 @@ class ZTokCodec:
                 tokens=len(tokens),
                 budget=ratio,
                 levels=levels or self.config.num_codebooks,
-                sha256=hashlib.sha256(original).hexdigest(),
+                digest=digest_of(original).hex() if exact else None,
                 byte_length=len(original),
             )
             for tokens, original in zip(documents, originals)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from ztok_fast.codec.base_model import BaseModel
 from ztok_fast.codec.coded import PART_BYTES, Part, Progress, TextCoder, identity_of
 from ztok_fast.codec.coded_records import (
-    HASH_BYTES,
+    CODED_MAGIC,
     HEADER_BYTES,
     IDENTITY_BYTES,
     INDEXED,
@@ -24,14 +24,14 @@ from ztok_fast.codec.coded_records import (
     VERSION,
     Head,
     Index,
+    begins_as_coded,
     check_end,
-    digest_of,
     header_with_index,
     read_head,
     read_header,
 )
+from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZFileError
-from ztok_fast.codec.zfile import CODED_MAGIC, begins_as_coded
 
 BATCH_BYTES, BATCH_PARTS = 192 << 10, 4096
 """Bytes of text, and parts of it, that are coded side by side at most; more bytes where that many do not fill all rows

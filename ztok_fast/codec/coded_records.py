@@ -5,22 +5,27 @@ docs/file-format.md lays out the bytes. Every count is checked against the file'
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW
+from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
-from ztok_fast.codec.zfile import CODED_MAGIC, begins_as_coded
 
-VERSION = 2
+CODED_MAGIC, LEARNED_MAGIC = b"ZC", b"ZL"
+"""How files of coded units begin, and those of learned units (`ztok_fast.codec.learned_file`)."""
+
+VERSION, LEARNED_VERSION = 2, 1
 INDEXED = 128
 """In the header's third byte: the file ends with an index."""
 
-IDENTITY_BYTES = HASH_BYTES = 8
+IDENTITY_BYTES = 8
 HEADER_BYTES = len(CODED_MAGIC) + 1 + IDENTITY_BYTES
+
+LEAST_LEARNED = 16
+"""The kinds of learned units' records (`ztok_fast.codec.learned_records`) begin here."""
 
 RUN = 15
 """Text stored as it is, longer than a part: its record grows while it is written, and its length has a fixed place."""
@@ -64,10 +69,6 @@ class Head(NamedTuple):
         return first + varint(self.length) + digest + stated
 
 
-def digest_of(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
-
-
 def is_alone(number: int, follows: bool) -> bool:
     """Whether a record is its file's only one."""
     return number == 0 and not follows
@@ -80,11 +81,11 @@ def _bound(digest: bytes, number: int, document: int, goes_on: bool, follows: bo
     return (int.from_bytes(digest, "little") ^ mask).to_bytes(HASH_BYTES, "little")
 
 
-def read_head(stream: BinaryIO, number: int, document: int, end: int) -> Head:
+def read_head(stream: BinaryIO, number: int, document: int, end: int, learned: bool = False) -> Head:
     """The head of record ``number``, of document ``document``; the stream is left where what is stored begins.
 
     Args:
-        end: bytes of the file.
+        end: bytes of the file; learned: the file is one of learned units.
 
     Raises:
         ZFileError: the file ends, or there is no record.
@@ -94,7 +95,9 @@ def read_head(stream: BinaryIO, number: int, document: int, end: int) -> Head:
     if not data:
         raise ZFileError(f"record {number}: expected a record, got the end: the file is truncated")
     kind, goes_on, follows = data[0] & _KIND, bool(data[0] & _GOES_ON), bool(data[0] & _FOLLOWS)
-    if kind not in (CODED, RAW, LZMA, RUN):
+    if learned and (kind < LEAST_LEARNED or goes_on):
+        raise ZFileError(f"record {number}: expected a document of learned units, got kind {kind}: it is damaged")
+    if not learned and kind not in (CODED, RAW, LZMA, RUN):
         raise ZFileError(f"record {number}: expected a kind of storage of 0, 1, 2 or 15, got {kind}: it is damaged")
     if goes_on and not follows:
         raise ZFileError(f"record {number}: expected the document to go on, got the last record: it is damaged")
@@ -111,7 +114,7 @@ def read_head(stream: BinaryIO, number: int, document: int, end: int) -> Head:
         stored = end - start - at
     else:
         stored, at = read_varint(data, at)
-    if kind != RUN and length > PART_BYTES or stored > length:
+    if not learned and (kind != RUN and length > PART_BYTES or stored > length):
         raise ZFileError(
             f"record {number}: expected at most {PART_BYTES} bytes, got {length} in {stored}: it is damaged"
         )
@@ -123,11 +126,13 @@ def read_head(stream: BinaryIO, number: int, document: int, end: int) -> Head:
     return Head(kind, length, stored, _bound(digest, number, document, goes_on, follows), goes_on, follows)
 
 
-def walk(stream: BinaryIO, number: int, document: int, end: int) -> Iterator[tuple[int, int, Head]]:
+def walk(
+    stream: BinaryIO, number: int, document: int, end: int, learned: bool = False
+) -> Iterator[tuple[int, int, Head]]:
     """Number, first byte and head of the records from here to the last; the payloads are passed over."""
     while True:
         start = stream.tell()
-        head = read_head(stream, number, document, end)
+        head = read_head(stream, number, document, end, learned)
         after = stream.tell() + head.stored
         yield number, start, head
         if not head.follows:
@@ -209,18 +214,25 @@ def header_with_index(header: bytes) -> bytes:
     return header[:2] + bytes([header[2] | INDEXED]) + header[3:]
 
 
-def read_header(stream: BinaryIO) -> tuple[bytes, int]:
-    """The header at the begin of a file, and the context that it states.
+def begins_as_coded(head: bytes) -> bool:
+    """Whether a file begins as one of coded units."""
+    return head.startswith(CODED_MAGIC)
+
+
+def read_header(stream: BinaryIO, magic: bytes = CODED_MAGIC) -> tuple[bytes, int]:
+    """The header at the begin of a file, and the context that it states (nothing of learned units).
 
     Raises:
         ZFileError: the file is of another kind or version.
     """
     head = stream.read(HEADER_BYTES)
-    if not begins_as_coded(head) or len(head) < HEADER_BYTES:
-        raise ZFileError("expected a file of coded units, got another kind")
+    what, expected = ("coded", VERSION) if magic == CODED_MAGIC else ("learned", LEARNED_VERSION)
+    if not head.startswith(magic) or len(head) < HEADER_BYTES:
+        other = " (coded units are text for storage: decompress the file)" if begins_as_coded(head) else ""
+        raise ZFileError(f"expected a whole file of {what} units, got another kind{other}")
     version = head[2] >> 4 & 7
-    if version != VERSION:
-        raise ZFileError(f"expected version {VERSION} of coded units, got {version}")
+    if version != expected or (magic == LEARNED_MAGIC and head[2] & 14):
+        raise ZFileError(f"expected version {expected} of {what} units, got {version}")
     return head, 1 << (head[2] & 15)
 
 

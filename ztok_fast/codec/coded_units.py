@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ztok_fast.codec.coded import TextCoder
-from ztok_fast.codec.documents import DocumentInfo
+from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.errors import CodecError, ZBatchError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.text import detokenize
@@ -153,7 +152,7 @@ class UnitCoder:
             cu_segments=offsets(torch.tensor([len(own) for own in windows], dtype=torch.int64)),
             cu_documents=offsets(counts),
             documents=[
-                DocumentInfo(len(own), 1, self.levels, hashlib.sha256(original).hexdigest(), len(original))
+                DocumentInfo(len(own), 1, self.levels, digest_of(original).hex(), len(original))
                 for own, original in zip(tokens, originals)
             ],
             identity=self.coder.identity.hex(),
@@ -170,7 +169,7 @@ class UnitCoder:
         """
         texts = [detokenize(self.coder.base.tokenizer, own) for own in self.decompress_tokens(units)]
         for info, text in zip(units.documents, texts):
-            if info.sha256 is not None:
+            if info.digest is not None:
                 info.verify(text)
         return texts
 

@@ -17,18 +17,17 @@ from typing import BinaryIO, NamedTuple
 from ztok_fast.codec.coded import CODED, RAW, Part, Progress, TextCoder
 from ztok_fast.codec.coded_file import BATCH_PARTS, batch_bytes, header_of, parts_of
 from ztok_fast.codec.coded_records import (
-    HASH_BYTES,
     HEADER_BYTES,
     MOST_RUN,
     RUN,
     RUN_HEAD_BYTES,
     Head,
     Index,
-    digest_of,
     header_with_index,
     is_alone,
     read_head,
 )
+from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import CodecError, ZFileError
 from ztok_fast.codec.varint import varint
 

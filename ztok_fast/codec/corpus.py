@@ -1,6 +1,6 @@
 """A compressed corpus as Parquet: one row a document, so that any data tool reads it.
 
-Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``sha256``, ``byte_length`` as in `DocumentInfo`; ``codes``, the
+Columns: ``id``; ``tokens``, ``budget``, ``levels``, ``digest``, ``byte_length`` as in `DocumentInfo`; ``codes``, the
 document's codes as one list, ``levels`` for each Z-token; ``unit_lengths``, one for each Z-token; ``segment_rows``,
 Z-tokens of each segment; ``corrections``, exact mode's (null without). What holds for all rows stands in the schema's
 metadata. Needs the package pyarrow.
@@ -211,7 +211,7 @@ def _schema(arrow):
             arrow.field("tokens", arrow.int64(), nullable=False),
             arrow.field("budget", arrow.float64(), nullable=False),
             arrow.field("levels", arrow.int32(), nullable=False),
-            arrow.field("sha256", arrow.string()),
+            arrow.field("digest", arrow.string()),
             arrow.field("byte_length", arrow.int64()),
             arrow.field("codes", listed(arrow.uint16()), nullable=False),
             arrow.field("unit_lengths", listed(arrow.int32()), nullable=False),
@@ -237,7 +237,7 @@ def _to_row(identifier: str, one: ZBatch, first: ZBatch) -> dict:
         "tokens": info.tokens,
         "budget": info.budget,
         "levels": info.levels,
-        "sha256": info.sha256,
+        "digest": info.digest,
         "byte_length": info.byte_length,
         "codes": one.codes[:, : info.levels].reshape(-1).tolist(),
         "unit_lengths": one.unit_lengths.tolist(),
@@ -299,7 +299,7 @@ def _from_row(row: dict, settings: dict, where: str) -> ZBatch:
             cu_segments=torch.from_numpy(np.concatenate([[0], rows.cumsum()]).astype(np.int32)),
             cu_documents=torch.tensor([0, len(rows)], dtype=torch.int32),
             documents=[
-                DocumentInfo(row["tokens"], row["budget"], levels, row["sha256"], row["byte_length"], corrections)
+                DocumentInfo(row["tokens"], row["budget"], levels, row["digest"], row["byte_length"], corrections)
             ],
             codec_fingerprint=settings["codec_fingerprint"],
             codebook_size=settings["codebook_size"],

@@ -14,6 +14,13 @@ MAX_CODEBOOKS = 256
 """Far above any useful number of levels; bounds what a file can make its reader allocate."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+HASH_BYTES = 8
+
+
+def digest_of(text: bytes) -> bytes:
+    """The hash of a text that files have, 64 bits of BLAKE2b."""
+    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
 
 
 @dataclass
@@ -24,14 +31,15 @@ class DocumentInfo:
         tokens: text tokens that the document had, N.
         budget: the ratio asked for, text tokens per Z-token.
         levels: residual levels used, 1 to L; the codes of the others are -1.
-        sha256, byte_length: of the original as UTF-8; ``None`` where there is none, as for generated Z-tokens.
+        byte_length: of the original as UTF-8; ``None`` where there is none, as for generated Z-tokens.
+        digest: of exact mode, `digest_of` the original in hexadecimal, else ``None``.
         corrections: of exact mode, else ``None``.
     """
 
     tokens: int
     budget: float
     levels: int
-    sha256: str | None = None
+    digest: str | None = None
     byte_length: int | None = None
     corrections: Corrections | None = None
 
@@ -44,16 +52,15 @@ class DocumentInfo:
             raise ZBatchError(f"budget: expected a ratio of at least 1, got {budget!r}")
         if not is_integer(self.levels, 1, num_codebooks):
             raise ZBatchError(f"levels: expected an integer from 1 to {num_codebooks}, got {self.levels!r}")
-        if (self.sha256 is None) != (self.byte_length is None):
-            raise ZBatchError("sha256 and byte_length: expected both or neither, got one")
-        if self.sha256 is not None:
-            if not isinstance(self.sha256, str) or not SHA256.fullmatch(self.sha256):
-                raise ZBatchError(f"sha256: expected 64 lower-case hexadecimal digits, got {self.sha256!r}")
-            if not is_integer(self.byte_length, 0):
-                raise ZBatchError(f"byte_length: expected an integer of at least 0, got {self.byte_length!r}")
+        if self.byte_length is not None and not is_integer(self.byte_length, 0):
+            raise ZBatchError(f"byte_length: expected an integer of at least 0, got {self.byte_length!r}")
+        if (self.digest is None) != (self.corrections is None):
+            raise ZBatchError("digest: expected one with exact mode's corrections and none without, got other")
+        if self.digest is not None and (not isinstance(self.digest, str) or not _DIGEST.fullmatch(self.digest)):
+            raise ZBatchError(f"digest: expected 16 lower-case hexadecimal digits, got {self.digest!r}")
         if self.corrections is not None:
-            if self.sha256 is None:
-                raise ZBatchError("corrections: expected a SHA-256 of the original beside them, got none")
+            if self.byte_length is None:
+                raise ZBatchError("corrections: expected the byte_length of the original beside them, got none")
             self.corrections.validate(self.tokens)
             raw = self.corrections.raw
             if raw is not None and len(raw) != self.byte_length:
@@ -61,14 +68,14 @@ class DocumentInfo:
 
     def verify(self, data: bytes) -> None:
         """Raise `ExactMismatchError` unless ``data`` is byte for byte what was compressed."""
-        if self.sha256 is None:
-            raise ExactMismatchError("document: expected a SHA-256 of its original to compare with, got none")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != self.sha256 or len(data) != self.byte_length:
+        if self.digest is None:
+            raise ExactMismatchError("document: expected a hash of its original to compare with, got none")
+        digest = digest_of(data).hex()
+        if digest != self.digest or len(data) != self.byte_length:
             raise ExactMismatchError(
-                f"the text that came back ({len(data)} bytes, SHA-256 {digest[:16]}...) is not the original "
-                f"({self.byte_length} bytes, SHA-256 {self.sha256[:16]}...). It is damaged, or, with precision float, "
-                "made on another machine, whose rounding may differ"
+                f"the text that came back ({len(data)} bytes, hash {digest}) is not the original ({self.byte_length} "
+                f"bytes, hash {self.digest}). It is damaged, or, with precision float, made on another machine, whose "
+                "rounding may differ"
             )
 
 

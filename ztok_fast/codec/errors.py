@@ -13,10 +13,6 @@ class ZFileError(ValueError):
     """A ``.ztok`` file or a compressed corpus is truncated, foreign, of another version or inconsistent."""
 
 
-class PriorNeededError(ZFileError):
-    """The slots of a file are coded under a codec's compressor: only that codec reads them."""
-
-
 class ExactMismatchError(ValueError):
     """The bytes that came back are not those that were compressed."""
 

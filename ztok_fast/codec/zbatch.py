@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from ztok_fast.codec.documents import MAX_CODEBOOKS, SHA256, DocumentInfo, is_integer
 from ztok_fast.codec.errors import ZBatchError
 from ztok_fast.codec.slot_coding import encode_slots
-from ztok_fast.codec.zfile import load_zfile, save_zfile
 from ztok_fast.codec.ztokens import ZTokens, concatenate
 
 FLOAT = "float"
@@ -129,15 +127,6 @@ class ZBatch(ZTokens):
                 f"codec: expected the one with fingerprint {self.codec_fingerprint[:16]}..., which compressed this, "
                 f"got {fingerprint[:16]}..."
             )
-
-    def save(self, path: str | Path) -> None:
-        """Write a ``.ztok`` file (see `ztok_fast.codec.zfile`)."""
-        save_zfile(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ZBatch:
-        """Read a ``.ztok`` file; `ZFileError` says what is wrong with another."""
-        return load_zfile(path, cls)
 
     def validate(self) -> ZBatch:
         """Check that all parts fit together; returns the batch itself.

@@ -15,11 +15,11 @@ from ztok_fast.codec.errors import LossyTextWarning
 from ztok_fast.codec.layout import position_in_sequence, sequence_of_row
 from ztok_fast.codec.passes import BATCH_TOKENS, batches, decompress_documents, pack_tokens, teacher_forced
 from ztok_fast.codec.pooled_model import PooledModel
-from ztok_fast.codec.prior_files import join
 from ztok_fast.codec.selection import rank_in_segment, within_budget
 from ztok_fast.codec.slot_coding import encode_slots
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.slots import fill_slots, slot_mass, written_tokens
+from ztok_fast.codec.varint import join_parts
 from ztok_fast.codec.zbatch import FLOAT
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.evaluation.sample import Sample
@@ -64,7 +64,7 @@ def stored_bits(codec: ZTokCodec, z: ZTokens) -> tuple[float, float]:
     stored = len(encode_slots(z, config.codebook_size, config.max_unit_length))
     if codec.engine != FLOAT:
         assert isinstance(codec.model, SlotModel)
-        with_prior = len(join(slot_prior.encode(codec.model, z)))
+        with_prior = len(join_parts(slot_prior.encode(codec.model, z)))
         stored = min(stored, with_prior)
     return 8 * stored, plain
 
