@@ -24,7 +24,7 @@ def test_round_trip_of_one_file(tmp_path, capsys):
     assert main(["decompress", str(packed), "--engine", "float32"]) == 2
     assert f"{packed}: expected a file coded with" in capsys.readouterr().err
     assert main(["info", str(packed)]) == 2
-    assert f"{packed}: expected Z-tokens, got coded units" in capsys.readouterr().err
+    assert f"{packed}: expected a whole file of learned units" in capsys.readouterr().err
 
 
 def test_several_documents(tmp_path, capsys):

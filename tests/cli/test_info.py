@@ -15,9 +15,9 @@ def stated(result) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition("  ") for line in lines)}
 
 
-def test_file_is_described_without_its_codec(ztok, compressed, codec_folder):
+def test_a_file_is_described(tiny, compressed, codec_folder):
     z = load(codec_folder, compressed)
-    result = ztok("info", compressed)
+    result = tiny("info", compressed)
     values = stated(result)
     assert result.status == 0
     assert values["documents"] == "1" and values["text tokens"] == str(z.tokens)

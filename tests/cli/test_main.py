@@ -49,7 +49,7 @@ def test_ctrl_c_is_a_short_line_and_status_130(tiny, compressed, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ztok_fast.codec.codec.decompress_documents", interrupt)
+    monkeypatch.setattr("ztok_fast.codec.exact.decompress_documents", interrupt)
     result = tiny("decompress", compressed)
     assert (result.status, result.err, result.bytes) == (130, "ztok: interrupted\n", b"")
 

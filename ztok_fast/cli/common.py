@@ -182,10 +182,15 @@ def check_parent(path: Path) -> None:
 
 def load_batch(path: str, options: argparse.Namespace) -> ZBatch:
     """The Z-tokens of a file, read by the codec of ``options``."""
+    check_batch_name(path)
+    return load_codec(options).load(path)
+
+
+def check_batch_name(path: str) -> Path:
+    """The path of a ``.ztok`` file to read."""
     if path == "-":
         raise UsageError("-: expected the name of a .ztok file, which cannot be read from standard input")
-    check_input(path)
-    return load_codec(options).load(path)
+    return check_input(path)
 
 
 # Codec

@@ -36,30 +36,37 @@ def run(options: argparse.Namespace) -> int:
         return corpus.decompress(options)
     if coded.is_coded(options.file):
         return coded.decompress(options, _check_output)
-    z = common.load_batch(options.file, options)
-    if options.document is not None:
-        if not 0 <= options.document < len(z):
-            raise common.UsageError(f"--document: expected 0 to {len(z) - 1}, got {options.document}")
-        z = z[options.document]
+    from ztok_fast.codec.errors import ExactMismatchError, ZFileError
+    from ztok_fast.codec.learned_file import stated_documents
+
+    documents, wanted = stated_documents(common.check_batch_name(options.file)), options.document
+    if wanted is not None and not 0 <= wanted < documents:
+        raise common.UsageError(f"--document: expected 0 to {documents - 1}, got {wanted}")
     output = None if options.output == "-" else Path(options.output)
     if output is not None:
-        _check_output(output, len(z), options.file)
+        _check_output(output, documents if wanted is None else 1, options.file)
     codec = common.load_codec(options)
+    z = codec.load(options.file)
+    if wanted is not None:
+        z = z[wanted]
     with common.progress_bar(z.tokens, "decompress") as progress:
-        documents = codec.decompress_bytes(z, progress=progress)
+        try:
+            texts = codec.decompress_bytes(z, progress=progress)
+        except (ExactMismatchError, ZFileError) as error:
+            raise common.UsageError(f"{options.file}: {error}") from error
     if output is None:
-        for data in documents:
+        for data in texts:
             streams.write(data)
         return 0
     from ztok_fast.files import replace_atomically
 
     # The output appears under its name only when it is complete.
     with replace_atomically(output) as temporary:
-        if len(documents) == 1:
-            temporary.write_bytes(documents[0])
+        if len(texts) == 1:
+            temporary.write_bytes(texts[0])
         else:
             temporary.mkdir()
-            for index, data in enumerate(documents):
+            for index, data in enumerate(texts):
                 (temporary / f"{index:04d}.txt").write_bytes(data)
     return 0
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from ztok_fast.codec import learned_records as records
 from ztok_fast.codec.batch_checks import check_fits
 from ztok_fast.codec.coded_records import (
+    IDENTITY_BYTES,
     LEARNED_MAGIC,
     LEARNED_VERSION,
     Head,
@@ -24,7 +26,7 @@ from ztok_fast.codec.coded_records import (
     walk,
 )
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.documents import HASH_BYTES, DocumentInfo, digest_of
+from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.varint import varint
 from ztok_fast.codec.zbatch import PRECISIONS, ZBatch
@@ -35,11 +37,13 @@ ReadPrior = Callable[[str, Sequence[bytes], Sequence[int]], ZTokens]
 """(precision, streams of documents, their text tokens) -> their Z-tokens, as `slot_prior.decode`"""
 
 _FORMAT = b"ztok learned 1"
+NO_DOCUMENT = 1
+"""In the header's third byte: a file that was cut off is not to look like one without documents."""
 
 
 def identity_of(fingerprint: str, precision: str) -> bytes:
     """8 bytes that name all that reading depends on: codec, precision and format."""
-    return hashlib.sha256(_FORMAT + f"{fingerprint} {precision}".encode()).digest()[:8]
+    return hashlib.sha256(_FORMAT + f"{fingerprint} {precision}".encode()).digest()[:IDENTITY_BYTES]
 
 
 def is_learned_file(path: str | Path) -> bool:
@@ -63,24 +67,22 @@ def save_units(z: ZBatch, path: str | Path, config: ZTokConfig, prior: Sequence[
         raise ZFileError(f"path: expected a file name that ends in .ztok, got {path}")
     check_fits(z.validate(), config)
     header = (
-        LEARNED_MAGIC + bytes([LEARNED_VERSION << 4 | (not len(z))]) + identity_of(z.codec_fingerprint, z.precision)
+        LEARNED_MAGIC
+        + bytes([LEARNED_VERSION << 4 | NO_DOCUMENT * (not len(z))])
+        + identity_of(z.codec_fingerprint, z.precision)
     )
-    index = Index()
-    with replace_atomically(path) as temporary, open(temporary, "wb") as out:
-        out.write(header)
-        for number, one in enumerate(z):
-            info = one.documents[0]
-            kind, payload = records.write_document(one, config, None if prior is None else prior[number])
-            head = Head(
-                kind, info.byte_length or 0, len(payload), _digest(kind, info, payload), False, number < len(z) - 1
-            )
-            data = head.to_bytes(number, number) + payload
-            out.write(data)
-            index.add(head, len(data))
-        if tail := index.to_bytes(header):
-            out.write(tail)
-            out.seek(0)
-            out.write(header_with_index(header))
+    index, data = Index(), [header]
+    for number, one in enumerate(z):
+        info = one.documents[0]
+        kind, payload = records.write_document(one, config, None if prior is None else prior[number])
+        digest, follows = _digest(kind, info, payload), number < len(z) - 1
+        head = Head(kind, info.byte_length or 0, len(payload), digest, False, follows)
+        data.append(head.to_bytes(number, number) + payload)
+        index.add(head, len(data[-1]))
+    if tail := index.to_bytes(header):
+        data = [header_with_index(header), *data[1:], tail]
+    with replace_atomically(path) as temporary:
+        temporary.write_bytes(b"".join(data))
 
 
 def load_units(
@@ -115,6 +117,30 @@ def load_units(
         raise ZFileError(f"{path}: {error}") from error
 
 
+def stated_documents(path: str | Path) -> int:
+    """How many documents a file states, which is known without its codec.
+
+    Raises:
+        ZFileError: it is no whole file of learned units.
+    """
+    with open(path, "rb") as stream:
+        try:
+            header, _ = read_header(stream, LEARNED_MAGIC)
+            return sum(1 for _ in _heads(stream, header))
+        except ZFileError as error:
+            raise ZFileError(f"{path}: {error}") from error
+
+
+def _heads(stream: BinaryIO, header: bytes) -> Iterator[Head]:
+    """The heads of a file's records, the stream each time behind one; then the end is checked."""
+    end, index = os.fstat(stream.fileno()).st_size, Index()
+    if not header[2] & NO_DOCUMENT:
+        for _, start, head in walk(stream, 0, 0, end, learned=True):
+            index.add(head, stream.tell() + head.stored - start)
+            yield head
+    check_end(stream, header, index)
+
+
 def _digest(kind: int, info: DocumentInfo, payload: bytes) -> bytes:
     """The original's hash where it comes back, else that of what is stored."""
     if records.is_exact(kind):
@@ -124,34 +150,26 @@ def _digest(kind: int, info: DocumentInfo, payload: bytes) -> bytes:
 
 def _read(path: Path, config: ZTokConfig, fingerprint: str) -> tuple[str, list[records.Stored]]:
     with open(path, "rb") as stream:
-        end = os.fstat(stream.fileno()).st_size
         header, _ = read_header(stream, LEARNED_MAGIC)
-        identity = header[-8:]
+        identity = header[-IDENTITY_BYTES:]
         precision = next((own for own in PRECISIONS if identity_of(fingerprint, own) == identity), None)
         if precision is None:
             raise ZFileError(
                 f"expected Z-tokens of the codec with fingerprint {fingerprint[:16]}..., got those of another one "
                 f"(identity {identity.hex()})"
             )
-        index = Index()
         found: list[records.Stored] = []
-        if header[2] & 15:  # no document, which a file that was cut off is not to look like
-            check_end(stream, header, index)
-            return precision, found
-        for number, start, head in walk(stream, 0, 0, end, learned=True):
+        for number, head in enumerate(_heads(stream, header)):
             payload = stream.read(head.stored)
-            index.add(head, stream.tell() - start)
             try:
                 own = records.read_document(head.kind, head.length, payload, head.digest, config)
             except (ZFileError, ZBatchError) as error:
                 raise ZFileError(f"document {number}: {error}") from error
             if not records.is_exact(head.kind) and _digest(head.kind, own.info, payload) != head.digest:
                 raise ZFileError(
-                    f"document {number}: expected the hash of {HASH_BYTES} bytes that the file states, got "
-                    "another: it is damaged"
+                    f"document {number}: expected the hash that the file states, got another: it is damaged"
                 )
             found.append(own)
-        check_end(stream, header, index)
     return precision, found
 
 
