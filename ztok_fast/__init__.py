@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ztok_fast.codec.config import ZTokConfig
     from ztok_fast.codec.corpus import compress_corpus, read_corpus, write_corpus
     from ztok_fast.codec.zbatch import ZBatch
+    from ztok_fast.evaluation.answers import evaluate_answers
     from ztok_fast.evaluation.evaluate import evaluate
     from ztok_fast.ops.backends import backend
     from ztok_fast.patching import patch
@@ -27,6 +28,7 @@ _EXPORTS = {
     "backend": "ztok_fast.ops.backends",
     "compress_corpus": "ztok_fast.codec.corpus",
     "evaluate": "ztok_fast.evaluation.evaluate",
+    "evaluate_answers": "ztok_fast.evaluation.answers",
     "patch": "ztok_fast.patching",
     "read_corpus": "ztok_fast.codec.corpus",
     "write_corpus": "ztok_fast.codec.corpus",
@@ -41,6 +43,7 @@ __all__ = [
     "backend",
     "compress_corpus",
     "evaluate",
+    "evaluate_answers",
     "patch",
     "read_corpus",
     "write_corpus",

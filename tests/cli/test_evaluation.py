@@ -143,3 +143,53 @@ def test_demo_reports_mistakes_plainly(capsys, tmp_path):
     assert demo.main(["--text", str(tmp_path / "none.txt")]) == 2
     assert capsys.readouterr().err == f"ztok: error: {tmp_path / 'none.txt'}: there is no such file\n"
     assert demo.main(["--ratio", "much"]) == 2
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Four rows with questions, one of them long and one of a source that may be left out."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"text": f"The cat sat on mat {i}." * (40 if i == 1 else 1), "question": "Who sat?"} for i in range(4)]
+    rows[0]["answer"], rows[1]["answer"], rows[3]["answer"] = "cat", "cat", "cat"
+    rows[2] |= {"answers": ["cat", "the cat on the mat"], "answer": "a cat"}
+    rows[3]["source"] = "closed:x"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_answers_by_way(ztok, slots_folder, other_codec_folder, questions, tmp_path):
+    outputs = ["--json", tmp_path / "out.json", "--markdown", tmp_path / "out.md"]
+    ways = ["--ways", "no context", "full text", "Z-tokens", "--reader", other_codec_folder]
+    chosen = ["--ratio", 2, 4, "--tokens", 64, "--exclude", "closed"]
+    result = ztok("eval", questions, "--questions", *chosen, *ways, *outputs, "--codec", slots_folder)
+    assert result.status == 0 and "1 of 3 questions are left out" in result.err
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (tmp_path / "out.md").read_text(encoding="utf-8") == result.out
+    assert found["settings"]["reader"] == str(other_codec_folder) and found["codec"]["name"] == "slots"
+    own = found["families"]["questions"]
+    ways = ["full text", "Z-tokens", "no context"]
+    assert [(row["asked"], row["way"]) for row in own] == [(r, way) for r in (2.0, 4.0) for way in ways]
+    assert [row["reader"] for row in own[:3]] == ["other inferencer", "inferencer", "other inferencer"]
+    assert all(row["items"] == 2 for row in own)
+    table = [line for line in result.out.splitlines() if line.startswith("|")][2:]
+    for line, row in zip(table, own, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:3] == [f"{row['asked']:g}", row["way"], row["reader"]]
+        assert cells[3] == f"{row['positions']:.1f}" and cells[4] == f"{100 * row['f1']:.1f} %"
+
+
+def test_a_base_model_reads(ztok, slots_folder, base_folder, questions):
+    chosen = ["--ratio", 4, "--documents", 2, "--ways", "no context", "Z-tokens"]
+    result = ztok("eval", questions, "--questions", *chosen, "--reader", base_folder, "--codec", slots_folder)
+    rows = [[cell.strip() for cell in line.split("|")] for line in result.out.splitlines() if line.startswith("| 4")]
+    assert [row[2:4] for row in rows] == [["Z-tokens", "inferencer"], ["no context", base_folder.name]]
+
+
+def test_mistakes_of_questions(tiny, questions, rows, tmp_path):
+    assert_mistake(tiny("eval", "--questions"), "--questions", "expected files")
+    assert_mistake(tiny("eval", rows, "--questions"), "rows.jsonl.gz", "items[0]: question", "got None")
+    assert_mistake(tiny("eval", questions, "--questions", "--tokens", 1), "questions.jsonl", "at most 1 tokens")
+    assert_mistake(tiny("eval", questions, "--questions", "--plot", tmp_path / "x.png"), "--plot", "none")
+    assert_mistake(tiny("eval", questions, "--questions", "--ways", "written tokens"), "ways: expected", "full text")
+    assert_mistake(tiny("eval", questions, "--reader", "x"), "--reader", "with --questions")
+    assert_mistake(tiny("eval", questions, "--questions", "--reader", tmp_path / "none"), "base model", "not found")

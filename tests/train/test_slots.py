@@ -9,6 +9,7 @@ from tests.codec.tiny_codec import tiny_base, tiny_codec
 from tests.codec.tiny_slots import SEGMENT, SLOTS
 from tests.train.tiny_run import tiny_settings
 from ztok_fast.codec.slots import fill_slots
+from ztok_fast.train.answer_objective import AnswerObjective
 from ztok_fast.train.batches import Section, make_batch
 from ztok_fast.train.loop import Trainer
 from ztok_fast.train.settings import SettingsError
@@ -96,6 +97,59 @@ def test_symbols_cost_bits_and_drafts_are_scored():
     # Random text: a written token costs nearly log2 of the vocabulary.
     assert found["symbol_bits"]["4"] > found["symbol_bits"]["8"] > found["symbol_bits"]["16"] > 1
     assert 0.1 < found["draft_accuracy"]["16"] < found["draft_accuracy"]["4"] <= 1
+
+
+@pytest.mark.parametrize("from_text", [False, True])
+def test_a_reader_learns_answers_and_nothing_else(from_text):
+    codec = tiny_codec(**SLOTS)
+    objective, own = AnswerObjective(codec.model, from_text), batch(codec)
+    terms = objective(own, 0)
+    terms["total"].backward()
+    found = moved(codec)
+    assert "zspace.marks" in found and all(n == "zspace.marks" or ".inferencer." in n for n in found)
+    # Only the section with a question is read, all of its tokens or its Z-tokens.
+    section = own.sections[0]
+    assert (int(terms["ztokens"]) == len(section.tokens)) == from_text
+    words = codec.model.adapted.embedding.weight
+    if from_text:
+        rows = words[section.tokens]
+    else:
+        alone = make_batch([section], SEGMENT)
+        with torch.no_grad():
+            rows = codec.model.embed(objective._ztokens(alone, 0))
+    marks, end = codec.model.zspace.marks, codec.model.adapted.end_tokens[:1]
+    answer = [*section.answer, *end]
+    read = torch.cat([marks[:1], rows, marks[1:2], words[section.question], marks[2:3], words[answer]])
+    cu = torch.tensor([0, len(read)], dtype=torch.int32)
+    hidden = codec.model.adapted(read, torch.arange(len(read)), cu, len(read), adapter="inferencer")
+    logits = codec.model.adapted.logits(hidden[-len(answer) - 1 : -1])
+    assert terms["answer"].item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item(), rel=1e-4
+    )
+
+
+def test_ztokens_that_are_asked_about_have_the_ratio_of_a_budget():
+    codec = tiny_codec(**(SLOTS | {"budgets": [1.0]}))
+    own = batch(codec)
+    terms = AnswerObjective(codec.model, False)(own, 0)
+    assert int(terms["ztokens"]) == len(own.sections[0].tokens)
+
+
+def test_a_batch_without_a_question_teaches_nothing():
+    codec = tiny_codec(**SLOTS)
+    terms = AnswerObjective(codec.model, False)(make_batch([Section([5, 6, 7])], SEGMENT), 0)
+    terms["total"].backward()
+    assert terms["total"].item() == 0.0 and int(terms["ztokens"]) == 0 and not moved(codec)
+
+
+@pytest.mark.parametrize("part", ["answers", "answers from text"])
+def test_readers_are_trained_by_their_part(tmp_path, part):
+    settings = tiny_settings(tmp_path, codec=CODEC, part=part, steps=3, eval_every=0)
+    trainer = Trainer(settings, tiny_base())
+    before = {n: p.detach().clone() for n, p in trainer.model.trainable_parameters().items()}
+    trainer.run()
+    changed = {n for n, p in trainer.model.trainable_parameters().items() if not torch.equal(p, before[n])}
+    assert changed and all(n == "zspace.marks" or ".inferencer." in n for n in changed)
 
 
 def test_an_untrained_inferencer_is_near_uniform():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ztok_fast.cli import common, streams
+from ztok_fast.cli import common, questions, streams
+from ztok_fast.cli.results import write_results
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
@@ -26,7 +26,9 @@ def add_commands(commands) -> None:
         help="measure a codec on text",
         description="Measure a codec on JSON lines with a `text` field, or on a short text in the package: rate, own "
         "bits, residual bits, efficiency, accuracy and ratio; the same without the language model of the compressor "
-        "or the decompressor; and baselines at the same rate. Every file is a family with tables of its own.",
+        "or the decompressor; and baselines at the same rate. Every file is a family with tables of its own. "
+        "With --questions: F1 of the answers to the questions of the rows (fields `question`, and `answer` or "
+        "`answers`), from the full text, from Z-tokens, and from as many positions of other kinds.",
     )
     parser.add_argument(
         "files",
@@ -57,6 +59,13 @@ def add_commands(commands) -> None:
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="SOURCE", help="leave out the rows of a source"
     )
+    parser.add_argument("--questions", action="store_true", help="measure answers to questions about the texts")
+    parser.add_argument(
+        "--reader",
+        metavar="NAME|FOLDER",
+        help="with --questions, who reads all but the Z-tokens: a base model, or the inferencer of a codec "
+        "(default: that of the codec)",
+    )
     parser.add_argument("--json", metavar="OUT", help="also write the results to a JSON file")
     parser.add_argument("--markdown", metavar="OUT", help="also write the tables to a Markdown file")
     parser.add_argument("--plot", metavar="OUT", help="also write a figure (PNG or SVG); needs matplotlib")
@@ -70,12 +79,15 @@ def run(options: argparse.Namespace) -> int:
             raise common.UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     files = _files(options.files)
     outputs = common.check_outputs(options, _OUTPUTS, [str(path) for path in files.values()])
+    if options.questions:
+        return questions.run(options, files, outputs)
+    if options.reader is not None:
+        raise common.UsageError("--reader: expected it with --questions alone, nothing else asks a reader")
     codec = common.load_codec(options)
 
     from ztok_fast.evaluation.plots import draw
     from ztok_fast.evaluation.report import evaluate_families, markdown, ways_to_run
     from ztok_fast.evaluation.scores import has_bleu
-    from ztok_fast.files import replace_atomically
 
     ratios = [codec.config.check_ratio(ratio) for ratio in options.ratio or codec.config.budgets]
     ways = ways_to_run(codec, options.ways)
@@ -90,10 +102,7 @@ def run(options: argparse.Namespace) -> int:
     results["codec"] = {"name": Path(options.codec).name, **results["codec"]}
     results["settings"] = {name: getattr(options, name) for name in ("files", "documents", "tokens", "exclude")}
     found = markdown(results)
-    for name, text in (("json", json.dumps(results, indent=2) + "\n"), ("markdown", found)):
-        if name in outputs:
-            with replace_atomically(outputs[name]) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+    write_results(results, found, outputs)
     if "plot" in outputs:
         draw(results, outputs["plot"])
     print(found, end="")

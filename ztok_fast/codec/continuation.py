@@ -139,17 +139,27 @@ def answer_question(
     """Greedy answers, as token lists, to one question for every document."""
     if not len(z):
         return []
-    device = model.device
-    embeds, _, cu_context = _context(model, z)
-    marks = model.zspace.marks.to(embeds.dtype)
+    own = z.to(model.device)
+    return answer_from_rows(model, model.embed(own), own.cu_ztokens, questions, max_new_tokens)
+
+
+@torch.inference_mode()
+def answer_from_rows(
+    model: SegmentModel, rows: torch.Tensor, cu_rows: torch.Tensor, questions: Sequence[Sequence[int]], max_new_tokens
+) -> list[list[int]]:
+    """`answer_question` from any input embeddings ``[R, D]``, such as those of Z-tokens; int32 offsets ``[B + 1]``."""
+    count = len(questions)
+    if not count:
+        return []
+    device, marks = model.device, model.zspace.marks.to(rows.dtype)
     words = model.adapted.embedding(torch.tensor([t for q in questions for t in q], dtype=torch.int64, device=device))
     cu_words = offsets(torch.tensor([len(q) for q in questions], device=device))
-    cu_mark = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
-    once = torch.zeros(len(z), dtype=torch.int64, device=device)
+    cu_once = torch.arange(count + 1, dtype=torch.int32, device=device)
+    once = torch.zeros(count, dtype=torch.int64, device=device)
     joined = ragged_gather(
-        [embeds, marks[1:2], words.to(embeds.dtype), marks[2:3]],
-        [None, once, None, once],
-        [cu_context, cu_mark, cu_words, cu_mark],
+        [marks[:1], rows, marks[1:2], words.to(rows.dtype), marks[2:3]],
+        [once, None, once, None, once],
+        [cu_once, cu_rows, cu_once, cu_words, cu_once],
     )
     check_positions(model, joined.cu_seqlens, max_new_tokens - 1)
     return write_answer(

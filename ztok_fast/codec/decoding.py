@@ -69,8 +69,16 @@ def decode_text(
 
 
 @torch.inference_mode()
-def write_answer(runtime: Runtime, embeds, position_ids, cu_seqlens, max_new_tokens: int, end_tokens: set[int]):
-    """Greedy continuation under the inferencer: a list of token lists, without their end token.
+def write_answer(
+    runtime: Runtime,
+    embeds,
+    position_ids,
+    cu_seqlens,
+    max_new_tokens: int,
+    end_tokens: set[int],
+    adapter: str | None = "inferencer",
+):
+    """Greedy continuation under an adapter: a list of token lists, without their end token.
 
     Args:
         embeds, position_ids, cu_seqlens: packed prefixes, at running positions.
@@ -80,7 +88,7 @@ def write_answer(runtime: Runtime, embeds, position_ids, cu_seqlens, max_new_tok
     answers: list[list[int]] = [[] for _ in range(batch)]
     open_rows = set(range(batch))
     position = cu_seqlens.diff().long()
-    with runtime.session("inferencer", embeds, position_ids, cu_seqlens, max_new_tokens) as session:
+    with runtime.session(adapter, embeds, position_ids, cu_seqlens, max_new_tokens) as session:
         for count in range(1, max_new_tokens + 1):
             count_rows(len(open_rows), batch)
             token = runtime.argmax(session.last)

@@ -39,14 +39,16 @@ def evaluate_families(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         found[name] = [e.to_dict() for e in compare(codec, sample, ratios, wanted, progress)]
+    return {"codec": describe(codec), "families": found}
+
+
+def describe(codec: ZTokCodec) -> dict:
+    """What tells one codec from another, for results."""
     return {
-        "codec": {
-            "fingerprint": codec.fingerprint,
-            "base_model": codec.base.name,
-            "emission": codec.config.emission,
-            "engine": codec.engine,
-        },
-        "families": found,
+        "fingerprint": codec.fingerprint,
+        "base_model": codec.base.name,
+        "emission": codec.config.emission,
+        "engine": codec.engine,
     }
 
 

@@ -9,7 +9,7 @@ from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import ragged_gather, ragged_layout
-from ztok_fast.train.batches import Batch
+from ztok_fast.train.batches import Batch, Section
 
 
 def inferencer_losses(
@@ -66,6 +66,38 @@ def inferencer_losses(
     # The row before each answer token predicts it: the answer mark first, then the answer's own rows.
     logits = model.adapted.logits(hidden[rows[5] - 1]).float()
     return zspace, cross_entropy(logits, answer)
+
+
+def answer_loss(
+    model: SegmentModel, sections: list[Section], rows: torch.Tensor, cu_rows: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of the answers alone, each section's given its rows and its question.
+
+    Args:
+        sections: each with an answer; rows: ``[R, D]``, what is read of all of them; cu_rows: int32 offsets.
+    """
+    device, marks, words = rows.device, model.zspace.marks, model.adapted.embedding.weight
+    once = torch.zeros(len(sections), dtype=torch.int64, device=device)
+    cu_once = torch.arange(len(sections) + 1, dtype=torch.int32, device=device)
+    question, cu_question = _pack([s.question for s in sections], device)
+    answer, cu_answer = _pack([[*s.answer, *model.adapted.end_tokens[:1]] for s in sections], device)
+    start, ask, reply = (marks[i : i + 1].to(rows.dtype) for i in range(3))
+    cu = [cu_once, cu_rows, cu_once, cu_question, cu_once, cu_answer]
+    joined = ragged_gather(
+        [start, rows, ask, words, reply, words],
+        [once, None, once, question, once, answer],
+        cu,
+    )
+    counts = [len(sections), len(rows), len(sections), len(question), len(sections), len(answer)]
+    places = ragged_layout(cu, counts).destinations[5]
+    hidden = model.adapted(
+        joined.values,
+        joined.position_ids,
+        joined.cu_seqlens,
+        int(joined.cu_seqlens.diff().max()),
+        adapter="inferencer",
+    )
+    return cross_entropy(model.adapted.logits(hidden[places - 1]).float(), answer)
 
 
 def _pack(sequences: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,11 +12,12 @@ from ztok_fast.codec.codec import ZTokCodec
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.pooled_model import PooledModel
 from ztok_fast.codec.slot_model import SlotModel
+from ztok_fast.train.answer_objective import AnswerObjective
 from ztok_fast.train.batches import Batch
 from ztok_fast.train.codebooks import CodebookCare, initialise_codebooks, keep_blocks
 from ztok_fast.train.evaluate import evaluate
 from ztok_fast.train.objective import Objective
-from ztok_fast.train.settings import TrainSettings
+from ztok_fast.train.settings import ANSWERING, TrainSettings
 from ztok_fast.train.slot_evaluate import evaluate_compressor, evaluate_inferencer, evaluate_slots
 from ztok_fast.train.slot_objective import CompressorObjective, InferencerObjective, SlotObjective
 
@@ -29,10 +30,13 @@ class SlotMethod:
         model = codec.model
         assert isinstance(model, SlotModel)
         self.objective: nn.Module
-        if settings.part == "inferencer":
+        if settings.part in ("inferencer", *ANSWERING):
             # The decompressor stays as it is, so the closed loop, which needs no gradient, runs in the engine.
             Engines(model, AUTO).use()
+        if settings.part == "inferencer":
             self.objective = InferencerObjective(model, settings.loss_weights().answer)
+        elif settings.part in ANSWERING:
+            self.objective = AnswerObjective(model, from_text=settings.part == "answers from text")
         elif settings.part == "compressor":
             self.objective = CompressorObjective(model)
         else:
@@ -41,7 +45,8 @@ class SlotMethod:
     def groups(self) -> list[dict]:
         """The optimiser's groups of parameters, each with its highest learning rate."""
         own, settings = self.codec.model.trainable_parameters(), self.settings
-        own = {n: p for n, p in own.items() if _part_of(n) == settings.part}
+        part = "inferencer" if settings.part in ANSWERING else settings.part
+        own = {n: p for n, p in own.items() if _part_of(n) == part}
         adapters = [p for n, p in own.items() if n.startswith("adapters.")]
         modules = [p for n, p in own.items() if not n.startswith("adapters.")]
         return [
@@ -70,6 +75,7 @@ class SlotMethod:
             "decompressor": evaluate_slots,
             "compressor": evaluate_compressor,
             "inferencer": evaluate_inferencer,
+            **dict.fromkeys(ANSWERING, evaluate_inferencer),
         }
         return measure[self.settings.part](self.codec, dev)
 

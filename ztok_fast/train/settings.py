@@ -11,7 +11,10 @@ import yaml
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.train.objective import LossWeights, Phase
 
-PARTS = ("decompressor", "compressor", "inferencer")
+ANSWERING = ("answers", "answers from text")
+"""Parts that train the inferencer on answers alone, from Z-tokens or, to compare, from the text (`AnswerObjective`)."""
+
+PARTS = ("decompressor", "compressor", "inferencer", *ANSWERING)
 """Of a codec of slots: what the others read depends on the decompressor, so they are trained after it."""
 
 PRECISIONS = ("auto", "bfloat16", "float32")
@@ -29,7 +32,7 @@ class TrainSettings:
     Attributes:
         base: base model, as ``load_base`` resolves it; out: folder for checkpoint, metrics and codec.
         part: for the emission "slots", what is trained: "decompressor", and once that is done
-            "compressor" and "inferencer".
+            "compressor", "inferencer", or one of `ANSWERING`.
         start: folder of a codec with the same settings whose weights training starts from.
         codec: codec settings (see `ZTokConfig`); loss: the weights (see `LossWeights`).
         train_files, dev_files: JSON lines with a ``text`` field; exclude_sources: prefixes of sources left out.
