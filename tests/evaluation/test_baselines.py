@@ -7,7 +7,7 @@ from tests.codec.test_selection import SLOTS, VOCABULARY
 from tests.codec.tiny_codec import tiny_causal_lm, tiny_codec
 from tests.evaluation.test_evaluate import TEXTS
 from ztok_fast.codec.slot_coding import encode_tokens
-from ztok_fast.evaluation.baselines import token_ids, truncation
+from ztok_fast.evaluation.baselines import coded_text, token_ids, truncation
 from ztok_fast.evaluation.sample import Sample
 
 
@@ -52,9 +52,22 @@ def test_truncation_keeps_the_head_of_every_document(sample):
     assert torch.equal(outcome.free, torch.where(outcome.told, sample.tokens, -1))
 
 
-@pytest.mark.parametrize("way", [token_ids, truncation])
+def test_coded_text_takes_its_own_bits(sample):
+    """From its own bits on a text comes back whole; below, a share of every segment does."""
+    own = float(sample.own_bits.double().sum())
+    assert coded_text(sample, own + 1e-6).told.all()
+    outcome = coded_text(sample, 0.5 * own)
+    assert 0.3 * own < outcome.bits == float(sample.own_bits[outcome.told].double().sum()) <= 0.5 * own
+    for begin, end in zip(sample.cu_segments[:-1].tolist(), sample.cu_segments[1:].tolist()):
+        assert (outcome.told[begin:end].int().diff() <= 0).all()
+    assert torch.equal(outcome.free[outcome.told], sample.tokens[outcome.told])
+    assert torch.equal(outcome.loss, torch.where(outcome.told, 0.0, sample.own_bits))
+
+
+@pytest.mark.parametrize("way", [token_ids, truncation, coded_text])
 def test_ends_of_the_range(sample, way):
     nothing, everything = way(sample, 0.0), way(sample, 1e9)
     assert not nothing.told.any() and nothing.bits == 0 and (nothing.free == -1).all()
     assert everything.told.all() and torch.equal(everything.free, sample.tokens)
-    assert everything.bits <= 8 * len(encode_tokens(sample.tokens, VOCABULARY))
+    most = float(sample.own_bits.sum()) if way is coded_text else 8 * len(encode_tokens(sample.tokens, VOCABULARY))
+    assert everything.bits <= most + 1e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ztok_fast.codec.layout import expand_ranges, offsets
@@ -17,7 +19,21 @@ HALVINGS = 20
 def token_ids(sample: Sample, bits: float) -> Outcome:
     """Ids of the first tokens of every segment, an equal share of each; the bare base model guesses the rest."""
     lengths = sample.cu_segments.diff()[sample.segment]
-    told, spent, plain = _paid_for(sample, sample.position, lengths, bits)
+    told, spent, plain = _paid_for(sample, sample.position, lengths, bits, _cost_of_ids(sample))
+    return _guessed_on(sample, told, spent, plain)
+
+
+def coded_text(sample: Sample, bits: float) -> Outcome:
+    """The same with tokens that are coded under the bare base model, as coded units are, but for the ends of streams."""
+    lengths = sample.cu_segments.diff()[sample.segment]
+
+    def cost(told: torch.Tensor) -> tuple[float, float]:
+        return (float(sample.own_bits[told].double().sum()),) * 2
+
+    return _guessed_on(sample, *_paid_for(sample, sample.position, lengths, bits, cost))
+
+
+def _guessed_on(sample: Sample, told: torch.Tensor, spent: float, plain: float) -> Outcome:
     predicted = torch.where(told, sample.tokens, sample.base_guesses)
     loss = torch.where(told, 0.0, sample.own_bits)
     return Outcome(spent, plain, loss, predicted, _go_on(sample, told), told)
@@ -28,13 +44,26 @@ def truncation(sample: Sample, bits: float) -> Outcome:
     sizes = torch.tensor([len(d) for d in sample.documents])
     starts = offsets(sizes)[:-1].long()[sample.document]
     position = torch.arange(len(sample)) - starts
-    told, spent, plain = _paid_for(sample, position, sizes[sample.document], bits)
+    told, spent, plain = _paid_for(sample, position, sizes[sample.document], bits, _cost_of_ids(sample))
     written = torch.where(told, sample.tokens, -1)
     return Outcome(spent, plain, torch.where(told, 0.0, sample.own_bits), written, written, told)
 
 
-def _paid_for(sample: Sample, position, lengths, bits: float) -> tuple[torch.Tensor, float, float]:
-    """The largest share of every stretch whose ids take at most ``bits``: which tokens those are, and their bits.
+Cost = Callable[[torch.Tensor], tuple[float, float]]
+"""Of told tokens, bool ``[T]``: bits as they are stored, and with every code at its full width."""
+
+
+def _cost_of_ids(sample: Sample) -> Cost:
+    def cost(told: torch.Tensor) -> tuple[float, float]:
+        plain = int(told.sum()) * sample.vocabulary_bits
+        # In the same way as the codes of slots; few ids take less room as they are.
+        return min(plain, 8.0 * len(encode_tokens(sample.tokens[told], sample.vocabulary))), plain
+
+    return cost
+
+
+def _paid_for(sample: Sample, position, lengths, bits: float, cost: Cost) -> tuple[torch.Tensor, float, float]:
+    """The largest share of every stretch that costs at most ``bits``: which tokens those are, and their bits.
 
     Args:
         position, lengths: int64 ``[T]``, where a token is in its stretch and how long that is.
@@ -42,11 +71,6 @@ def _paid_for(sample: Sample, position, lengths, bits: float) -> tuple[torch.Ten
 
     def told(share: float) -> torch.Tensor:
         return position < (share * lengths.double() + 1e-9).floor()
-
-    def cost(which: torch.Tensor) -> tuple[float, float]:
-        plain = int(which.sum()) * sample.vocabulary_bits
-        # In the same way as the codes of slots; few ids take less room as they are.
-        return min(plain, 8.0 * len(encode_tokens(sample.tokens[which], sample.vocabulary))), plain
 
     low, high = 0.0, 1.0
     if cost(told(1.0))[0] <= bits:

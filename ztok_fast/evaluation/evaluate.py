@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from ztok_fast.codec.ztokens import ZTokens
 
 CODEC, COMPRESSOR, DECOMPRESSOR = "codec", "without compressor", "without decompressor"
-OPEN_LOOP, FIXED, IDS, TRUNCATION = "open loop", "fixed units", "token ids", "truncation"
-WAYS = (CODEC, COMPRESSOR, DECOMPRESSOR, OPEN_LOOP, FIXED, IDS, TRUNCATION)
+OPEN_LOOP, FIXED = "open loop", "fixed units"
+IDS, TRUNCATION, CODED = "token ids", "truncation", "coded text"
+WAYS = (CODEC, COMPRESSOR, DECOMPRESSOR, OPEN_LOOP, FIXED, IDS, TRUNCATION, CODED)
 """All ways to store texts that are compared. Those from the fourth on are baselines; see docs/evaluation.md."""
 
+_BASELINES = {IDS: baselines.token_ids, TRUNCATION: baselines.truncation, CODED: baselines.coded_text}
 _WITHOUT = {None: CODEC, "compressor": COMPRESSOR, "decompressor": DECOMPRESSOR}
 
 
@@ -83,9 +85,9 @@ def compare(
 def _outcome(codec: ZTokCodec, sample: Sample, ratio: float, way: str, z: ZTokens) -> Outcome:
     if way == DECOMPRESSOR:
         return ways.without_decompressor(sample, z)
-    if way in (IDS, TRUNCATION):
+    if way in _BASELINES:
         bits, _ = ways.stored_bits(codec, z)
-        return (baselines.token_ids if way == IDS else baselines.truncation)(sample, bits)
+        return _BASELINES[way](sample, bits)
     if way == FIXED:
         z = ways.compressed(sample, ratio, fixed_units=True)
     elif way == OPEN_LOOP or (way == COMPRESSOR and isinstance(codec.model, SlotModel)):
