@@ -24,7 +24,7 @@ def token_ids(sample: Sample, bits: float) -> Outcome:
 
 
 def coded_text(sample: Sample, bits: float) -> Outcome:
-    """The same with tokens that are coded under the bare base model, as coded units are, but for the ends of streams."""
+    """The same, with the tokens coded under the bare base model as coded units are; ends of streams do not count."""
     lengths = sample.cu_segments.diff()[sample.segment]
 
     def cost(told: torch.Tensor) -> tuple[float, float]:
