@@ -200,12 +200,9 @@ def test_an_altered_file_is_an_error_or_the_same(tmp_path, config, count):
             assert str(path) in str(error), seed
             continue
         same += found == z
-        # Whatever is read has the places of its documents, and of lossy ones what was written.
-        assert len(found) == len(z), seed
-        for own, one in zip(found, z):
-            if own != one:
-                info = own.documents[0]
-                assert info.digest is not None or info.byte_length is None or one.documents[0].digest is not None, seed
+        for place, own in enumerate(found):
+            if own.documents[0].digest is None:
+                assert place < len(z) and own == z[place], seed
     assert same < count / 20
 
 
