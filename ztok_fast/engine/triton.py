@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.engine.triton_kernels import (
     angles_kernel,
@@ -25,13 +24,13 @@ from ztok_fast.engine.triton_kernels import (
 )
 from ztok_fast.ops.triton_launch import Tiles
 
-NORM = Tiles(norm_kernel, Config({"BK": 512}, num_warps=2), fusion=False)
-ANGLES = Tiles(angles_kernel, Config({}, num_warps=1), fusion=False)
-ROTATE = Tiles(rotate_kernel, Config({}, num_warps=1), fusion=False)
-SCORES = Tiles(scores_kernel, Config({"BN": 128}, num_warps=4), fusion=False)
-SOFTMAX = Tiles(softmax_kernel, Config({"BN": 256}, num_warps=2), fusion=False)
-VALUES = Tiles(values_kernel, Config({}, num_warps=4), fusion=False)
-SILU = Tiles(silu_kernel, Config({"BK": 512}, num_warps=4), fusion=False)
+NORM = Tiles(norm_kernel, "BK", (512, 2), fusion=False)
+ANGLES = Tiles(angles_kernel, "", (1,), fusion=False)
+ROTATE = Tiles(rotate_kernel, "", (1,), fusion=False)
+SCORES = Tiles(scores_kernel, "BN", (128, 4), fusion=False)
+SOFTMAX = Tiles(softmax_kernel, "BN", (256, 2), fusion=False)
+VALUES = Tiles(values_kernel, "", (4,), fusion=False)
+SILU = Tiles(silu_kernel, "BK", (512, 4), fusion=False)
 
 SCORES_AT_ONCE = 1 << 25
 """Scores in memory at the same time, 128 MiB of them; with more, the rows of a pass attend in turn."""

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ztok_fast.ops.backends import triton_is_interpreted
-
-if TYPE_CHECKING:
-    import triton
 
 _autotune = False
 
@@ -45,73 +42,70 @@ class Tiles:
 
     Args:
         kernel: the `@triton.jit` function.
-        configs: the default first, then those that `autotune` compares it with. Sizes that the host code reads (to
-            allocate what the kernel writes) must be the same in all; a grid may be a function of the sizes instead.
+        names: of its tile sizes.
+        configs: those sizes, the warps and (3 if left out) the stages: the default first, then those that `autotune`
+            compares it with. Sizes that the host code reads (to allocate what the kernel writes) must be the same in
+            all; a grid may be a function of the sizes instead.
         key: arguments for whose values the comparison is made anew; it always is for other dtypes.
         writes: tensors that the kernel both reads and writes; they are restored after each timed run.
         adds: tensors that the kernel adds to; they are set to zero before each timed run.
+        maxnreg: registers that a thread may have. Left to itself the compiler saves a few numbers in memory where one
+            block more fits then; it does not where it is given a limit.
         fusion: whether the compiler may fuse a product and a sum, which rounds once instead of twice.
     """
 
     def __init__(
         self,
         kernel: Any,
-        *configs: triton.Config,
+        names: str,
+        *configs: tuple[int, ...],
         key: tuple[str, ...] = (),
         writes: tuple[str, ...] = (),
         adds: tuple[str, ...] = (),
+        maxnreg: int | None = None,
         fusion: bool = True,
     ) -> None:
-        self.kernel, self.configs = kernel, configs
-        self._tuning = {"key": key, "writes": writes, "adds": adds}
+        self.kernel, self.names, self.configs = kernel, names, configs
+        self.sizes = dict(zip(names.split(), configs[0]))
+        self._limits = {} if maxnreg is None else {"maxnreg": maxnreg}
         # fusion is said because its default differs between releases of Triton
         self._fusion = {"enable_fp_fusion": fusion}
-        self._options = {**configs[0].all_kwargs(), **self._fusion}
+        self._options = {**self.sizes, **self._resources(configs[0]), **self._fusion}
+        self._settings: dict[str, Any] = {
+            "key": key,
+            "writes": writes,
+            "adds": adds,
+            "maxnreg": maxnreg,
+            "fusion": fusion,
+        }
         self._smaller: dict[tuple, Tiles] = {}
         self._tuner: Any = None
 
-    @classmethod
-    def of(cls, kernel: Any, names: str, *rows: tuple[int, ...], maxnreg: int | None = None, **tuning) -> Tiles:
-        """The same from a row of numbers per configuration: the sizes that `names` names, warps, stages.
-
-        `maxnreg`: registers that a thread may have. Left to itself the compiler saves a few numbers in memory where
-        one block more fits then; it does not where it is given a limit.
-        """
-        from triton import Config
-
-        sizes = names.split()
-        configs = [
-            Config(dict(zip(sizes, row)), maxnreg=maxnreg, **dict(zip(("num_warps", "num_stages"), row[len(sizes) :])))
-            for row in rows
-        ]
-        return cls(kernel, *configs, **tuning)
+    def _resources(self, config: tuple[int, ...]) -> dict[str, int]:
+        warps, stages = (*config[len(self.sizes) :], 3)[:2]
+        return {"num_warps": warps, "num_stages": stages, **self._limits}
 
     def __getattr__(self, name: str) -> int:
-        if name.isupper() and name in self.configs[0].kwargs:
-            return self.configs[0].kwargs[name]
+        if name.isupper() and name in self.sizes:
+            return self.sizes[name]
         raise AttributeError(name)
 
-    def at_most(self, **sizes: int) -> Tiles:
+    def at_most(self, **limits: int) -> Tiles:
         """The same with sizes no larger than these powers of two."""
-        limits = tuple(sizes.items())
-        if limits not in self._smaller:
-            from triton import Config
-
-            distinct: dict[tuple, triton.Config] = {}
-            for config in self.configs:
-                kwargs = {name: min(size, sizes.get(name, size)) for name, size in config.kwargs.items()}
-                small = Config(kwargs, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg)
-                distinct.setdefault(tuple(small.all_kwargs().items()), small)
-            self._smaller[limits] = Tiles(
-                self.kernel, *distinct.values(), **self._tuning, fusion=self._fusion["enable_fp_fusion"]
-            )
-        return self._smaller[limits]
+        key = tuple(limits.items())
+        if key not in self._smaller:
+            names = list(self.sizes)
+            cut = [
+                (*(min(limits.get(name, size), size) for name, size in zip(names, config)), *config[len(names) :])
+                for config in self.configs
+            ]
+            self._smaller[key] = Tiles(self.kernel, self.names, *dict.fromkeys(cut), **self._settings)
+        return self._smaller[key]
 
     def __getitem__(self, grid: tuple[int, ...] | Callable[[dict], tuple[int, ...]]) -> Callable:
         if _autotune and len(self.configs) > 1:
             return functools.partial(self._tuned()[grid], **self._fusion)
-        launch = self.kernel[grid(self.configs[0].kwargs) if callable(grid) else grid]
-        return functools.partial(launch, **self._options)
+        return functools.partial(self.kernel[grid(self.sizes) if callable(grid) else grid], **self._options)
 
     def _tuned(self) -> Any:
         if self._tuner is None:
@@ -120,10 +114,10 @@ class Tiles:
             # the interpreter has no clock worth looking at: the default is taken
             untimed = {"do_bench": _untimed} if triton_is_interpreted() else {}
             tuned = triton.autotune(
-                configs=list(self.configs),
-                key=list(self._tuning["key"]),
-                restore_value=list(self._tuning["writes"]),
-                reset_to_zero=list(self._tuning["adds"]),
+                configs=[triton.Config(dict(zip(self.sizes, c)), **self._resources(c)) for c in self.configs],
+                key=list(self._settings["key"]),
+                restore_value=list(self._settings["writes"]),
+                reset_to_zero=list(self._settings["adds"]),
                 **untimed,
             )
             self._tuner = tuned(self.kernel)

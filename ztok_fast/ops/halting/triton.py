@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.halting import triton_integration as integration
@@ -23,22 +22,17 @@ from ztok_fast.ops.triton_launch import Tiles
 ROWS = 512
 
 
-def _tiles(kernel, others: tuple[int, ...] = (), **sizes: int) -> Tiles:
-    configs = (Config(sizes, num_warps=warps) for warps in (4, *others))
-    return Tiles(kernel, *configs, key=("D",) if others else ())
-
-
-TILE_SUMS = _tiles(kernels.tile_sums_kernel, BT=ROWS)
-PREFIX = _tiles(kernels.prefix_kernel, BT=ROWS, BS=256)
-HALTING_ROWS = _tiles(kernels.rows_kernel, BT=ROWS)
-UNIT_ROWS = _tiles(integration.unit_rows_kernel, BT=ROWS)
-TAILS = _tiles(kernels.tails_kernel, BT=ROWS)
-MASS_GRADIENT = _tiles(kernels.mass_gradient_kernel, BT=ROWS, BS=256)
-OFFSETS = _tiles(kernels.offsets_kernel, BB=1024)
-TOTALS = _tiles(integration.unit_totals_kernel, BU=128, BR=4)
+TILE_SUMS = Tiles(kernels.tile_sums_kernel, "BT", (ROWS, 4))
+PREFIX = Tiles(kernels.prefix_kernel, "BT BS", (ROWS, 256, 4))
+HALTING_ROWS = Tiles(kernels.rows_kernel, "BT", (ROWS, 4))
+UNIT_ROWS = Tiles(integration.unit_rows_kernel, "BT", (ROWS, 4))
+TAILS = Tiles(kernels.tails_kernel, "BT", (ROWS, 4))
+MASS_GRADIENT = Tiles(kernels.mass_gradient_kernel, "BT BS", (ROWS, 256, 4))
+OFFSETS = Tiles(kernels.offsets_kernel, "BB", (1024, 4))
+TOTALS = Tiles(integration.unit_totals_kernel, "BU BR", (128, 4, 4))
 # four rows in flight hide some of the memory's latency
-MEANS = _tiles(integration.unit_means_kernel, (1, 2), BR=4, BC=512)
-GRADIENTS = Tiles.of(
+MEANS = Tiles(integration.unit_means_kernel, "BR BC", (4, 512, 4), (4, 512, 1), (4, 512, 2), key=("D",))
+GRADIENTS = Tiles(
     integration.row_gradients_kernel, "BR BC", (16, 128, 4), (16, 128, 2), (16, 128, 8), key=("D",), maxnreg=255
 )
 

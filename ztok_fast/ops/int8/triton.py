@@ -7,17 +7,16 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.int8.triton_kernels import int8_linear_kernel, ordered_linear_kernel, quantize_rows_kernel
 from ztok_fast.ops.segments import sequence_of
 from ztok_fast.ops.triton_launch import Tiles
 
-QUANTIZE = Tiles(quantize_rows_kernel, Config({"BK": 1024}, num_warps=4), fusion=False)
+QUANTIZE = Tiles(quantize_rows_kernel, "BK", (1024, 4), fusion=False)
 # BK: inputs of an operand, a quarter of those that are loaded at once
-PRODUCTS = Tiles(int8_linear_kernel, Config({"BM": 64, "BN": 64, "BK": 32}, num_warps=4, num_stages=3), fusion=False)
-FEW_ROWS = Tiles(int8_linear_kernel, Config({"BM": 16, "BN": 32, "BK": 64}, num_warps=4, num_stages=3), fusion=False)
-ORDERED = Tiles(ordered_linear_kernel, Config({"BM": 16, "BN": 64}, num_warps=4), fusion=False)
+PRODUCTS = Tiles(int8_linear_kernel, "BM BN BK", (64, 64, 32, 4, 3), fusion=False)
+FEW_ROWS = Tiles(int8_linear_kernel, "BM BN BK", (16, 32, 64, 4, 3), fusion=False)
+ORDERED = Tiles(ordered_linear_kernel, "BM BN", (16, 64, 4), fusion=False)
 
 
 def row_blocks(

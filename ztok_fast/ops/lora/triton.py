@@ -11,7 +11,6 @@ import functools
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.lora import triton_kernels as kernels
@@ -20,7 +19,7 @@ from ztok_fast.ops.triton_launch import Tiles
 # every step through the inner dimension divides this
 EVEN = 64
 # GROUP: row blocks that share the columns of the weight in L2
-_linear_tiles = functools.partial(Tiles.of, kernels.lora_linear_kernel, "BM BN BK BR GROUP", key=("N", "K", "R"))
+_linear_tiles = functools.partial(Tiles, kernels.lora_linear_kernel, "BM BN BK BR GROUP", key=("N", "K", "R"))
 LINEAR = _linear_tiles(
     (128, 128, 32, 32, 8, 8, 4), (64, 128, 64, 32, 8, 4, 4), (128, 256, 64, 32, 8, 8, 3), (64, 64, 64, 32, 8, 4, 4)
 )  # fmt: skip
@@ -30,9 +29,9 @@ LINEAR_SEVERAL = _linear_tiles((128, 64, 32, 32, 8, 8, 4), (64, 128, 64, 32, 8, 
 LINEAR_FLOAT32 = _linear_tiles((64, 64, 32, 16, 8, 8, 3))
 # the inner dimension is long and the ranks are few: many row blocks are needed to occupy the device
 _SHRINKS = (16, 64, 64, 4, 4), (64, 64, 64, 4, 3), (32, 64, 64, 4, 4)
-SHRINK = Tiles.of(kernels.shrink_kernel, "BM BR BK", *_SHRINKS, key=("K", "R"))
-OUTER = Tiles.of(kernels.outer_kernel, "BM BN BR CHUNK", (32, 64, 64, 512, 4, 3), maxnreg=255)
-ROW_ADAPTERS = Tiles(kernels.row_adapters_kernel, Config({"BM": 256}, num_warps=4))
+SHRINK = Tiles(kernels.shrink_kernel, "BM BR BK", *_SHRINKS, key=("K", "R"))
+OUTER = Tiles(kernels.outer_kernel, "BM BN BR CHUNK", (32, 64, 64, 512, 4, 3), maxnreg=255)
+ROW_ADAPTERS = Tiles(kernels.row_adapters_kernel, "BM", (256, 4))
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest import triton_kernels as kernels
@@ -29,19 +28,19 @@ _KEY = ("D", "METRIC", "ROW_TERMS", "CODE_TERMS", "LEVELS", "QUANTIZE")
 def _search_tiles(*tiles: tuple[int, int, int, int, int]) -> Tiles:
     rows = [(BM, BN, BD, 64, 16, warps, stages) for BM, BN, BD, warps, stages in tiles]
     names = "BM BN BD BV BK"
-    return Tiles.of(kernels.residual_search_kernel, names, *rows, key=_KEY, writes=("residual",), adds=("usage",))
+    return Tiles(kernels.residual_search_kernel, names, *rows, key=_KEY, writes=("residual",), adds=("usage",))
 
 
-PREPARE = Tiles(kernels.prepare_codes_kernel, Config({"BV": 32, "BK": 64}, num_warps=4))
+PREPARE = Tiles(kernels.prepare_codes_kernel, "BV BK", (32, 64, 4))
 # one tile covers rows of up to LANES numbers; wider ones, and codes of two terms, which would spill, go in steps
 LANES = 64
 SEARCH_LANES = _search_tiles((64, 32, 64, 8, 2), (64, 64, 64, 8, 2), (64, 32, 64, 4, 2))
 SEARCH = _search_tiles((128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3))
 _SCANS = (64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 32, 8, 3)
-SCAN = Tiles.of(kernels.scan_kernel, "BM BN BK", *_SCANS, key=_KEY[:-1])
-RERANK = Tiles.of(kernels.rerank_kernel, "BM BK BV", (16, 64, 32, 4), maxnreg=128)
-SUM_CODES = Tiles.of(kernels.sum_codes_kernel, "BM BK", (16, 64, 4), maxnreg=128)
-MEAN_ERROR = Tiles(kernels.mean_error_kernel, Config({"BP": 1024}, num_warps=4))
+SCAN = Tiles(kernels.scan_kernel, "BM BN BK", *_SCANS, key=_KEY[:-1])
+RERANK = Tiles(kernels.rerank_kernel, "BM BK BV", (16, 64, 32, 4), maxnreg=128)
+SUM_CODES = Tiles(kernels.sum_codes_kernel, "BM BK", (16, 64, 4), maxnreg=128)
+MEAN_ERROR = Tiles(kernels.mean_error_kernel, "BP", (1024, 4))
 
 
 class Codes(NamedTuple):

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.nearest.triton_scan import finish_score, load_codes, load_rows, term_of
 from ztok_fast.ops.triton_launch import Tiles
@@ -158,10 +157,10 @@ def sum_run_kernel(sums, first_piece, factor, grad, D: tl.constexpr, FACTOR: tl.
     store_as(grad, run.to(tl.int64) * D + k, total, k < D)
 
 
-_PARTS = Tiles(cosine_parts_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
-_ROWS = Tiles(row_gradients_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
-_PIECES = Tiles(sum_piece_kernel, Config({"BM": 16, "BK": 64}, num_warps=4))
-_RUNS = Tiles(sum_run_kernel, Config({"BK": 64}, num_warps=4))
+_PARTS, _ROWS, _PIECES = (
+    Tiles(kernel, "BM BK", (16, 64, 4)) for kernel in (cosine_parts_kernel, row_gradients_kernel, sum_piece_kernel)
+)
+_RUNS = Tiles(sum_run_kernel, "BK", (64, 4))
 
 
 def sum_by_code(values: Tensor, codes: Tensor, codebook: Tensor, factor: Tensor | None) -> Tensor:

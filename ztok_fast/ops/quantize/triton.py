@@ -13,7 +13,6 @@ import functools
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.halting import triton as halting
 from ztok_fast.ops.nearest import triton as nearest
@@ -23,14 +22,14 @@ from ztok_fast.ops.triton_launch import Tiles
 
 # a block waits for the rows of its units and wants to be small; columns that cover the latent are normalised in it
 _PROJECTIONS = (32, 128, 32, 8, 2), (16, 128, 32, 8, 2), (32, 128, 32, 4, 2)
-PROJECT = Tiles.of(kernels.project_units_kernel, "BM BN BK", *_PROJECTIONS, key=("HIDDEN", "D"))
+PROJECT = Tiles(kernels.project_units_kernel, "BM BN BK", *_PROJECTIONS, key=("HIDDEN", "D"))
 
 
 @functools.cache
 def _rows_tiles(kernel, width: int) -> Tiles:
     """A few whole rows of this width, about 4096 numbers."""
     columns = triton.next_power_of_2(width)
-    return Tiles(kernel, Config({"BM": max(1, min(32, 4096 // columns)), "BD": columns}, num_warps=8))
+    return Tiles(kernel, "BM BD", (max(1, min(32, 4096 // columns)), columns, 8))
 
 
 def project(hidden, weights, table, cu_units, end_weight, mean_weight, levels, num_levels, total_units):

@@ -11,7 +11,6 @@ import struct
 import torch
 import triton
 from torch import Tensor
-from triton import Config
 
 from ztok_fast.ops.backends import triton_is_interpreted
 from ztok_fast.ops.nearest.triton_bound import error_bound
@@ -22,11 +21,11 @@ from ztok_fast.ops.zhead import triton_kernels as kernels
 FULL_BLOCKS, MOST_PARTS = 256, 256
 
 
-_scan_tiles = functools.partial(Tiles.of, kernels.scan_kernel, "BB BV BK", key=("D", "SAMPLE"))
+_scan_tiles = functools.partial(Tiles, kernels.scan_kernel, "BB BV BK", key=("D", "SAMPLE"))
 SCAN = _scan_tiles((16, 128, 64, 8, 3), (16, 128, 64, 4, 3), (16, 128, 128, 8, 3), maxnreg=255)
 # float32 is multiplied without tensor cores, in registers
 SCAN_FLOAT32 = _scan_tiles((16, 64, 32, 8, 4), (16, 64, 32, 4, 4), maxnreg=128)
-SELECT = Tiles(kernels.select_kernel, Config({"BC": 32, "BK": 64}, num_warps=4))
+SELECT = Tiles(kernels.select_kernel, "BC BK", (32, 64, 4))
 
 
 def z_select(hidden, rows, temperature, top_p, seed, row_ids, step) -> tuple[Tensor, Tensor]:

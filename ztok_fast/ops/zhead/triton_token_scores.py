@@ -85,7 +85,7 @@ def token_scores_kernel(
 
 
 # BO: elements at a time of the float64 product
-_tiles = functools.partial(Tiles.of, token_scores_kernel, "BT BV BK BO", key=("D",))
+_tiles = functools.partial(Tiles, token_scores_kernel, "BT BV BK BO", key=("D",))
 TILES = _tiles((64, 128, 32, 16, 8, 3), (64, 128, 64, 16, 8, 3), (64, 128, 32, 16, 8, 4))
 # float32 is multiplied without tensor cores, in registers
 TILES_FLOAT32 = _tiles((32, 32, 32, 16, 4))
