@@ -14,13 +14,13 @@ from ztok_fast.codec.errors import CodecError, ZBatchError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.text import detokenize
 from ztok_fast.codec.windows import Windows
-from ztok_fast.codec.ztokens import ZTokens
+from ztok_fast.codec.ztokens import ZDocuments
 
 MOST_BITS = 63
 
 
 @dataclass(eq=False, kw_only=True)
-class CodedUnits(ZTokens):
+class CodedUnits(ZDocuments):
     """Documents as coded units. `achieved_ratio`, `rate` and the units are those of a `ZBatch`.
 
     A Z-token is a *window*: a number below V^L of the coded text, written as L codes to the base V, the most
@@ -35,20 +35,9 @@ class CodedUnits(ZTokens):
             the windows of a segment are one stream, which has no waste.
     """
 
-    documents: list[DocumentInfo]
     identity: str
     codebook_size: int
     aligned: bool
-
-    @property
-    def tokens(self) -> int:
-        """Text tokens of all documents, N."""
-        return sum(document.tokens for document in self.documents)
-
-    @property
-    def achieved_ratio(self) -> float:
-        """Text tokens per Z-token over all documents, N / K; NaN without Z-tokens."""
-        return self.tokens / self.ztokens if self.ztokens else math.nan
 
     @property
     def rate(self) -> float:
@@ -57,13 +46,6 @@ class CodedUnits(ZTokens):
         return bits / self.tokens if self.tokens else math.nan
 
     rate_exact = rate
-
-    def __getitem__(self, index: int) -> CodedUnits:
-        """Document ``index`` as a batch of one."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected a document from {-len(self)} to {len(self) - 1}, got {index}")
-        index %= len(self)
-        return replace(self, **vars(self.part(index)), documents=[self.documents[index]])
 
     def head(self, ztokens: int) -> CodedUnits:
         """The first Z-tokens of every document: its beginning, as documents without a hash. Aligned units only.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ztok_fast.codec.documents import MAX_CODEBOOKS, SHA256, DocumentInfo, is_integer
 from ztok_fast.codec.errors import ZBatchError
 from ztok_fast.codec.slot_coding import encode_slots
-from ztok_fast.codec.ztokens import ZTokens, concatenate
+from ztok_fast.codec.ztokens import ZDocuments, concatenate
 
 FLOAT = "float"
 PRECISIONS = ("int8", "float32", FLOAT)
@@ -19,7 +19,7 @@ PRECISIONS = ("int8", "float32", FLOAT)
 
 
 @dataclass(eq=False, kw_only=True)
-class ZBatch(ZTokens):
+class ZBatch(ZDocuments):
     """Compressed documents: their Z-tokens on the CPU, packed without padding, and what else is known of them.
 
     Attributes:
@@ -35,21 +35,10 @@ class ZBatch(ZTokens):
         precision: arithmetic of the base model that made it, one of `PRECISIONS`. Exact documents need the same.
     """
 
-    documents: list[DocumentInfo]
     codec_fingerprint: str
     codebook_size: int
     max_unit_length: int
     precision: str = FLOAT
-
-    @property
-    def tokens(self) -> int:
-        """Text tokens of all documents, N."""
-        return sum(document.tokens for document in self.documents)
-
-    @property
-    def achieved_ratio(self) -> float:
-        """Text tokens per Z-token over all documents, N / K; NaN without Z-tokens."""
-        return self.tokens / self.ztokens if self.ztokens else math.nan
 
     @property
     def rate(self) -> float:
@@ -74,19 +63,6 @@ class ZBatch(ZTokens):
         """As `rate`, with the bytes of exact mode's corrections."""
         stored = sum(d.corrections.stored_bytes for d in self.documents if d.corrections is not None)
         return self.rate + 8 * stored / self.tokens if self.tokens else math.nan
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, index: int) -> ZBatch:
-        """Document ``index`` as a batch of one; its tensors are views of this batch's."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected a document from {-len(self)} to {len(self) - 1}, got {index}")
-        index %= len(self)
-        return replace(self, **vars(self.part(index)), documents=[self.documents[index]])
-
-    def __iter__(self) -> Iterator[ZBatch]:
-        return (self[index] for index in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ZBatch):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.layout import expand_ranges, offsets, sequence_of_row
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(eq=False)
@@ -115,6 +121,40 @@ class ZTokens:
             (codes[cu[a] : cu[b]].tobytes(), lengths[cu[a] : cu[b]].tobytes(), rows[a:b].tobytes())
             for a, b in zip(bounds[:-1], bounds[1:])
         ]
+
+
+@dataclass(eq=False, kw_only=True)
+class ZDocuments(ZTokens):
+    """Z-tokens with what else is known of each document; a sequence of batches of one document.
+
+    Attributes:
+        documents: what else is known of each document.
+    """
+
+    documents: list[DocumentInfo]
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens of all documents, N."""
+        return sum(document.tokens for document in self.documents)
+
+    @property
+    def achieved_ratio(self) -> float:
+        """Text tokens per Z-token over all documents, N / K; NaN without Z-tokens."""
+        return self.tokens / self.ztokens if self.ztokens else math.nan
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Self:
+        """Document ``index`` as a batch of one; its tensors are views of this batch's."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected a document from {-len(self)} to {len(self) - 1}, got {index}")
+        index %= len(self)
+        return replace(self, **vars(self.part(index)), documents=[self.documents[index]])
+
+    def __iter__(self) -> Iterator[Self]:
+        return (self[index] for index in range(len(self)))
 
 
 def concatenate(parts: Sequence[ZTokens]) -> ZTokens:
