@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,18 +12,27 @@ from ztok_fast import profiling
 from ztok_fast.profiling import HEAD, MODEL, REST, TOKENISE, count_rows, host_share, profile, stage
 
 
-def test_stages_add_up_and_those_inside_others_count_once():
+def test_stages_add_up_and_those_inside_others_count_once(monkeypatch):
+    """By a clock that moves only when it is told to, so that a busy machine changes nothing."""
+    now = 1000
+
+    def wait(nanoseconds):
+        nonlocal now
+        now += nanoseconds
+
+    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter_ns=lambda: now))
     with profile() as found:
+        wait(3)
         with stage(MODEL, rows=3, layers=2):
-            time.sleep(0.01)
+            wait(10)
             with stage(HEAD):
-                time.sleep(0.02)
-        time.sleep(0.01)
-    seconds = found.seconds()
+                wait(20)
+            wait(5)
+        wait(7)
+    nanoseconds = {name: round(value * 1e9) for name, value in found.seconds().items() if value}
     assert [span.name for span in found.spans] == [HEAD, MODEL]
     assert (found.spans[1].rows, found.spans[1].layers) == (3, 2)
-    assert 0.01 <= seconds[MODEL] < 0.02 <= seconds[HEAD] and seconds[REST] >= 0.01
-    assert sum(seconds.values()) == pytest.approx(found.nanoseconds / 1e9)
+    assert nanoseconds == {MODEL: 15, HEAD: 20, REST: 10} and found.nanoseconds == 45
 
 
 def test_nothing_is_recorded_without_a_measurement():
@@ -74,10 +84,15 @@ def test_trace_has_every_stage_within_the_whole(tmp_path):
     assert counter["args"] == {"running": 2, "ended": 1}
 
 
+def shares(call):
+    """Host shares of three calls: on a busy machine any one may be interrupted for long."""
+    return [host_share(call) for _ in range(3)]
+
+
 def test_host_share_is_time_outside_of_ops(capfd):
     x = torch.randn(600, 600)
-    assert host_share(lambda: time.sleep(0.05)) > 0.95
-    assert host_share(lambda: [x @ x for _ in range(20)]) < 0.3
+    assert max(shares(lambda: time.sleep(0.05))) > 0.95
+    assert min(shares(lambda: [x @ x for _ in range(20)])) < 0.3
     assert capfd.readouterr().err == ""
 
 
@@ -86,4 +101,4 @@ def test_time_in_the_tokenizer_is_no_host_time():
         with stage(TOKENISE):
             time.sleep(0.05)
 
-    assert host_share(tokenizing) < 0.2
+    assert min(shares(tokenizing)) < 0.2
