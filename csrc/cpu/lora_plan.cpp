@@ -71,6 +71,7 @@ LoraLayer lora_layer(const Tensor& x, const Tensor& weight, const Tensor& A, con
   ZTOK_CHECK(x.dim() == 2 && weight.dim() == 2 && A.dim() == 3, kLoraOp,
              "expected x [M, in], weight [out, in], A [n, r, in]");
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0), n = A.size(0), rank = A.size(1);
+  ZTOK_CHECK(A.numel() > 0, kLoraOp, "A: expected at least one adapter, rank and input");
   ZTOK_CHECK(rows < INT32_MAX, kLoraOp, "x: expected fewer than 2^31 rows, got ", rows);
   ZTOK_CHECK(x.is_cpu(), kLoraOp, "x: expected a CPU tensor");
   check_lora_shape("weight", weight, {out, in});
@@ -80,6 +81,8 @@ LoraLayer lora_layer(const Tensor& x, const Tensor& weight, const Tensor& A, con
   ZTOK_CHECK(scaling.scalar_type() == ScalarType::Float, kLoraOp, "scaling: expected float32");
   const Element element = element_of(kLoraOp, "x", x), adapter_element = element_of(kLoraOp, "A", A);
   ZTOK_CHECK(weight.scalar_type() == x.scalar_type(), kLoraOp, "weight: expected the dtype of x");
+  ZTOK_CHECK(A.scalar_type() == x.scalar_type() || A.scalar_type() == ScalarType::Float, kLoraOp,
+             "A: expected float32 or the dtype of x");
   ZTOK_CHECK(B.scalar_type() == A.scalar_type(), kLoraOp, "B: expected the dtype of A");
   return {rows,
           in,

@@ -172,7 +172,7 @@ class TestResidualQuantize:
             ({"latents": torch.zeros(4)}, r"latents must be a tensor \[M, d\]"),
             ({"latents": torch.zeros(3, 4, dtype=torch.int32)}, "latents must be of dtype"),
             ({"codebooks": torch.zeros(5, 4)}, r"codebooks must be a tensor \[L, V, d\]"),
-            ({"codebooks": torch.zeros(2, 5, 3)}, r"codebooks must be of size 4 .* \(the width of latents\)"),
+            ({"codebooks": torch.zeros(2, 5, 3)}, r"codebooks must be of size 4 .* \(d of latents\)"),
             ({"codebooks": torch.zeros(2, 0, 4)}, "codebooks must be not empty"),
             ({"codebooks": torch.full((2, 5, 4), torch.inf)}, "codebooks must be finite"),
             ({"codebooks": torch.zeros(2, 5, 4, device="meta")}, "codebooks must be on the device of latents"),

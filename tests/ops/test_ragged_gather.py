@@ -125,7 +125,7 @@ GATHER = {"tables": [WIDE, NARROW], "indices": [torch.tensor([4, 0, 1]), None], 
     ("change", "message"),
     [
         ({"tables": []}, "tables must be a list of at least one tensor"),
-        ({"tables": [WIDE, torch.zeros(3)]}, r"tables\[1\] must be a tensor \[R, D\]"),
+        ({"tables": [WIDE, torch.zeros(3)]}, r"tables\[1\] must be a tensor \[R_1, D\]"),
         ({"tables": [WIDE, torch.zeros(3, 3)]}, r"tables\[1\] must be of size 2 in dimension 1"),
         ({"tables": [WIDE, NARROW.double()]}, r"tables\[1\] must be of the dtype of tables\[0\]"),
         ({"tables": [WIDE, torch.zeros(4, 2)]}, r"cu_seqlens\[1\] must be 4 in its last element"),

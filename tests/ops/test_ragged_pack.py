@@ -96,7 +96,10 @@ PACK = {"padded": torch.zeros(2, 3, 4), "cu_seqlens": torch.tensor([0, 1, 4]), "
     [
         ({"padded": torch.zeros(2)}, r"padded must be a tensor \[B, S, \*\], got float32 \[2\]"),
         ({"padded": None}, "padded must be a tensor"),
-        ({"padded": torch.zeros(2, 3, dtype=torch.complex64)}, "padded must be of a real or bool dtype"),
+        (
+            {"padded": torch.zeros(2, 3, dtype=torch.complex64)},
+            "padded must be of dtype float16, .* bool, got complex64",
+        ),
         ({"padded": torch.zeros(3, 3)}, "cu_seqlens must be of size 4"),
         ({"cu_seqlens": torch.tensor([0.0, 1.0, 4.0])}, "cu_seqlens must be of dtype int32, int64"),
         ({"cu_seqlens": torch.tensor([[0, 1, 4]])}, r"cu_seqlens must be a tensor \[B \+ 1\]"),

@@ -35,53 +35,74 @@ def describe(value: object) -> str:
 
 
 @functools.cache
-def _ranks(layout: str) -> tuple[int, ...]:
-    return tuple(part.count(",") + 1 for part in layout.split(" or "))
+def _dimensions(layout: str, rank: int) -> tuple[tuple[str, int], ...] | None:
+    """(name, what is added to it) of each dimension, or None where the layout has another rank.
 
-
-def check_tensor(
-    op: str,
-    argument: str,
-    value: Any,
-    layout: str,
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
-    on: tuple[str, torch.Tensor] | None = None,
-) -> None:
-    """A tensor of one of `dtypes` whose rank is one that `layout` names, such as "[M, d]" or "[V, d] or [L, V, d]".
-
-    `on`: the name and value of another argument, whose device it must be on.
+    The name of a number is "", that of a dimension that may have any size is "*".
     """
-    if not isinstance(value, torch.Tensor) or value.ndim not in _ranks(layout):
-        fail(op, argument, f"a tensor {layout}", describe(value))
-    if value.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        fail(op, argument, f"of dtype {names}", describe(value))
-    if on is not None:
-        check_same_device(op, argument, value, *on)
+    for alternative in layout.split(" or "):
+        names = alternative.strip("[]").split(", ")
+        if names[-1] == "*":
+            names = names[:-1] + ["*"] * (rank - len(names) + 1)
+        if len(names) == rank:
+            parts = [name.partition(" + ") for name in names]
+            return tuple(
+                ("", int(name)) if name.isdigit() else (name, int(more or 0)) if name.isidentifier() else ("*", 0)
+                for name, _, more in parts
+            )
+    return None
 
 
-def check_same_dtype(op: str, argument: str, value: torch.Tensor, other_argument: str, other: torch.Tensor) -> None:
-    """Two tensors of one dtype."""
-    if value.dtype != other.dtype:
-        fail(op, argument, f"of the dtype of {other_argument} ({other.dtype})", describe(value))
+class Arguments:
+    """The tensors of one call of `op`: dimensions of one name have one size, and all are on the device of the first."""
 
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.given: dict[str, torch.Tensor] = {}
+        self._sizes: dict[str, tuple[int, str]] = {}
 
-def check_same_device(op: str, argument: str, value: torch.Tensor, other_argument: str, other: torch.Tensor) -> None:
-    """Two tensors on one device."""
-    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
-        fail(op, argument, f"on the device of {other_argument} ({other.device})", describe(value))
+    def tensor(
+        self, argument: str, value: Any, layout: str, dtypes: tuple[torch.dtype, ...] | str = FLOATS, empty: bool = True
+    ) -> None:
+        """Check one.
 
+        Args:
+            layout: dimensions by name, such as "[M, d]", "[V, d] or [L, V, d]", "[B + 1]", "[T, 2]" or "[T, *]".
+            dtypes: those that it may have, or the argument whose dtype it must have.
+            empty: whether a dimension may have no element.
+        """
+        dimensions = _dimensions(layout, value.ndim) if isinstance(value, torch.Tensor) else None
+        if dimensions is None:
+            fail(self.op, argument, f"a tensor {layout}", describe(value))
+        if isinstance(dtypes, str):
+            if value.dtype != self.given[dtypes].dtype:
+                fail(self.op, argument, f"of the dtype of {dtypes} ({self.given[dtypes].dtype})", describe(value))
+        elif value.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            fail(self.op, argument, f"of dtype {names}", describe(value))
+        for main, first in self.given.items():
+            if not (value.is_cpu and first.is_cpu) and value.device != first.device:
+                fail(self.op, argument, f"on the device of {main} ({first.device})", describe(value))
+            break
+        self.given[argument] = value
+        if not empty and 0 in value.shape:
+            fail(self.op, argument, "not empty", describe(value))
+        for dim, ((name, more), size) in enumerate(zip(dimensions, value.shape)):
+            if name == "*":
+                continue
+            if size == 0 and more and name:
+                fail(self.op, argument, f"a tensor {layout} of at least one element", describe(value))
+            wanted, of = self._sizes.setdefault(name, (size - more, argument)) if name else (0, "")
+            if size != wanted + more:
+                source = f" ({name} of {of})" if name else ""
+                expected = f"of size {wanted + more} in dimension {dim} of {layout}{source}"
+                fail(self.op, argument, expected, describe(value))
 
-def check_size(op: str, argument: str, value: torch.Tensor, dim: int, size: int, meaning: str) -> None:
-    """A given size in one dimension; `meaning` says where the size comes from."""
-    if value.shape[dim] != size:
-        fail(op, argument, f"of size {size} in dimension {dim} ({meaning})", describe(value))
-
-
-def check_not_empty(op: str, argument: str, value: torch.Tensor) -> None:
-    """No dimension of size zero."""
-    if 0 in value.shape:
-        fail(op, argument, "not empty", describe(value))
+    def size(self, argument: str, dim: int, size: int, meaning: str) -> None:
+        """A size that no layout says; `meaning` says where it comes from."""
+        if self.given[argument].shape[dim] != size:
+            expected = f"of size {size} in dimension {dim} ({meaning})"
+            fail(self.op, argument, expected, describe(self.given[argument]))
 
 
 def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
@@ -100,14 +121,6 @@ def check_count(op: str, argument: str, value: object) -> None:
     """An integer of at least zero."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 0:
         fail(op, argument, "an integer of at least 0", repr(value))
-
-
-def check_cu_seqlens(op: str, argument: str, value: Any, main_argument: str, main: torch.Tensor) -> None:
-    """int32 or int64 [B + 1] on the device of the packed rows; its values are checked by `check_cu_seqlens_values`."""
-    check_tensor(op, argument, value, "[B + 1]", INDICES)
-    if value.shape[0] == 0:
-        fail(op, argument, "a tensor [B + 1] of at least one element", describe(value))
-    check_same_device(op, argument, value, main_argument, main)
 
 
 def value_checks(value: torch.Tensor) -> bool:

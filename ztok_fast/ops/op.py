@@ -53,6 +53,9 @@ class Op:
         linear: the result is linear in the arguments that receive gradients. Neither their values nor the outputs are
             kept in memory for `backward`, which gets tensors of the same shapes and dtypes and an empty tuple.
         keeps_outputs: whether the outputs are kept in memory for `backward`, which otherwise gets an empty tuple.
+        check: the same arguments; raises ValueError for ranks, dtypes, devices and sizes that the op refuses. For ops
+            whose compiled kernels refuse them too: it is called after those, to say what is wrong. Other ops are
+            checked in their public functions.
         check_values: the same arguments; raises ValueError for values that the op refuses (`ztok_fast.ops.checks`).
         spec: sample cases, tolerances and costs (`ztok_fast.ops.spec`); None for a backward pass, which its forward's
             cases cover.
@@ -68,11 +71,13 @@ class Op:
         backward: Callable | None = None,
         linear: bool = False,
         keeps_outputs: bool = True,
-        check_values: Callable | None = None,
+        check: Callable = lambda *args: None,
+        check_values: Callable = lambda *args: None,
         spec: Spec | None = None,
     ) -> None:
         self.name, signature = schema[: schema.index("(")], schema[schema.index("(") :]
-        self.reference, self.backward, self.check_values, self.spec = reference, backward, check_values, spec
+        self.reference, self.backward, self.spec = reference, backward, spec
+        self.check, self.check_values = check, check_values
         self.linear = linear
         self.keeps_outputs = keeps_outputs
         self.backends = (*backends, Backend("reference", reference))
@@ -98,18 +103,24 @@ class Op:
         return f"Op({self.name})"
 
     def __call__(self, *args):
-        """Run it on the arguments of the registered op, all positional; the public function has checked them."""
+        """Run it on the arguments of the registered op, all positional."""
         if torch.compiler.is_compiling():
+            self.check(*args)
             return self.by_name(*args, "")
-        name = forced_backend(self.name)
-        if _transforms():
-            return self._run_transformed(name, args)
-        flat = _flatten(args) if self.has_lists else args
-        if not _PLAIN.issuperset(map(type, flat)) or _modes():
-            return self.by_name(*args, name or "")
-        if _is_grad_enabled() and _any_requires_grad(*flat):
-            return self._differentiable(name, args, flat)
-        return self.run(self.choose(args, name, flat), args)
+        try:
+            name = forced_backend(self.name)
+            if _transforms():
+                return self._run_transformed(name, args)
+            flat = _flatten(args) if self.has_lists else args
+            if not _PLAIN.issuperset(map(type, flat)) or _modes():
+                self.check(*args)
+                return self.by_name(*args, name or "")
+            if _is_grad_enabled() and _any_requires_grad(*flat):
+                return self._differentiable(name, args, flat)
+            return self.run(self.choose(args, name, flat), args)
+        except Exception:
+            self.check(*args)
+            raise
 
     # --- backends
 
@@ -153,7 +164,9 @@ class Op:
 
     def run(self, backend: Backend, args: tuple):
         """Run one backend without recording gradients."""
-        if self.check_values is not None and not backend.checks_values:
+        if not backend.compiled:
+            self.check(*args)
+        if not backend.checks_values:
             self.check_values(*args)
         try:
             if backend.compiled:
@@ -163,7 +176,8 @@ class Op:
                 args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
             return load(backend.implementation)(*args)
         except RuntimeError:
-            if self.check_values is not None and backend.checks_values:
+            if backend.checks_values:
+                self.check(*args)
                 self.check_values(*args)
             raise
 
@@ -184,8 +198,8 @@ class Op:
     def _differentiable(self, name: str | None, args: tuple, flat):
         backend = self.choose(args, name, flat)
         if backend.name == "reference" and self.backward is not None:
-            if self.check_values is not None:
-                self.check_values(*args)
+            self.check(*args)
+            self.check_values(*args)
             return self.reference(*args)
         return _Recorded.apply(self, lambda args: self.run(backend, args), forced_backends(), _shape_of(args), *flat)
 
@@ -198,6 +212,7 @@ class Op:
                 f"{self.name}: forward-mode differentiation and torch.func transforms run the reference, "
                 f"but {name} is forced"
             )
+        self.check(*args)
         return self.reference(*args)
 
     def _autograd_kernel(self, overload) -> Callable:

@@ -71,14 +71,17 @@ class Case:
 
 class CaseTable:
     """Cases in the making: call it with the sizes that `names` names, the smallest set that has the case, and any other
-    fields of `Case`. Of two that differ in their sets alone the first stays.
+    fields of `Case`; `both`: one case for either direction. Of two that differ in their sets alone the first stays.
     """
 
     def __init__(self, *names: str, **fields: Any) -> None:
         self.names, self.fields = names, fields
         self.found: dict[tuple, Case] = {}
 
-    def __call__(self, *values: Any, **fields: Any) -> None:
+    def __call__(self, *values: Any, both: bool = False, **fields: Any) -> None:
+        if both:
+            self(*values, **fields)
+            fields["direction"] = BACKWARD
         *sizes, smallest = values
         case = Case(dict(zip(self.names, sizes, strict=True)), set=smallest, **{**self.fields, **fields})
         self.found.setdefault((*sizes, case.dtype, case.direction), case)

@@ -59,9 +59,9 @@ def decode_symbols(
     Raises:
         ValueError: wrong rank, dtype, device or size; counts, offsets or increment out of range; a state that is none.
     """
-    check_streams(OP, state, data, "counts", counts)
-    check_tables(OP, counts, cu_symbols, increment, "state", state)
-    checks.check_size(OP, "state", state, 0, cu_symbols.shape[0] - 1, "streams of cu_symbols")
+    given = checks.Arguments(OP)
+    check_tables(given, counts, cu_symbols, increment)
+    check_streams(given, state, data)
     checks.check_count(OP, "total", total)
     return DecodedSymbols(*DECODE_SYMBOLS(counts, state, data, cu_symbols.long(), total, increment))
 

@@ -52,9 +52,9 @@ def decode_tokens(logits: Tensor, state: Tensor, data: Tensor) -> DecodedTokens:
     Raises:
         ValueError: wrong rank, dtype, device or size; a logit that is NaN or infinite; a state that is none.
     """
-    check_logits(OP, logits)
-    check_streams(OP, state, data, "logits", logits)
-    checks.check_size(OP, "state", state, 0, logits.shape[0], "rows of logits")
+    given = checks.Arguments(OP)
+    check_logits(given, logits, "[B, V]")
+    check_streams(given, state, data)
     return DecodedTokens(*DECODE_TOKENS(logits, state, data))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import FLOATS, cpp
 from ztok_fast.ops.entropy import reference
-from ztok_fast.ops.entropy.coder import BYTES_AT_END, BYTES_PER_SYMBOL, STATE_WORDS, TOTAL_LIMIT
+from ztok_fast.ops.entropy.coder import BYTES_AT_END, BYTES_PER_SYMBOL, TOTAL_LIMIT
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Spec, Work, mixed_lengths, offsets, same_as
 
@@ -62,11 +62,10 @@ def range_encode(start: Tensor, size: Tensor, total: Tensor, cu_symbols: Tensor)
     Raises:
         ValueError: wrong rank, dtype, device or size; intervals or offsets out of range.
     """
+    given = checks.Arguments(OP)
     for name, value in (("start", start), ("size", size), ("total", total)):
-        checks.check_tensor(OP, name, value, "[T]", (torch.int64,))
-        checks.check_size(OP, name, value, 0, start.shape[0], "symbols of start")
-        checks.check_same_device(OP, name, value, "start", start)
-    checks.check_cu_seqlens(OP, "cu_symbols", cu_symbols, "start", start)
+        given.tensor(name, value, "[T]", (torch.int64,))
+    given.tensor("cu_symbols", cu_symbols, "[B + 1]", checks.INDICES)
     return Streams(*RANGE_ENCODE(start, size, total, cu_symbols.long()))
 
 
@@ -86,8 +85,9 @@ def range_decoder(data: Tensor, cu_bytes: Tensor) -> Tensor:
     Raises:
         ValueError: wrong rank, dtype or device; offsets out of range.
     """
-    checks.check_tensor("range_decoder", "data", data, "[N]", (torch.uint8,))
-    checks.check_cu_seqlens("range_decoder", "cu_bytes", cu_bytes, "data", data)
+    given = checks.Arguments("range_decoder")
+    given.tensor("data", data, "[N]", (torch.uint8,))
+    given.tensor("cu_bytes", cu_bytes, "[B + 1]", checks.INDICES)
     checks.check_cu_seqlens_values("range_decoder", "cu_bytes", cu_bytes, data.shape[0], exact=False)
     begin, end = cu_bytes[:-1].long(), cu_bytes[1:].long()
     at = begin[:, None] + torch.arange(8, device=data.device)
@@ -97,13 +97,10 @@ def range_decoder(data: Tensor, cu_bytes: Tensor) -> Tensor:
     return torch.stack([torch.full_like(value, -1), value, torch.minimum(begin + 8, end), end], 1)
 
 
-def check_streams(op: str, state: Tensor, data: Tensor, main_argument: str, main: Tensor) -> None:
-    """Tensors as `range_decoder` takes and gives them, on the device of another argument."""
-    checks.check_tensor(op, "state", state, "[B, 4]", (torch.int64,))
-    checks.check_size(op, "state", state, 1, STATE_WORDS, "what range_decoder gives")
-    checks.check_same_device(op, "state", state, main_argument, main)
-    checks.check_tensor(op, "data", data, "[N]", (torch.uint8,))
-    checks.check_same_device(op, "data", data, main_argument, main)
+def check_streams(given: checks.Arguments, state: Tensor, data: Tensor) -> None:
+    """Tensors as `range_decoder` takes and gives them."""
+    given.tensor("state", state, "[B, 4]", (torch.int64,))
+    given.tensor("data", data, "[N]", (torch.uint8,))
 
 
 def check_state_values(op: str, state: Tensor) -> None:

@@ -37,23 +37,21 @@ def symbol_intervals(symbols: Tensor, counts: Tensor, cu_symbols: Tensor, increm
     Raises:
         ValueError: wrong rank, dtype, device or size; symbols, counts, offsets or increment out of range.
     """
-    checks.check_tensor(OP, "symbols", symbols, "[T]", checks.INDICES)
-    check_tables(OP, counts, cu_symbols, increment, "symbols", symbols)
+    given = checks.Arguments(OP)
+    given.tensor("symbols", symbols, "[T]", checks.INDICES)
+    check_tables(given, counts, cu_symbols, increment)
     return Intervals(*SYMBOL_INTERVALS(symbols.long(), counts, cu_symbols.long(), increment))
 
 
-def check_tables(op: str, counts: Tensor, cu_symbols: Tensor, increment: int, main_argument: str, main: Tensor) -> None:
+def check_tables(given: checks.Arguments, counts: Tensor, cu_symbols: Tensor, increment: int) -> None:
     """What `symbol_intervals` and `decode_symbols` ask of their tables and offsets."""
-    checks.check_cu_seqlens(op, "cu_symbols", cu_symbols, main_argument, main)
-    checks.check_tensor(op, "counts", counts, "[A] or [B, A]", (torch.int64,))
+    given.tensor("cu_symbols", cu_symbols, "[B + 1]", checks.INDICES)
+    given.tensor("counts", counts, "[A] or [B, A]", (torch.int64,))
     if not 1 <= counts.shape[-1] <= MOST_SYMBOLS:
-        checks.fail(op, "counts", f"of 1 to {MOST_SYMBOLS:,} columns", checks.describe(counts))
-    if counts.ndim == 2:
-        checks.check_size(op, "counts", counts, 0, cu_symbols.shape[0] - 1, "streams of cu_symbols")
-    checks.check_same_device(op, "counts", counts, main_argument, main)
-    checks.check_count(op, "increment", increment)
+        checks.fail(given.op, "counts", f"of 1 to {MOST_SYMBOLS:,} columns", checks.describe(counts))
+    checks.check_count(given.op, "increment", increment)
     if increment > MOST_INCREMENT:
-        checks.fail(op, "increment", f"at most {MOST_INCREMENT}", increment)
+        checks.fail(given.op, "increment", f"at most {MOST_INCREMENT}", increment)
 
 
 def check_counts_values(op: str, counts: Tensor) -> None:

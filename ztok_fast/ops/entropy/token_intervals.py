@@ -52,18 +52,17 @@ def token_intervals(logits: Tensor, targets: Tensor) -> Intervals:
     Raises:
         ValueError: wrong rank, dtype, device or size; a logit that is NaN or infinite; a target out of range.
     """
-    check_logits(OP, logits)
-    checks.check_tensor(OP, "targets", targets, "[T]", checks.INDICES)
-    checks.check_size(OP, "targets", targets, 0, logits.shape[0], "rows of logits")
-    checks.check_same_device(OP, "targets", targets, "logits", logits)
+    given = checks.Arguments(OP)
+    check_logits(given, logits, "[T, V]")
+    given.tensor("targets", targets, "[T]", checks.INDICES)
     return Intervals(*TOKEN_INTERVALS(logits, targets.long()))
 
 
-def check_logits(op: str, logits: Tensor) -> None:
-    """float32 [T, V] of which V is within limits."""
-    checks.check_tensor(op, "logits", logits, "[T, V]", (torch.float32,))
+def check_logits(given: checks.Arguments, logits: Tensor, layout: str) -> None:
+    """float32 logits of a number of tokens within limits."""
+    given.tensor("logits", logits, layout, (torch.float32,))
     if not 1 <= logits.shape[1] <= MOST_TOKENS:
-        checks.fail(op, "logits", f"of 1 to {MOST_TOKENS:,} columns", checks.describe(logits))
+        checks.fail(given.op, "logits", f"of 1 to {MOST_TOKENS:,} columns", checks.describe(logits))
 
 
 def _check_values(logits: Tensor, targets: Tensor) -> None:

@@ -13,7 +13,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import FLOATS, cpp, triton
 from ztok_fast.ops.halting import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, close, equal, lengths_of, offsets
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Spec, Work, close, equal, lengths_of, offsets
 
 MODES = ("fire", "stop")
 
@@ -66,8 +66,9 @@ def halting_units(mass: Tensor, cu_seqlens: Tensor, threshold: float = 1.0, mode
         ValueError: bad rank, dtype, device, threshold or mode; mass out of range or `cu_seqlens` that do not fit the
             rows (see `ztok_fast.ops.checks` for when values are checked).
     """
-    checks.check_tensor("halting_units", "mass", mass, "[T]")
-    checks.check_cu_seqlens("halting_units", "cu_seqlens", cu_seqlens, "mass", mass)
+    given = checks.Arguments("halting_units")
+    given.tensor("mass", mass, "[T]")
+    given.tensor("cu_seqlens", cu_seqlens, "[B + 1]", checks.INDICES)
     checks.check_positive("halting_units", "threshold", threshold)
     checks.check_choice("halting_units", "mode", mode, MODES)
     weights, ends, unit, counts, cu_units = HALTING_UNITS(mass, cu_seqlens, float(threshold), mode)
@@ -146,15 +147,13 @@ def check_units_found(units, mass, cu_seqlens, threshold, mode) -> None:
 
 def _cases() -> tuple[Case, ...]:
     add = CaseTable("B", "S")
-    add(3, 20, "tiny")
-    add(3, 20, "tiny", direction=BACKWARD)
+    add(3, 20, "tiny", both=True)
     add(16, 512, "quick")
     for B, S in ((1, 64), (1, 65536), (16, 512), (256, 512)):
         add(B, S, "default")
     add(16, 512, "default", direction=BACKWARD)
     add(256, 512, "default", direction=BACKWARD)
-    for direction in (FORWARD, BACKWARD):
-        add(1024, 4096, "default", direction=direction, devices=("cuda",))
+    add(1024, 4096, "default", both=True, devices=("cuda",))
     add(1024, 4096, "full")
     return add.cases()
 

@@ -11,7 +11,7 @@ from ztok_fast.ops.backends import FLOATS, cpp, triton
 from ztok_fast.ops.halting import reference
 from ztok_fast.ops.halting.halting_units import HaltingUnits, some_mass
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, lengths_of, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Spec, Work, lengths_of, offsets, randn
 
 _LAYOUTS = {
     "ends": ("[T]", (torch.bool,)),
@@ -40,24 +40,19 @@ def integrate_units(rows: Tensor, units: HaltingUnits, total_units: int) -> Tens
     Raises:
         ValueError: bad rank, dtype, device; units of another number of rows; fewer `total_units` than units.
     """
-    checks.check_tensor("integrate_units", "rows", rows, "[T, D]")
-    check_units("integrate_units", units, rows)
+    given = checks.Arguments("integrate_units")
+    given.tensor("rows", rows, "[T, D]")
+    check_units(given, units)
     checks.check_count("integrate_units", "total_units", total_units)
     return INTEGRATE_UNITS(rows, units.weights, units.unit, units.ends, units.cu_units, total_units)
 
 
-def check_units(op: str, units: object, rows: Tensor, main: str = "rows") -> None:
-    """`HaltingUnits` of as many rows as `rows`, which is the argument `main`, has, on the same device."""
+def check_units(given: checks.Arguments, units: object) -> None:
+    """`HaltingUnits` of as many rows T as an argument that is `given` has."""
     if not isinstance(units, HaltingUnits):
-        checks.fail(op, "units", "HaltingUnits", type(units).__name__)
+        checks.fail(given.op, "units", "HaltingUnits", type(units).__name__)
     for field, (layout, dtypes) in _LAYOUTS.items():
-        value = getattr(units, field)
-        checks.check_tensor(op, f"units.{field}", value, layout, dtypes, (main, rows))
-        if field != "cu_units":
-            checks.check_size(op, f"units.{field}", value, 0, rows.shape[0], main)
-    checks.check_size(op, "units.weights", units.weights, 1, 2, "own and carried share")
-    if units.cu_units.shape[0] == 0:
-        checks.fail(op, "units.cu_units", "a tensor [B + 1] of at least one element", checks.describe(units.cu_units))
+        given.tensor(f"units.{field}", getattr(units, field), layout, dtypes)
 
 
 def check_unit_values(op: str, cu_units: Tensor, total_units: int) -> None:
@@ -103,11 +98,9 @@ def _from_parts(rows, weights, unit, ends, cu_units, total_units):
 
 def _cases() -> tuple[Case, ...]:
     add = CaseTable("B", "S", "D")
-    add(3, 9, 8, "tiny")
-    add(3, 9, 8, "tiny", direction=BACKWARD)
-    for direction in (FORWARD, BACKWARD):
-        add(16, 256, 576, "default", direction=direction)
-        add(64, 1024, 1024, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
+    add(3, 9, 8, "tiny", both=True)
+    add(16, 256, 576, "default", both=True)
+    add(64, 1024, 1024, "default", both=True, dtype=torch.bfloat16, devices=("cuda",))
     return add.cases()
 
 

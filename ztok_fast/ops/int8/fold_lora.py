@@ -36,16 +36,10 @@ def fold_lora(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     Raises:
         ValueError: wrong rank, dtype, device or size.
     """
-    checks.check_tensor(OP, "weight", weight, "[out, in]", UP_TO_FLOAT32)
-    checks.check_not_empty(OP, "weight", weight)
-    checks.check_tensor(OP, "A", A, "[r, in]", UP_TO_FLOAT32)
-    checks.check_not_empty(OP, "A", A)
-    checks.check_size(OP, "A", A, 1, weight.shape[1], "inputs of weight")
-    checks.check_same_device(OP, "A", A, "weight", weight)
-    checks.check_tensor(OP, "B", B, "[out, r]", UP_TO_FLOAT32)
-    checks.check_size(OP, "B", B, 0, weight.shape[0], "outputs of weight")
-    checks.check_size(OP, "B", B, 1, A.shape[0], "rank of A")
-    checks.check_same_device(OP, "B", B, "weight", weight)
+    given = checks.Arguments(OP)
+    given.tensor("weight", weight, "[out, in]", UP_TO_FLOAT32, empty=False)
+    given.tensor("A", A, "[r, in]", UP_TO_FLOAT32, empty=False)
+    given.tensor("B", B, "[out, r]", UP_TO_FLOAT32)
     return FOLD_LORA(weight, A, B, float(scale))
 
 

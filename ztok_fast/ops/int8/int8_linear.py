@@ -10,6 +10,7 @@ from ztok_fast.ops.backends import cpp, triton
 from ztok_fast.ops.int8 import reference
 from ztok_fast.ops.int8.int8_pack import int8_pack
 from ztok_fast.ops.int8.reference import COLUMNS, DEPTH, round_up
+from ztok_fast.ops.lora.lora_linear import check_adapter_values, check_choice_of_adapters
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Spec, Work, equal, randn
 
@@ -54,62 +55,34 @@ def int8_linear(
         ValueError: wrong rank, dtype, device or size, `adapters` missing with n > 1; under the value checks
             (`ztok_fast.ops.checks`) also an adapter out of range and `cu_seqlens` that do not add up to M.
     """
-    checks.check_tensor(OP, "x", x, "[M, in]", FLOAT32)
-    checks.check_tensor(OP, "panels", panels, "[n, P, K64 / 4, 16, 4] or [P, K64 / 4, 16, 4]", (torch.uint8,))
-    checks.check_not_empty(OP, "panels", panels)
-    checks.check_same_device(OP, "panels", panels, "x", x)
-    checks.check_tensor(OP, "scales", scales, "[n, 16 P] or [16 P]", FLOAT32)
-    checks.check_same_device(OP, "scales", scales, "x", x)
+    given = checks.Arguments(OP)
+    given.tensor("x", x, "[M, in]", FLOAT32)
+    given.tensor("panels", panels, "[n, P, K64 / 4, 16, 4] or [P, K64 / 4, 16, 4]", (torch.uint8,), empty=False)
+    given.tensor("scales", scales, "[n, 16 P] or [16 P]", FLOAT32)
     if scales.ndim != panels.ndim - 3:
         checks.fail(OP, "scales", "with a dimension of adapters where panels has one", checks.describe(scales))
+    given.size("panels", -3, round_up(x.shape[1], DEPTH) // 4, "a quarter of the padded width of x")
+    given.size("scales", -1, panels.shape[-4] * COLUMNS, "channels of panels")
     if panels.ndim == 4:
         panels, scales = panels[None], scales[None]
-    checks.check_size(OP, "panels", panels, 2, round_up(x.shape[1], DEPTH) // 4, "a quarter of the padded width of x")
-    checks.check_size(OP, "panels", panels, 3, COLUMNS, "channels of a panel")
-    checks.check_size(OP, "panels", panels, 4, 4, "inputs side by side")
-    checks.check_size(OP, "scales", scales, 0, panels.shape[0], "adapters of panels")
-    checks.check_size(OP, "scales", scales, 1, panels.shape[1] * COLUMNS, "channels of panels")
-    check_out_features(OP, x, out_features, panels.shape[1], bias)
-    _check_choice_of_adapters(x, panels, adapters, cu_seqlens)
+    check_out_features(given, out_features, panels.shape[1], bias)
+    check_choice_of_adapters(given, "panels", panels.shape[0], adapters, cu_seqlens)
     return INT8_LINEAR(x, panels, scales, out_features, bias, adapters, cu_seqlens)
 
 
-def check_out_features(op: str, x: Tensor, out_features: int, count: int, bias: Tensor | None) -> None:
+def check_out_features(given: checks.Arguments, out_features: int, count: int, bias: Tensor | None) -> None:
     """The checks of `out_features` for `count` panels, and of a bias of that size."""
-    checks.check_count(op, "out_features", out_features)
+    checks.check_count(given.op, "out_features", out_features)
     if not COLUMNS * (count - 1) < out_features <= COLUMNS * count:
         expected = f"above {COLUMNS * (count - 1)} and at most {COLUMNS * count} (the channels of {count} panels)"
-        checks.fail(op, "out_features", expected, out_features)
+        checks.fail(given.op, "out_features", expected, out_features)
     if bias is not None:
-        checks.check_tensor(op, "bias", bias, "[out_features]", FLOAT32)
-        checks.check_size(op, "bias", bias, 0, out_features, "out_features")
-        checks.check_same_device(op, "bias", bias, "x", x)
-
-
-def _check_choice_of_adapters(x: Tensor, panels: Tensor, adapters: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if adapters is None:
-        if panels.shape[0] != 1:
-            checks.fail(OP, "adapters", f"an int32 tensor, because panels holds {panels.shape[0]} adapters", "None")
-        if cu_seqlens is not None:
-            checks.fail(OP, "cu_seqlens", "None where adapters is None", checks.describe(cu_seqlens))
-        return
-    checks.check_tensor(OP, "adapters", adapters, "[M]" if cu_seqlens is None else "[B]", (torch.int32,))
-    checks.check_same_device(OP, "adapters", adapters, "x", x)
-    if cu_seqlens is None:
-        checks.check_size(OP, "adapters", adapters, 0, x.shape[0], "rows of x")
-        return
-    checks.check_cu_seqlens(OP, "cu_seqlens", cu_seqlens, "x", x)
-    checks.check_size(OP, "adapters", adapters, 0, cu_seqlens.shape[0] - 1, "sequences of cu_seqlens")
+        given.tensor("bias", bias, "[out_features]", FLOAT32)
+        given.size("bias", 0, out_features, "out_features")
 
 
 def _check_values(x, panels, scales, out_features, bias, adapters, cu_seqlens) -> None:
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens_values(OP, "cu_seqlens", cu_seqlens, x.shape[0])
-    if adapters is None or adapters.numel() == 0 or not checks.value_checks(adapters):
-        return
-    low, high = (int(value) for value in adapters.aminmax())
-    if low < 0 or high >= panels.shape[0]:
-        checks.fail(OP, "adapters", f"in [0, {panels.shape[0]})", low if low < 0 else high)
+    check_adapter_values(OP, 0, panels.shape[0], adapters, cu_seqlens, x.shape[0])
 
 
 def _fake(x, panels, scales, out_features, *_):

@@ -53,8 +53,7 @@ def int8_pack(weight: Tensor) -> Int8Panels:
     Raises:
         ValueError: wrong rank, dtype or size.
     """
-    checks.check_tensor(OP, "weight", weight, "[out, in] or [n, out, in]", UP_TO_FLOAT32)
-    checks.check_not_empty(OP, "weight", weight)
+    checks.Arguments(OP).tensor("weight", weight, "[out, in] or [n, out, in]", UP_TO_FLOAT32, empty=False)
     if weight.shape[-1] > 1 << 16:
         checks.fail(OP, "weight", "of at most 65,536 inputs", checks.describe(weight))
     return Int8Panels(*INT8_PACK(weight))

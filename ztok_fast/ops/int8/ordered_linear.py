@@ -10,7 +10,6 @@ from ztok_fast.ops.backends import cpp, triton
 from ztok_fast.ops.int8 import reference
 from ztok_fast.ops.int8.int8_linear import FLOAT32, check_out_features, special_rows
 from ztok_fast.ops.int8.ordered_pack import ordered_pack
-from ztok_fast.ops.int8.reference import COLUMNS
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Spec, Work, equal, randn
 
@@ -37,13 +36,10 @@ def ordered_linear(x: Tensor, panels: Tensor, out_features: int, bias: Tensor | 
     Raises:
         ValueError: wrong rank, dtype, device or size.
     """
-    checks.check_tensor(OP, "x", x, "[M, in]", FLOAT32)
-    checks.check_tensor(OP, "panels", panels, "[P, in, 16]", FLOAT32)
-    checks.check_not_empty(OP, "panels", panels)
-    checks.check_same_device(OP, "panels", panels, "x", x)
-    checks.check_size(OP, "panels", panels, 1, x.shape[1], "width of x")
-    checks.check_size(OP, "panels", panels, 2, COLUMNS, "channels of a panel")
-    check_out_features(OP, x, out_features, panels.shape[0], bias)
+    given = checks.Arguments(OP)
+    given.tensor("x", x, "[M, in]", FLOAT32)
+    given.tensor("panels", panels, "[P, in, 16]", FLOAT32, empty=False)
+    check_out_features(given, out_features, panels.shape[0], bias)
     return ORDERED_LINEAR(x, panels, out_features, bias)
 
 

@@ -31,8 +31,7 @@ def ordered_pack(weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong rank, dtype or size.
     """
-    checks.check_tensor(OP, "weight", weight, "[out, in]", UP_TO_FLOAT32)
-    checks.check_not_empty(OP, "weight", weight)
+    checks.Arguments(OP).tensor("weight", weight, "[out, in]", UP_TO_FLOAT32, empty=False)
     return ORDERED_PACK(weight)
 
 

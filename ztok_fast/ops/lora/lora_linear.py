@@ -16,12 +16,6 @@ from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, close, randn
 
 OP = "lora_linear"
-# dtype of x -> those that A and B may have, for the commonest kinds of call
-_ADAPTER_DTYPES = {
-    torch.float32: (torch.float32,),
-    torch.bfloat16: (torch.bfloat16, torch.float32),
-    torch.float16: (torch.float16, torch.float32),
-}
 
 
 def lora_linear(
@@ -67,124 +61,55 @@ def lora_linear(
             gradient; under the value checks (`ztok_fast.ops.checks`) also an adapter out of range and `cu_seqlens`
             that do not add up to M.
     """
-    if not _is_valid(x, weight, bias, A, B, scaling, adapters, cu_seqlens):
-        x, weight, bias = _check(x, weight, bias, A, B, scaling, adapters, cu_seqlens)
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+
+        def cast(t):
+            return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        x, weight, bias = cast(x), cast(weight), cast(bias)
+    if getattr(scaling, "requires_grad", False):
+        checks.fail(OP, "scaling", "a constant", "a tensor that requires a gradient")
     return LORA_LINEAR(x, weight, bias, A, B, scaling, adapters, cu_seqlens)
 
 
-def _is_valid(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> bool:
-    """Whether the commonest kind of call passes all checks: an eighth of the time of `_check`, which explains a no.
-
-    Commonest: under no autocast, in up to 32 bits.
-    """
-    try:
-        device, dtype = x.device, x.dtype
-        num_rows, width = x.shape
-        num_adapters, rank, _ = A.shape
-        out = weight.shape[0]
-        return (
-            dtype in _ADAPTER_DTYPES
-            and num_adapters * rank * width > 0
-            and weight.shape == (out, width)
-            and A.shape == (num_adapters, rank, width)
-            and B.shape == (num_adapters, out, rank)
-            and scaling.shape == (num_adapters,)
-            and weight.dtype == dtype
-            and A.dtype in _ADAPTER_DTYPES[dtype]
-            and B.dtype == A.dtype
-            and scaling.dtype == torch.float32
-            and device == weight.device == A.device == B.device == scaling.device
-            and (bias is None or bias.shape == (out,) and bias.dtype == dtype and bias.device == device)
-            and (
-                num_adapters == 1 and cu_seqlens is None
-                if adapters is None
-                else adapters.shape == (num_rows if cu_seqlens is None else cu_seqlens.shape[0] - 1,)
-                and adapters.dtype == torch.int32
-                and adapters.device == device
-            )
-            and (
-                cu_seqlens is None
-                or cu_seqlens.ndim == 1
-                and cu_seqlens.dtype in checks.INDICES
-                and cu_seqlens.device == device
-            )
-            and not scaling.requires_grad
-            and not torch.is_autocast_enabled(device.type)
-        )
-    except (AttributeError, IndexError, ValueError):  # not a tensor, or another rank
-        return False
-
-
-def _check(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All checks; x, weight and bias as autocast wants them."""
-    checks.check_tensor(OP, "x", x, "[M, in]")
-    checks.check_tensor(OP, "weight", weight, "[out, in]")
+def _check(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> None:
+    given = checks.Arguments(OP)
+    given.tensor("x", x, "[M, in]")
+    given.tensor("weight", weight, "[out, in]", "x")
     if bias is not None:
-        checks.check_tensor(OP, "bias", bias, "[out]")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check_layer(x, weight, bias)
-    _check_adapters(x, weight, A, B, scaling)
-    _check_choice_of_adapters(x, A, adapters, cu_seqlens)
-    return x, weight, bias
-
-
-def _check_dtype(argument: str, value: Tensor, allowed: tuple[torch.dtype, ...], meaning: str) -> None:
-    if value.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
-        checks.fail(OP, argument, f"of dtype {names} ({meaning})", checks.describe(value))
-
-
-def _check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    checks.check_size(OP, "weight", weight, 1, x.shape[1], "width of x")
-    checks.check_same_device(OP, "weight", weight, "x", x)
-    _check_dtype("weight", weight, (x.dtype,), "that of x")
-    if bias is not None:
-        checks.check_size(OP, "bias", bias, 0, weight.shape[0], "rows of weight")
-        checks.check_same_device(OP, "bias", bias, "x", x)
-        _check_dtype("bias", bias, (x.dtype,), "that of x")
-
-
-def _check_adapters(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor) -> None:
+        given.tensor("bias", bias, "[out]", "x")
     accumulate = checks.compute_dtype(x)
-    checks.check_tensor(OP, "A", A, "[n, r, in]", on=("x", x))
-    checks.check_not_empty(OP, "A", A)
-    checks.check_size(OP, "A", A, 2, x.shape[1], "width of x")
-    _check_dtype("A", A, (x.dtype, accumulate), "that of x or the one it accumulates in")
-    checks.check_tensor(OP, "B", B, "[n, out, r]", on=("x", x))
-    checks.check_size(OP, "B", B, 0, A.shape[0], "adapters of A")
-    checks.check_size(OP, "B", B, 1, weight.shape[0], "rows of weight")
-    checks.check_size(OP, "B", B, 2, A.shape[1], "rank of A")
-    _check_dtype("B", B, (A.dtype,), "that of A")
-    checks.check_tensor(OP, "scaling", scaling, "[n]", (accumulate, torch.float32), ("x", x))
-    checks.check_size(OP, "scaling", scaling, 0, A.shape[0], "adapters of A")
-    if scaling.requires_grad:
-        checks.fail(OP, "scaling", "a constant", "a tensor that requires a gradient")
+    given.tensor("A", A, "[n, r, in]", (x.dtype, accumulate), empty=False)
+    given.tensor("B", B, "[n, out, r]", "A")
+    given.tensor("scaling", scaling, "[n]", (accumulate, torch.float32))
+    check_choice_of_adapters(given, "A", A.shape[0], adapters, cu_seqlens)
 
 
-def _check_choice_of_adapters(x: Tensor, A: Tensor, adapters: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def check_choice_of_adapters(given: checks.Arguments, stack: str, count: int, adapters, cu_seqlens) -> None:
+    """For the rows x [M, in], or their sequences, of the adapters whose number the argument `stack` says."""
     if adapters is None:
-        if A.shape[0] != 1:
-            checks.fail(OP, "adapters", f"an int32 tensor, because A holds {A.shape[0]} adapters", "None")
+        if count != 1:
+            checks.fail(given.op, "adapters", f"an int32 tensor, because {stack} holds {count} adapters", "None")
         if cu_seqlens is not None:
-            checks.fail(OP, "cu_seqlens", "None where adapters is None", checks.describe(cu_seqlens))
+            checks.fail(given.op, "cu_seqlens", "None where adapters is None", checks.describe(cu_seqlens))
         return
-    checks.check_tensor(OP, "adapters", adapters, "[M]" if cu_seqlens is None else "[B]", (torch.int32,), ("x", x))
-    if cu_seqlens is None:
-        checks.check_size(OP, "adapters", adapters, 0, x.shape[0], "rows of x")
-        return
-    checks.check_cu_seqlens(OP, "cu_seqlens", cu_seqlens, "x", x)
-    checks.check_size(OP, "adapters", adapters, 0, cu_seqlens.shape[0] - 1, "sequences of cu_seqlens")
+    if cu_seqlens is not None:
+        given.tensor("cu_seqlens", cu_seqlens, "[B + 1]", checks.INDICES)
+    given.tensor("adapters", adapters, "[M]" if cu_seqlens is None else "[B]", (torch.int32,))
 
 
 def _check_values(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> None:
+    check_adapter_values(OP, -1, A.shape[0], adapters, cu_seqlens, x.shape[0])
+
+
+def check_adapter_values(op, lowest, count, adapters, cu_seqlens, rows) -> None:
+    """Adapters in [lowest, count) and offsets that add up to the rows, where they are given."""
     if cu_seqlens is not None:
-        checks.check_cu_seqlens_values(OP, "cu_seqlens", cu_seqlens, x.shape[0])
+        checks.check_cu_seqlens_values(op, "cu_seqlens", cu_seqlens, rows)
     if adapters is not None:
-        expected = f"in [-1, {A.shape[0]}) (-1 = none, else an adapter)"
-        checks.check_range_values(OP, "adapters", adapters, -1, A.shape[0] - 1, expected)
+        expected = f"in [{lowest}, {count})" + (" (-1 = none, else an adapter)" if lowest < 0 else "")
+        checks.check_range_values(op, "adapters", adapters, lowest, count - 1, expected)
 
 
 def _few_rows(x, weight, *_) -> bool:
@@ -380,6 +305,7 @@ LORA_LINEAR = Op(
     ),
     backward=_backward,
     keeps_outputs=False,
+    check=_check,
     check_values=_check_values,
     spec=SPEC,
 )

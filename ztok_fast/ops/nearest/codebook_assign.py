@@ -4,7 +4,7 @@ Vector quantisation as in VQ-VAE (van den Oord et al., arXiv:1711.00937), residu
 et al., arXiv:2107.03312).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,40 +58,14 @@ def codebook_assign(x: Tensor, codebook: Tensor, metric: str = "l2") -> Assignme
     Raises:
         ValueError: bad rank, dtype, device, width or metric; a codebook that is empty or not finite.
     """
-    if not _is_valid(x, codebook, metric):
-        _check(x, codebook, metric)
     return Assignment._make(CODEBOOK_ASSIGN(x, codebook, metric)[::-1])
 
 
-def _is_valid(x, codebook, metric) -> bool:
-    """Whether the commonest kind of call passes all checks; `_check` explains a no."""
-    try:
-        return (
-            x.is_cpu
-            and codebook.is_cpu
-            and x.dtype is torch.float32
-            and codebook.dtype is torch.float32
-            and metric in METRICS
-            and x.dim() == 2
-            and x.size(1) == codebook.size(-1)
-            and codebook.numel() > 0
-            and 2 <= codebook.dim() <= 3
-        )
-    except (AttributeError, TypeError, IndexError):  # not a tensor, or another rank
-        return False
-
-
 def _check(x, codebook, metric) -> None:
-    checks.check_tensor("codebook_assign", "x", x, "[M, d]")
-    check_codebook("codebook_assign", "codebook", codebook, "[V, d] or [L, V, d]", "x", x)
+    given = checks.Arguments("codebook_assign")
+    given.tensor("x", x, "[M, d]")
+    given.tensor("codebook", codebook, "[V, d] or [L, V, d]", empty=False)
     checks.check_choice("codebook_assign", "metric", metric, METRICS)
-
-
-def check_codebook(op: str, argument: str, codebook: Any, layout: str, main_argument: str, main: Tensor) -> None:
-    """A codebook that is not empty, as wide as `main` and on its device."""
-    checks.check_tensor(op, argument, codebook, layout, on=(main_argument, main))
-    checks.check_not_empty(op, argument, codebook)
-    checks.check_size(op, argument, codebook, -1, main.shape[-1], f"the width of {main_argument}")
 
 
 def _check_values(x: Tensor, codebooks: Tensor, metric: str) -> None:
@@ -241,6 +215,7 @@ CODEBOOK_ASSIGN = Op(
     fake=_fake,
     backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton(f"{_HOST}:codebook_assign", contiguous=True)),
     backward=_backward,
+    check=_check,
     check_values=_check_values,
     spec=SPEC,
 )

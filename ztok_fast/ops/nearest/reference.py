@@ -96,11 +96,7 @@ def distance_and_terms(rows, codes, metric):
 
 def take_codes(book, codes):
     """Rows [M, d] of `book` [V, d], 0 where the code is -1; the gradient is summed in a fixed order."""
-    return torch.where((codes >= 0)[:, None], _take(book, codes.clamp(min=0)), 0)
-
-
-def _take(book, codes):
-    return book.index_select(0, codes.long())
+    return torch.where((codes >= 0)[:, None], book.index_select(0, codes.clamp(min=0).long()), 0)
 
 
 def codebook_assign(x, codebooks, metric):
@@ -109,15 +105,17 @@ def codebook_assign(x, codebooks, metric):
         distances, codes = codebook_assign(x, codebooks[None], metric)
         return distances.squeeze(1), codes.squeeze(1)
     with torch.no_grad():
-        codes = _search(x, codebooks, metric)
+        codes = residual_codes(x, codebooks, metric)
     return _distances(x, codebooks, codes, metric), codes
 
 
-def _search(x, codebooks, metric):
+def residual_codes(x, codebooks, metric, levels=None):
+    """Codes int32 [M, L], -1 where a row does not use the level; `levels` [M] are those that each row uses, or all."""
     residual, codes = x.to(compute_dtype(x, codebooks)), []
-    for book in codebooks.to(residual.dtype):
-        codes.append(nearest_codes(residual, book, metric)[0])
-        residual = residual - book[codes[-1]]
+    for level, book in enumerate(codebooks.to(residual.dtype)):
+        code = nearest_codes(residual, book, metric)[0]
+        codes.append(code if levels is None else torch.where(levels > level, code, -1))
+        residual = residual - take_codes(book, codes[-1])
     return torch.stack(codes, 1).int()
 
 
@@ -126,7 +124,7 @@ def _distances(x, codebooks, codes, metric):
     dtype = compute_dtype(x, codebooks)
     residual, distances = x.to(dtype), []
     for book, code in zip(codebooks.to(dtype), codes.unbind(1)):
-        chosen = _take(book, code)
+        chosen = take_codes(book, code)
         # float64 products: squares of any float32 neither overflow nor vanish
         distance, _ = distance_and_terms(residual.double(), chosen.double(), metric)
         finite = torch.isfinite(residual).all(1)

@@ -15,19 +15,17 @@ from ztok_fast.ops.halting.halting_units import (
     some_mass,
 )
 from ztok_fast.ops.halting.integrate_units import check_unit_values, check_units
-from ztok_fast.ops.nearest.codebook_assign import check_codebook
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.quantize import reference
 from ztok_fast.ops.quantize.residual_quantize import (
     check_level_values,
-    check_levels,
     check_levels_searched,
     check_losses_and_usage,
     fake_codes,
     some_codebooks,
     some_levels,
 )
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, close, lengths_of, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Spec, Work, close, lengths_of, offsets, randn
 
 _NAME = "quantize_ragged"
 
@@ -94,26 +92,24 @@ def quantize_ragged(
         ValueError: as `halting_units` and `residual_quantize`; widths that do not match; too few `total_units`; both
             a mass and units.
     """
-    checks.check_tensor(_NAME, "hidden", hidden, "[T, D]")
-    checks.check_tensor(_NAME, "end_weight", end_weight, "[d, D]")
-    check_codebook(_NAME, "codebooks", codebooks, "[L, V, d]", "end_weight", end_weight.T)
-    for argument, weight in (("end_weight", end_weight), ("mean_weight", mean_weight)):
-        checks.check_tensor(_NAME, argument, weight, "[d, D]", on=("hidden", hidden))
-        checks.check_size(_NAME, argument, weight, 0, codebooks.shape[2], "the width of codebooks")
-        checks.check_size(_NAME, argument, weight, 1, hidden.shape[1], "the width of hidden")
+    given = checks.Arguments(_NAME)
+    given.tensor("hidden", hidden, "[T, D]")
+    given.tensor("end_weight", end_weight, "[d, D]")
+    given.tensor("codebooks", codebooks, "[L, V, d]", empty=False)
+    given.tensor("mean_weight", mean_weight, "[d, D]")
     if units is None:
         if mass is None or cu_seqlens is None:
             checks.fail(_NAME, "units", "given where mass or cu_seqlens is not", "None")
-        checks.check_tensor(_NAME, "mass", mass, "[T]", on=("hidden", hidden))
-        checks.check_size(_NAME, "mass", mass, 0, hidden.shape[0], "rows of hidden")
+        given.tensor("mass", mass, "[T]")
+        given.tensor("cu_seqlens", cu_seqlens, "[B + 1]", checks.INDICES)
         units = halting_units(mass, cu_seqlens, threshold, mode)
     else:
         for argument, value in (("mass", mass), ("cu_seqlens", cu_seqlens)):
             if value is not None:
                 checks.fail(_NAME, argument, "None where units are given", checks.describe(value))
-        check_units(_NAME, units, hidden, "hidden")
+        check_units(given, units)
     if levels is not None:
-        check_levels(_NAME, levels, "[B]", units.cu_units.shape[0] - 1, "sequences", "hidden", hidden)
+        given.tensor("levels", levels, "[B]", checks.INDICES)
     if total_units is None:
         total_units = int(units.cu_units[-1])
     checks.check_count(_NAME, "total_units", total_units)
@@ -191,16 +187,14 @@ def check(inputs, result) -> None:
 
 def _cases() -> tuple[Case, ...]:
     add = CaseTable("B", "S", "D", "d", "L", "V")
-    add(3, 9, 8, 5, 2, 11, "tiny")
-    add(3, 9, 8, 5, 2, 11, "tiny", direction=BACKWARD)
+    add(3, 9, 8, 5, 2, 11, "tiny", both=True)
     add(16, 256, 256, 128, 4, 1024, "quick")  # ztok-mini
     add(16, 256, 576, 96, 4, 4096, "default")  # the codec on SmolLM2
     add(16, 256, 576, 96, 4, 4096, "default", direction=BACKWARD)
     add(1, 64, 576, 96, 4, 4096, "default")
     add(16, 256, 1024, 128, 4, 4096, "full")
-    for direction in (FORWARD, BACKWARD):
-        add(64, 1024, 1024, 128, 4, 4096, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
-        add(64, 1024, 576, 96, 4, 4096, "default", direction=direction, devices=("cuda",))
+    add(64, 1024, 1024, 128, 4, 4096, "default", both=True, dtype=torch.bfloat16, devices=("cuda",))
+    add(64, 1024, 576, 96, 4, 4096, "default", both=True, devices=("cuda",))
     return add.cases()
 
 

@@ -4,7 +4,7 @@ import torch
 
 from ztok_fast.ops.checks import compute_dtype
 from ztok_fast.ops.halting import reference as halting
-from ztok_fast.ops.nearest.reference import nearest_codes, take_codes
+from ztok_fast.ops.nearest.reference import residual_codes, take_codes
 from ztok_fast.ops.op import vjp
 from ztok_fast.ops.segments import sequence_of
 from ztok_fast.ops.straight_through import straight_through
@@ -20,25 +20,9 @@ def residual_quantize(latents, codebooks, levels):
         quantized, commitment, codebook_loss, codes, usage.
     """
     with torch.no_grad():
-        codes = _search(latents, codebooks, levels)
-    usage = torch.stack([_counts(code, codebooks.shape[1]) for code in codes.unbind(1)])
+        codes = residual_codes(latents, codebooks, "l2", levels)
+    usage = torch.stack([code[code >= 0].bincount(minlength=codebooks.shape[1]) for code in codes.unbind(1)])
     return *quantized_and_losses(latents, codebooks, codes), codes, usage
-
-
-def _search(latents, codebooks, levels):
-    """Codes int32 [M, L], -1 where a level is not used."""
-    residual, codes = latents.to(compute_dtype(latents, codebooks)), []
-    for level, book in enumerate(codebooks.to(residual.dtype)):
-        code = nearest_codes(residual, book, "l2")[0]
-        codes.append(code if levels is None else torch.where(levels > level, code, -1))
-        residual = residual - take_codes(book, codes[-1])
-    return torch.stack(codes, 1).int()
-
-
-def _counts(codes, size):
-    counts = torch.zeros(size + 1, dtype=torch.int64, device=codes.device)
-    index = torch.where(codes >= 0, codes, size).long()
-    return counts.scatter_add(0, index, torch.ones_like(index))[:size]
 
 
 def quantized_and_losses(latents, codebooks, codes):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
-from ztok_fast.ops.nearest.codebook_assign import check_codebook, check_codes
+from ztok_fast.ops.nearest.codebook_assign import check_codes
 from ztok_fast.ops.nearest.reference import take_codes
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.quantize import reference
@@ -60,18 +60,13 @@ def residual_quantize(latents: Tensor, codebooks: Tensor, levels: Tensor | None 
     Raises:
         ValueError: bad rank, dtype, device or width; codebooks that are empty or not finite; levels out of range.
     """
-    checks.check_tensor("residual_quantize", "latents", latents, "[M, d]")
-    check_codebook("residual_quantize", "codebooks", codebooks, "[L, V, d]", "latents", latents)
+    given = checks.Arguments("residual_quantize")
+    given.tensor("latents", latents, "[M, d]")
+    given.tensor("codebooks", codebooks, "[L, V, d]", empty=False)
     if levels is not None:
-        check_levels("residual_quantize", levels, "[M]", latents.shape[0], "rows of latents", "latents", latents)
+        given.tensor("levels", levels, "[M]", checks.INDICES)
     quantized, commitment, codebook_loss, codes, usage = RESIDUAL_QUANTIZE(latents, codebooks, levels)
     return ResidualCodes(codes, quantized, commitment, codebook_loss, usage)
-
-
-def check_levels(op, levels, layout, size, meaning, main_argument, main) -> None:
-    """Integer levels, one per row or sequence, on the device of `main`."""
-    checks.check_tensor(op, "levels", levels, layout, checks.INDICES, (main_argument, main))
-    checks.check_size(op, "levels", levels, 0, size, meaning)
 
 
 def check_level_values(op: str, levels: Tensor | None, num_levels: int) -> None:
@@ -166,8 +161,7 @@ def check_losses_and_usage(latents, codebooks, result, dtype) -> None:
 
 def _cases() -> tuple[Case, ...]:
     add = CaseTable("M", "L", "V", "d")
-    add(19, 3, 31, 6, "tiny")
-    add(19, 3, 31, 6, "tiny", direction=BACKWARD)
+    add(19, 3, 31, 6, "tiny", both=True)
     add(256, 4, 1024, 128, "quick")
     for M in (1, 256, 4096):
         add(M, 4, 1024, 128, "default")  # ztok-mini

@@ -55,7 +55,7 @@ def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int], exact: bo
             stay in [0, T).
     """
     op = "ragged_layout"
-    check_sources(op, cu_seqlens, "cu_seqlens[0]", None)
+    check_sources(checks.Arguments(op), cu_seqlens)
     if not isinstance(totals, (list, tuple)) or len(totals) != len(cu_seqlens):
         checks.fail(op, "totals", f"a list of {len(cu_seqlens)} integers (one per source)", checks.describe(totals))
     for i, total in enumerate(totals):
@@ -65,14 +65,12 @@ def ragged_layout(cu_seqlens: Sequence[Tensor], totals: Sequence[int], exact: bo
     return RaggedLayout(merged, position_ids, destination.split_with_sizes(totals))
 
 
-def check_sources(op: str, cu_seqlens: object, main_argument: str, main: Tensor | None) -> None:
+def check_sources(given: checks.Arguments, cu_seqlens: object) -> None:
     """A list of at least one `cu_seqlens`, all of one length."""
     if not isinstance(cu_seqlens, (list, tuple)) or not cu_seqlens:
-        checks.fail(op, "cu_seqlens", "a list of at least one tensor [B + 1]", checks.describe(cu_seqlens))
+        checks.fail(given.op, "cu_seqlens", "a list of at least one tensor [B + 1]", checks.describe(cu_seqlens))
     for i, cu in enumerate(cu_seqlens):
-        checks.check_cu_seqlens(op, f"cu_seqlens[{i}]", cu, main_argument, cu_seqlens[0] if main is None else main)
-        if cu.shape != cu_seqlens[0].shape:
-            checks.check_size(op, f"cu_seqlens[{i}]", cu, 0, cu_seqlens[0].shape[0], "as cu_seqlens[0]")
+        given.tensor(f"cu_seqlens[{i}]", cu, "[B + 1]", checks.INDICES)
 
 
 def _check_values(cu_seqlens: list[Tensor], totals: list[int], exact: bool) -> None:

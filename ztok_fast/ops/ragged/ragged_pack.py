@@ -7,8 +7,6 @@ waits for the device.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import ANY_DTYPE, cpp, cuda
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.ragged import reference
-from ztok_fast.ops.spec import BACKWARD, FORWARD, Case, CaseTable, Spec, Work, equal, lengths_of, offsets, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Spec, Work, equal, lengths_of, offsets, randn
 
 
 def ragged_pack(padded: Tensor, cu_seqlens: Tensor, total: int, exact: bool = True) -> Tensor:
@@ -39,11 +37,10 @@ def ragged_pack(padded: Tensor, cu_seqlens: Tensor, total: int, exact: bool = Tr
             than S. Where values are not checked, no such input reads or writes outside of the tensors: what exceeds
             the capacity is left out, rows that no sequence covers are zero or unspecified.
     """
-    op = "ragged_pack"
-    _check_rows(op, "padded", padded, "[B, S, *]", 2)
-    checks.check_cu_seqlens(op, "cu_seqlens", cu_seqlens, "padded", padded)
-    checks.check_size(op, "cu_seqlens", cu_seqlens, 0, padded.shape[0] + 1, "sequences of padded + 1")
-    checks.check_count(op, "total", total)
+    given = checks.Arguments("ragged_pack")
+    given.tensor("padded", padded, "[B, S, *]", ANY_DTYPE)
+    given.tensor("cu_seqlens", cu_seqlens, "[B + 1]", checks.INDICES)
+    checks.check_count(given.op, "total", total)
     return RAGGED_PACK(padded, cu_seqlens, total, exact)
 
 
@@ -67,8 +64,9 @@ def ragged_unpack(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: flo
             cut off, and nothing outside of the tensors is read.
     """
     op = "ragged_unpack"
-    _check_rows(op, "packed", packed, "[T, *]", 1)
-    checks.check_cu_seqlens(op, "cu_seqlens", cu_seqlens, "packed", packed)
+    given = checks.Arguments(op)
+    given.tensor("packed", packed, "[T, *]", ANY_DTYPE)
+    given.tensor("cu_seqlens", cu_seqlens, "[B + 1]", checks.INDICES)
     checks.check_count(op, "max_length", max_length)
     if not isinstance(fill, (int, float)):
         checks.fail(op, "fill", "a number", checks.describe(fill))
@@ -77,13 +75,6 @@ def ragged_unpack(packed: Tensor, cu_seqlens: Tensor, max_length: int, fill: flo
         if fill != fill or not low <= fill <= high or fill != int(fill):
             checks.fail(op, "fill", f"a value of {str(packed.dtype).removeprefix('torch.')}", repr(fill))
     return RAGGED_UNPACK(packed, cu_seqlens, max_length, float(fill), exact)
-
-
-def _check_rows(op: str, argument: str, value: Any, layout: str, min_rank: int) -> None:
-    if not isinstance(value, Tensor) or value.ndim < min_rank:
-        checks.fail(op, argument, f"a tensor {layout}", checks.describe(value))
-    if value.dtype not in ANY_DTYPE:
-        checks.fail(op, argument, "of a real or bool dtype", checks.describe(value))
 
 
 def _integer_range(dtype: torch.dtype) -> tuple[int, int]:
@@ -158,8 +149,7 @@ def check_unpack(inputs, result) -> None:
 def _cases() -> tuple[Case, ...]:
     add = CaseTable("B", "S", "D")
     # hidden sizes: SmolLM2 576, Qwen3 1024, Llama 7B 4096
-    add(3, 7, 5, "tiny")
-    add(3, 7, 5, "tiny", direction=BACKWARD)
+    add(3, 7, 5, "tiny", both=True)
     add(16, 256, 576, "quick")
     add(4, 64, 576, "default")
     add(32, 512, 576, "default")
@@ -168,25 +158,16 @@ def _cases() -> tuple[Case, ...]:
     add(16, 256, 576, "default", direction=BACKWARD)
     add(8, 1024, 4096, "full")
     for B, S, D in ((16, 512, 576), (64, 1024, 1024), (64, 1024, 4096)):
-        for direction in (FORWARD, BACKWARD):
-            add(B, S, D, "default", direction=direction, dtype=torch.bfloat16, devices=("cuda",))
+        add(B, S, D, "default", both=True, dtype=torch.bfloat16, devices=("cuda",))
     return add.cases()
 
 
-def _work_pack(case, inputs):
+def _work(case, inputs, packs) -> Work:
     row, total = case["D"] * case.dtype.itemsize, int(inputs["cu_seqlens"][-1])
-    moved = 2.0 * total * row
+    to_packed, to_padded = 2.0 * total * row, float((total + case["B"] * case["S"]) * row)
     if case.direction == BACKWARD:
-        moved += (total + case["B"] * case["S"]) * row
-    return Work(0.0, moved)
-
-
-def _work_unpack(case, inputs):
-    row, total = case["D"] * case.dtype.itemsize, int(inputs["cu_seqlens"][-1])
-    moved = float((total + case["B"] * case["S"]) * row)
-    if case.direction == BACKWARD:
-        moved += 2.0 * total * row
-    return Work(0.0, moved)
+        return Work(0.0, to_packed + to_padded)
+    return Work(0.0, to_packed if packs else to_padded)
 
 
 _SAMPLES = (
@@ -208,7 +189,7 @@ PACK_SPEC = Spec(
     check=check_pack,
     differentiable=("padded",),
     cases=_cases(),
-    work=_work_pack,
+    work=lambda case, inputs: _work(case, inputs, packs=True),
 )
 
 UNPACK_SPEC = Spec(
@@ -218,7 +199,7 @@ UNPACK_SPEC = Spec(
     check=check_unpack,
     differentiable=("packed",),
     cases=_cases(),
-    work=_work_unpack,
+    work=lambda case, inputs: _work(case, inputs, packs=False),
 )
 
 RAGGED_PACK = Op(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks
-from ztok_fast.ops.backends import FLOATS, cpp, cuda
+from ztok_fast.ops.backends import cpp, cuda
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.ragged import reference
 from ztok_fast.ops.spec import Spec, close, randn
@@ -28,11 +28,10 @@ def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
         ValueError: wrong rank, dtype, device or size; under the value checks also an index out of range. Where values
             are not checked such rows are left out.
     """
-    op = "ragged_scatter_add"
-    checks.check_tensor(op, "rows", rows, "[T, D]", FLOATS)
-    checks.check_tensor(op, "index", index, "[T]", checks.INDICES, ("rows", rows))
-    checks.check_size(op, "index", index, 0, rows.shape[0], "rows of rows")
-    checks.check_count(op, "num_rows", num_rows)
+    given = checks.Arguments("ragged_scatter_add")
+    given.tensor("rows", rows, "[T, D]")
+    given.tensor("index", index, "[T]", checks.INDICES)
+    checks.check_count(given.op, "num_rows", num_rows)
     return RAGGED_SCATTER_ADD(rows, index, num_rows)
 
 

@@ -52,9 +52,9 @@ def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> TokenScores:
     Raises:
         ValueError: wrong rank, dtype, device or size, no rows; targets out of range.
     """
-    check_head(OP, hidden, rows, "[T, D]")
-    checks.check_tensor(OP, "targets", targets, "[T]", checks.INDICES, ("hidden", hidden))
-    checks.check_size(OP, "targets", targets, 0, hidden.shape[0], "rows of hidden")
+    given = checks.Arguments(OP)
+    check_head(given, hidden, rows, "[T, D]")
+    given.tensor("targets", targets, "[T]", checks.INDICES)
     return TokenScores(*TOKEN_SCORES(hidden, rows, targets.long()))
 
 

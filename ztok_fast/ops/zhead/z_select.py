@@ -66,7 +66,8 @@ def z_select(
     Raises:
         ValueError: wrong rank, dtype, device or size, no codes, or a number out of its range.
     """
-    check_head(OP, hidden, rows, "[B, D]")
+    given = checks.Arguments(OP)
+    check_head(given, hidden, rows, "[B, D]")
     if not _is_number(temperature) or not 0 <= temperature < math.inf:
         checks.fail(OP, "temperature", "a finite number of at least 0", repr(temperature))
     if not _is_number(top_p) or not 0 < top_p <= 1:
@@ -74,19 +75,15 @@ def z_select(
     _check_integer("seed", seed, 63)
     _check_integer("step", step, 32)
     if row_ids is not None:
-        checks.check_tensor(OP, "row_ids", row_ids, "[B]", (torch.int64,), ("hidden", hidden))
-        checks.check_size(OP, "row_ids", row_ids, 0, hidden.shape[0], "rows of hidden")
+        given.tensor("row_ids", row_ids, "[B]", (torch.int64,))
     sampling = float(temperature), float(top_p), seed, row_ids, step
     return Selection(*Z_SELECT(hidden, rows, *sampling))
 
 
-def check_head(op: str, hidden: Tensor, rows: Tensor, layout: str) -> None:
+def check_head(given: checks.Arguments, hidden: Tensor, rows: Tensor, layout: str) -> None:
     """Hidden states and the rows that are multiplied with them."""
-    checks.check_tensor(op, "hidden", hidden, layout)
-    checks.check_tensor(op, "rows", rows, "[V, D]", on=("hidden", hidden))
-    checks.check_not_empty(op, "rows", rows)
-    checks.check_size(op, "rows", rows, 1, hidden.shape[1], "width of hidden")
-    checks.check_same_dtype(op, "rows", rows, "hidden", hidden)
+    given.tensor("hidden", hidden, layout)
+    given.tensor("rows", rows, "[V, D]", "hidden", empty=False)
 
 
 def _is_number(value: object) -> bool:
