@@ -120,6 +120,35 @@ def test_the_check_runs_first_or_only_after_a_refusal(monkeypatch, checks_values
     assert ran == (["kernel", "check"] if checks_values else ["check", "kernel"])
 
 
+def test_compiled_kernels_refuse_shapes_themselves(monkeypatch):
+    """Of a call that is right the ops' own checks see nothing; they word the error of one that is wrong."""
+    seen = []
+    tensor = checks.Arguments.tensor
+    monkeypatch.setattr(
+        checks.Arguments, "tensor", lambda self, *args, **how: seen.append(1) or tensor(self, *args, **how)
+    )
+    x, weight, A, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(1, 2, 4), torch.randn(1, 5, 2)
+    cu_seqlens = torch.tensor([0, 3])
+    with ztok_fast.backend("cpp"):
+        ops.codebook_assign(x, weight)
+        ops.lora_linear(x, weight, None, A, B, torch.ones(1), None)
+        ops.ragged_gather([x], [None], [cu_seqlens])
+        assert not seen
+        for wrong in (
+            torch.randn(3, 7),
+            torch.randn(3, 4, dtype=torch.float64),
+            torch.ones(3, 4, dtype=torch.int64),
+            [1],
+        ):
+            with pytest.raises(ValueError, match="codebook_assign: (x|codebook) must be"):
+                ops.codebook_assign(wrong, weight.int() if torch.is_tensor(wrong) else weight)
+            with pytest.raises(ValueError, match="lora_linear: (x|weight) must be"):
+                ops.lora_linear(wrong, weight, None, A, B, torch.ones(1), None)
+        with pytest.raises(ValueError, match="lora_linear: A must be of dtype float32, got float16"):
+            ops.lora_linear(x, weight, None, A.half(), B.half(), torch.ones(1), None)
+    assert seen
+
+
 def test_good_input_is_looked_at_once(monkeypatch):
     def unwanted(*args):
         raise AssertionError("a pass over the values that the backend makes itself")

@@ -78,7 +78,7 @@ class Arguments:
             if value.dtype != self.given[dtypes].dtype:
                 fail(self.op, argument, f"of the dtype of {dtypes} ({self.given[dtypes].dtype})", describe(value))
         elif value.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
             fail(self.op, argument, f"of dtype {names}", describe(value))
         for main, first in self.given.items():
             if not (value.is_cpu and first.is_cpu) and value.device != first.device:
@@ -101,7 +101,7 @@ class Arguments:
     def size(self, argument: str, dim: int, size: int, meaning: str) -> None:
         """A size that no layout says; `meaning` says where it comes from."""
         if self.given[argument].shape[dim] != size:
-            expected = f"of size {size} in dimension {dim} ({meaning})"
+            expected = f"of size {size} in dimension {dim % self.given[argument].ndim} ({meaning})"
             fail(self.op, argument, expected, describe(self.given[argument]))
 
 

@@ -18,73 +18,39 @@ def _fixed_point(mass: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.nan_to_num(scaled, nan=0.0).clamp(0, ONE).long()
 
 
-def _sequences(cu_seqlens, rows):
-    """First row of the sequence of each row, and whether a row is the last of its sequence; both [T]."""
-    row = torch.arange(rows, device=cu_seqlens.device)
-    sequence = sequence_of(cu_seqlens, row)
-    return cu_seqlens[sequence].long(), row + 1 == cu_seqlens[sequence + 1]
-
-
-def _accumulate(mass, cu_seqlens, threshold):
-    """Fixed-point mass, its inclusive prefix sum within the sequence, rows that fire, rows that carry; all [T]."""
-    first, is_last = _sequences(cu_seqlens, mass.shape[0])
-    quanta = _fixed_point(mass, threshold)
-    before = exclusive_cumsum(quanta)
-    prefix = before[1:] - before[first]
-    fired = (prefix >> FRACTION_BITS) > ((prefix - quanta) >> FRACTION_BITS)
-    return quanta, prefix, fired, fired & ~is_last, is_last
-
-
-def _in_unit(mass, cu_seqlens, threshold):
-    """mode="stop": rows up to the first whose mass reaches the threshold, and those that end a unit; all [T]."""
-    first, is_last = _sequences(cu_seqlens, mass.shape[0])
-    reached = mass.double() >= threshold
-    before = exclusive_cumsum(reached)
-    open_ = before[:-1] == before[first]
-    return open_, open_ & (reached | is_last)
-
-
 def halting_units(mass, cu_seqlens, threshold, mode):
-    """See `ztok_fast.ops.halting_units`; returns weights, ends, unit, counts and cu_units."""
-    dtype = compute_dtype(mass)
-    with torch.no_grad():
-        if mode == "fire":
-            quanta, prefix, fired, carries, is_last = _accumulate(mass, cu_seqlens, threshold)
-            ends = fired | is_last
-            own = torch.where(fired, ONE - ((prefix - quanta) & (ONE - 1)), quanta)
-            carried = torch.where(carries, prefix & (ONE - 1), 0)
-            weights = (torch.stack([own, carried], 1).double() * (threshold / ONE)).to(dtype)
-            unit = exclusive_cumsum(ends)[:-1]
-        else:
-            open_, ends = _in_unit(mass, cu_seqlens, threshold)
-            own = torch.where(open_, torch.nan_to_num(mass.to(dtype)), 0)
-            weights = torch.stack([own, torch.zeros_like(own)], 1)
-            unit = torch.where(open_, exclusive_cumsum(ends)[:-1], -1)
-        cu_units = exclusive_cumsum(ends)[cu_seqlens.long()]
-    weights = straight_through(weights, _weights_before_rounding(mass, cu_seqlens, threshold, mode))
-    return weights, ends, unit.int(), cu_units.diff().int(), cu_units.int()
+    """See `ztok_fast.ops.halting_units`; returns weights, ends, unit, counts and cu_units.
 
-
-def _weights_before_rounding(mass, cu_seqlens, threshold, mode):
-    """The weights [T, 2] up to constants, as functions of the mass that autograd differentiates.
-
-    In "fire", the own share is the mass where the row does not fire and -C[t - 1] where it does, the carried share is
-    C[t], with C the prefix sum within the sequence.
+    Up to constants, in "fire" the own share is the mass where the row does not fire and -C[t - 1] where it does, the
+    carried share C[t], with C the prefix sum within the sequence: that is what autograd differentiates.
     """
-    with torch.no_grad():
-        if mode == "fire":
-            _, _, fired, carries, _ = _accumulate(mass, cu_seqlens, threshold)
-            first, _ = _sequences(cu_seqlens, mass.shape[0])
-        else:
-            open_, _ = _in_unit(mass, cu_seqlens, threshold)
     dtype = compute_dtype(mass)
-    if mode == "stop":
-        own = torch.where(open_, mass, 0).to(dtype)
-        return torch.stack([own, torch.zeros_like(own)], 1)
-    wide = mass.double()
-    prefix = _sums_within(wide, first)
-    own = torch.where(fired, wide - prefix, wide)
-    return torch.stack([own, torch.where(carries, prefix, 0)], 1).to(dtype)
+    row = torch.arange(mass.shape[0], device=mass.device)
+    sequence = sequence_of(cu_seqlens, row)
+    first, is_last = cu_seqlens[sequence].long(), row + 1 == cu_seqlens[sequence + 1]
+    if mode == "fire":
+        quanta = _fixed_point(mass.detach(), threshold)
+        before = exclusive_cumsum(quanta)
+        prefix = before[1:] - before[first]
+        fired = (prefix >> FRACTION_BITS) > ((prefix - quanta) >> FRACTION_BITS)
+        carries, ends = fired & ~is_last, fired | is_last
+        own = torch.where(fired, ONE - ((prefix - quanta) & (ONE - 1)), quanta)
+        weights = torch.stack([own, torch.where(carries, prefix & (ONE - 1), 0)], 1).double() * (threshold / ONE)
+        unit = exclusive_cumsum(ends)[:-1]
+        sums = _sums_within(mass.double(), first)
+        through = [torch.where(fired, mass - sums, mass.double()), torch.where(carries, sums, 0)]
+    else:
+        reached = mass.detach().double() >= threshold
+        before = exclusive_cumsum(reached)
+        in_unit = before[:-1] == before[first]
+        ends = in_unit & (reached | is_last)
+        own = torch.where(in_unit, torch.nan_to_num(mass.detach().to(dtype)), 0)
+        weights = torch.stack([own, torch.zeros_like(own)], 1)
+        unit = torch.where(in_unit, exclusive_cumsum(ends)[:-1], -1)
+        through = [torch.where(in_unit, mass, 0), torch.zeros_like(mass)]
+    cu_units = exclusive_cumsum(ends)[cu_seqlens.long()]
+    weights = straight_through(weights.to(dtype), torch.stack(through, 1).to(dtype))
+    return weights, ends, unit.int(), cu_units.diff().int(), cu_units.int()
 
 
 def _sums_within(values, first):
@@ -104,7 +70,7 @@ def _sums_within(values, first):
 
 def halting_units_backward(mass, cu_seqlens, grad_weights, threshold, mode):
     """Gradient of the mass [T] from that of the weights [T, 2]."""
-    return vjp(lambda m: _weights_before_rounding(m, cu_seqlens, threshold, mode), (mass,), (grad_weights,))[0]
+    return vjp(lambda m: halting_units(m, cu_seqlens, threshold, mode)[0], (mass,), (grad_weights,))[0]
 
 
 def carries_on(unit, ends, cu_units):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ztok_fast.ops import checks
@@ -11,7 +10,7 @@ from ztok_fast.ops.int8 import reference
 from ztok_fast.ops.int8.int8_linear import FLOAT32, check_out_features, special_rows
 from ztok_fast.ops.int8.ordered_pack import ordered_pack
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import Case, Spec, Work, equal, randn
+from ztok_fast.ops.spec import Case, Spec, Work, equal, randn, some_rows
 
 OP = "ordered_linear"
 
@@ -70,8 +69,7 @@ def check(inputs, y) -> None:
     moved = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
     M = y.shape[0]
     if M > 0:
-        count = min(M, max(2, CHECKED_ELEMENTS // inputs["out_features"]))
-        rows = torch.linspace(0, M - 1, count).round().long().unique()
+        rows = some_rows(M, CHECKED_ELEMENTS // inputs["out_features"])
         equal(y.cpu()[rows], reference.ordered_linear(**{**moved, "x": moved["x"][rows]}), "y")
 
 

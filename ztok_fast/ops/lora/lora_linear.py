@@ -13,7 +13,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, cuda, triton
 from ztok_fast.ops.lora import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, close, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, close, randn, some_rows
 
 OP = "lora_linear"
 
@@ -189,8 +189,7 @@ def check(inputs, y) -> None:
         raise Mismatch(f"y: expected {x.dtype} {[M, out]}, got {y.dtype} {list(y.shape)}")
     if M == 0:
         return
-    count = min(M, max(2, CHECKED_PRODUCTS // (width * out)))
-    rows = torch.linspace(0, M - 1, count, device=x.device).round().long().unique()
+    rows = some_rows(M, CHECKED_PRODUCTS // (width * out)).to(x.device)
     chosen = adapter_of_rows(x, inputs["adapters"], inputs["cu_seqlens"])[rows]
     wide_x = x[rows].double()
     expected = wide_x @ weight.double().T

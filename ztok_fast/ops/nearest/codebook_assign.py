@@ -13,7 +13,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.nearest import reference
 from ztok_fast.ops.op import Op
-from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, randn
+from ztok_fast.ops.spec import BACKWARD, Case, CaseTable, Mismatch, Spec, Work, randn, some_rows
 
 METRICS = ("l2", "cosine", "dot")
 
@@ -129,7 +129,7 @@ def check_codes(x, codebook, codes, distances=None, metric="l2", loose=False) ->
     allowed = (4 * (width + 2) + 1) * eps * terms
     if distances is not None and bool(((distances.double() - chosen).abs() > allowed).any()):
         raise Mismatch(f"distances: off by up to {float((distances.double() - chosen).abs().max()):.2e}")
-    rows = some_rows(x.shape[0], size * width, x.device)
+    rows = some_rows(x.shape[0], CHECKED_PRODUCTS // (size * width)).to(x.device)
     best = reference.nearest_codes(x[rows], codebook, metric)[1]
     error_bound = 2 * (width + 2) * eps * terms[rows]
     if loose:
@@ -141,12 +141,6 @@ def check_codes(x, codebook, codes, distances=None, metric="l2", loose=False) ->
 
 CHECKED_PRODUCTS = 1 << 30
 """Bound of (rows checked for optimality) x V x d: one float64 product of that size."""
-
-
-def some_rows(rows: int, products_per_row: int, device) -> Tensor:
-    """Rows to check for optimality: all where that is cheap, else evenly spread ones with the first and the last."""
-    count = min(rows, max(2, CHECKED_PRODUCTS // products_per_row))
-    return torch.linspace(0, rows - 1, count, device=device).round().long().unique()
 
 
 def _cases() -> tuple[Case, ...]:

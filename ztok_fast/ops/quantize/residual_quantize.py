@@ -204,7 +204,7 @@ SPEC = Spec(
     flops_of_reference=3.0,
 )
 
-_HOST = "ztok_fast.ops.quantize.triton_residual"
+_HOST = "ztok_fast.ops.quantize.triton"
 
 RESIDUAL_QUANTIZE = Op(
     "residual_quantize(Tensor latents, Tensor codebooks, Tensor? levels) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -1,9 +1,11 @@
-"""Triton backend of `quantize_ragged`: host side. Nothing waits for the device.
+"""Triton backend of `residual_quantize` and `quantize_ragged`: host side. Nothing waits for the device.
 
-Forward: the table of units, `project_units_kernel`, and the residual search of `ops.nearest.triton`. The search is
-a launch of its own, not the tail of the projection: a projection block is small, because it waits for memory, and a
-search block large, because it is bound by the tensor cores, and for few units the search is split over the codebook.
-Rows that end no unit are read only for the mean they have a share in; blocks of units that do not exist do nothing.
+`residual_quantize` is the residual search of `ops.nearest.triton` with usage counts, the sum of the codes and losses.
+
+`quantize_ragged`, forward: the table of units, `project_units_kernel`, and the residual search. The search is a launch
+of its own, not the tail of the projection: a projection block is small, because it waits for memory, and a search block
+large, because it is bound by the tensor cores, and for few units the search is split over the codebook. Rows that end
+no unit are read only for the mean they have a share in; blocks of units that do not exist do nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from ztok_fast.ops.halting import triton as halting
 from ztok_fast.ops.nearest import triton as nearest
+from ztok_fast.ops.nearest.triton_gradients import row_gradients, sum_by_code
 from ztok_fast.ops.quantize import triton_kernels as kernels
-from ztok_fast.ops.quantize.triton_residual import residual_quantize_backward
 from ztok_fast.ops.triton_launch import Tiles
 
 # a block waits for the rows of its units and wants to be small; columns that cover the latent are normalised in it
@@ -109,3 +111,23 @@ def _end_rows(hidden: Tensor, table, cu_units: Tensor, total_units: int) -> Tens
     exists = (torch.arange(total_units, device=hidden.device) < cu_units[-1]) & (table.end_rows > 0)
     rows = torch.where(exists, table.end_rows - 1, 0)
     return torch.where(exists[:, None], hidden.index_select(0, rows), 0).float()
+
+
+def residual_quantize(latents, codebooks, levels):
+    """See `ztok_fast.ops.quantize.reference.residual_quantize`."""
+    found = nearest.search(latents, codebooks, "l2", levels, quantize=True)
+    return found.quantized, found.commitment, found.codebook_loss, found.codes, found.usage
+
+
+def residual_quantize_backward(latents, codebooks, codes, grad_quantized, grad_commitment, grad_codebook_loss):
+    """Gradients of the latents [M, d] and the codebooks [L, V, d], the codes held fixed.
+
+    Both losses are sums of squared errors of the levels, divided by pairs x width: the gradient of `codebook_assign`
+    with equal weights, of which the commitment takes the latents' share and the codebook loss the codes'.
+    """
+    pairs = (codes >= 0).sum().clamp(min=1)
+    factor = 2 / (pairs * latents.shape[1]).float()
+    grad_latents, to_codes = row_gradients(
+        latents, codebooks, codes, None, "l2", grad_quantized, factor * grad_commitment.float()
+    )
+    return grad_latents, sum_by_code(to_codes, codes, codebooks, factor * grad_codebook_loss.float())

@@ -6,6 +6,8 @@ keyed function of its counter: the numbers of one row at one step do not depend 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,40 +21,25 @@ ROUNDS = 10
 MASK_32 = 0xFFFFFFFF
 
 
-def split_64(value: int) -> tuple[int, int]:
-    """Return the low and the high 32 bits of a 64-bit integer; a negative one is taken in two's complement."""
+def split_64(value: Any) -> tuple[Any, Any]:
+    """The low and the high 32 bits of a 64-bit integer or int64 tensor; a negative one is taken in two's complement."""
     return value & MASK_32, (value >> 32) & MASK_32
 
 
-def multiply_high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of `multiplier * word`, both factors below 2³²."""
+def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     # The 64-bit product may set the sign bit; its bits are right all the same, and the mask undoes the sign extension.
-    product = word * multiplier
-    return (product >> 32) & MASK_32, product & MASK_32
+    return split_64(multiplier * word)
 
 
-def philox_4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return four 32-bit random words for every counter.
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four 32-bit random words for every counter of four words, by a key of two.
 
-    Args:
-        counter: the four counter words, int64 tensors of broadcastable shapes with values in [0, 2³²).
-        key: the two key words, in [0, 2³²).
-
-    Returns:
-        Four int64 tensors of the broadcast shape with values in [0, 2³²).
+    Words of tensors, of broadcastable shapes, are int64 with values in [0, 2³²).
     """
-    word_0, word_1, word_2, word_3 = torch.broadcast_tensors(*counter)
-    key_0, key_1 = key
-    for _ in range(ROUNDS):
-        high_0, low_0 = multiply_high_low(MULTIPLIER_0, word_0)
-        high_1, low_1 = multiply_high_low(MULTIPLIER_1, word_2)
-        word_0, word_1, word_2, word_3 = (
-            high_1 ^ word_1 ^ key_0,
-            low_1,
-            high_0 ^ word_3 ^ key_1,
-            low_0,
-        )
-        key_0, key_1 = (key_0 + WEYL_0) & MASK_32, (key_1 + WEYL_1) & MASK_32
-    return word_0, word_1, word_2, word_3
+    words = torch.broadcast_tensors(*counter)
+    for i in range(ROUNDS):
+        low_0, high_0 = _multiply(MULTIPLIER_0, words[0])
+        low_1, high_1 = _multiply(MULTIPLIER_1, words[2])
+        key_0, key_1 = (key[0] + i * WEYL_0) & MASK_32, (key[1] + i * WEYL_1) & MASK_32
+        words = high_1 ^ words[1] ^ key_0, low_1, high_0 ^ words[3] ^ key_1, low_0
+    return words
