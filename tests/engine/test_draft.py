@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.models import random_model
-from ztok_fast.engine import Engine, write_blocks, write_steps, write_told
+from ztok_fast.engine import Engine, Texts, write_blocks, write_steps, write_told
 
 V, D = 50, 32
 
@@ -56,7 +56,7 @@ def test_steps_and_blocks_write_the_same(without, forced):
     adapters = ["first", "base", "first", "base", "base"]
     sequences = engine().prefill(prompts, adapters)
     try:
-        steps = write_steps(engine(), sequences, **given)
+        steps = write_steps(engine(), sequences, Texts(**given))
         texts = [row[:n].tolist() for row, n in zip(steps.tokens, lengths)]
         assert bool((steps.tokens[torch.arange(40) >= given["lengths"][:, None]] == -1).all())
         assert steps.passes.tolist() == [max(n - 1, 0) for n in lengths]
@@ -64,11 +64,11 @@ def test_steps_and_blocks_write_the_same(without, forced):
         assert texts == by_hand(prompts, adapters, **given)
         sequences = engine().prefill(prompts, adapters)
         for block in (1, 2, 3, 16, 64):
-            blocks = write_blocks(engine(), sequences, block=block, **given)
+            blocks = write_blocks(engine(), sequences, Texts(**given), block=block)
             assert torch.equal(blocks.tokens, steps.tokens)
             # A draft takes one pass and makes one token certain; so does each pass that confirms no guess.
             assert bool((blocks.passes <= steps.passes).all())
-        told = write_told(engine(), sequences, **given)
+        told = write_told(engine(), sequences, Texts(**given))
         assert torch.equal(told.tokens, steps.tokens)
         assert sequences.lengths.tolist() == [len(prompt) for prompt in prompts]
     finally:
@@ -85,7 +85,7 @@ def test_there_is_a_pass_for_each_token_that_is_not_told(share, precision):
     given["forced"] = torch.where(told, torch.randint(0, V, (5, 33), generator=draw), -1)
     own = engine(precision)
     sequences = own.prefill([*prompts[:3], [4], prompts[4]])
-    found, steps = write_told(own, sequences, **given), write_steps(own, sequences, **given)
+    found, steps = write_told(own, sequences, Texts(**given)), write_steps(own, sequences, Texts(**given))
     assert torch.equal(found.tokens, steps.tokens)
     guessed = (given["forced"] < 0) & (torch.arange(33) < given["lengths"][:, None])
     assert found.passes.tolist() == guessed[:, 1:].sum(1).tolist()  # the prompt predicts the first
@@ -96,14 +96,14 @@ def test_right_guesses_save_passes():
     lengths = [33, 20]
     prompts, given = inputs(lengths, 2)
     sequences = engine().prefill(prompts)
-    truth = write_steps(engine(), sequences, **given).tokens
-    right = write_blocks(engine(), sequences, **given, block=16, draft=truth)
+    truth = write_steps(engine(), sequences, Texts(**given)).tokens
+    right = write_blocks(engine(), sequences, Texts(**given), block=16, draft=truth)
     assert torch.equal(right.tokens, truth) and right.passes.tolist() == [2, 2]
     wrong = truth.clone()
     wrong[0, 5] = (wrong[0, 5] + 1) % V
-    one_wrong = write_blocks(engine(), sequences, **given, block=32, draft=wrong)
+    one_wrong = write_blocks(engine(), sequences, Texts(**given), block=32, draft=wrong)
     assert torch.equal(one_wrong.tokens, truth) and one_wrong.passes.tolist()[1] == 1 < one_wrong.passes.tolist()[0]
-    nonsense = write_blocks(engine(), sequences, **given, block=8, draft=torch.full_like(truth, -7))
+    nonsense = write_blocks(engine(), sequences, Texts(**given), block=8, draft=torch.full_like(truth, -7))
     assert torch.equal(nonsense.tokens, truth)
     engine().release(sequences)
 
@@ -114,9 +114,11 @@ def test_a_text_that_does_not_depend_on_its_own_tokens_takes_few_passes():
     prompts = [[1, 2, 3]]
     sequences = engine().prefill(prompts)
     biases = torch.randn(1, 32, D, generator=draw) * 1000
-    written = write_blocks(engine(), sequences, torch.tensor([32]), biases=biases, block=31)
+    written = write_blocks(engine(), sequences, Texts(torch.tensor([32]), biases=biases), block=31)
     assert written.passes.tolist() == [2]
-    assert torch.equal(written.tokens, write_steps(engine(), sequences, torch.tensor([32]), biases=biases).tokens)
+    assert torch.equal(
+        written.tokens, write_steps(engine(), sequences, Texts(torch.tensor([32]), biases=biases)).tokens
+    )
     engine().release(sequences)
 
 
@@ -124,17 +126,19 @@ def test_float32_too():
     prompts, given = inputs([24, 24, 9], 5)
     own = engine("float32")
     sequences = own.prefill(prompts)
-    assert torch.equal(write_blocks(own, sequences, **given).tokens, write_steps(own, sequences, **given).tokens)
+    assert torch.equal(
+        write_blocks(own, sequences, Texts(**given)).tokens, write_steps(own, sequences, Texts(**given)).tokens
+    )
 
 
 @pytest.mark.parametrize("way", [write_steps, write_blocks, write_told])
 def test_nothing_to_write(way):
     sequences = engine().prefill([[1], [2]])
-    found = way(engine(), sequences, torch.tensor([0, 0]))
+    found = way(engine(), sequences, Texts(torch.tensor([0, 0])))
     assert found.tokens.shape == (2, 0) and found.passes.tolist() == [0, 0]
     engine().release(sequences)
     nobody = engine().prefill([])
-    assert way(engine(), nobody, torch.empty(0).long()).tokens.shape == (0, 0)
+    assert way(engine(), nobody, Texts(torch.empty(0).long())).tokens.shape == (0, 0)
 
 
 @pytest.mark.parametrize("way", [write_steps, write_blocks, write_told])
@@ -152,7 +156,7 @@ def test_nothing_to_write(way):
 def test_arguments_that_do_not_fit(way, change, message):
     sequences = engine().prefill([[1], [2]])
     with pytest.raises(ValueError, match=message):
-        way(engine(), sequences, **({"lengths": torch.tensor([4, 2])} | change))
+        way(engine(), sequences, Texts(**({"lengths": torch.tensor([4, 2])} | change)))
     engine().release(sequences)
 
 
@@ -164,5 +168,5 @@ def test_options_of_blocks_that_do_not_fit():
         ({"draft": torch.zeros(2, 3).long()}, "draft: expected a tensor int64 \\[2, 4\\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            write_blocks(engine(), sequences, torch.tensor([4, 2]), **change)
+            write_blocks(engine(), sequences, Texts(torch.tensor([4, 2])), **change)
     engine().release(sequences)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ztok_fast.codec.adapters import ADAPTERS, AdaptedBase
 from ztok_fast.codec.float_session import DecodeSession
 from ztok_fast.codec.layout import offsets
-from ztok_fast.engine import Engine, Sequences, write_blocks, write_told
+from ztok_fast.engine import Engine, Sequences, Texts, write_blocks, write_told
 from ztok_fast.engine.draft import DRAFTED_SEQUENCES, TOLD_SHARE, Choose
 from ztok_fast.ops import ordered_linear, ordered_pack
 from ztok_fast.profiling import HEAD, MODEL, count_rows, measuring, stage
@@ -210,10 +210,8 @@ class EngineSession:
         engine = self._runtime.engine
         adapters = engine.variants(self._adapter, len(lengths))
         sequences = Sequences(self._slots, adapters, self._lengths, self._positions, self.last)
-        if by_pass:
-            written = write_told(engine, sequences, lengths, conditioning, logit_bias, forced, choose)
-        else:
-            written = write_blocks(engine, sequences, lengths, conditioning, logit_bias, forced)
+        texts = Texts(lengths, conditioning, logit_bias, forced)
+        written = write_told(engine, sequences, texts, choose) if by_pass else write_blocks(engine, sequences, texts)
         if measuring():
             passes = written.passes + 1  # with the one over the prefix
             count_rows(int(passes.sum()), int(passes.max()) * len(lengths))

@@ -36,6 +36,24 @@ Choose = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts to be written after B sequences.
+
+    Attributes:
+        lengths: int64 [B], tokens of each; L is the largest.
+        vectors: float32 [B, L, D]; that of column c is added to the input row that predicts column c, so that of
+            column 0 is not used.
+        biases: float32 [B, L, D], added to the hidden state that predicts a column.
+        forced: int64 [B, L], tokens to write instead of the model's own; -1 where there is none.
+    """
+
+    lengths: Tensor
+    vectors: Tensor | None = None
+    biases: Tensor | None = None
+    forced: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Written:
     """Texts: int64 `tokens` [B, L], -1 past a text's end; int64 `passes` [B], in how many passes each had rows."""
 
@@ -43,21 +61,21 @@ class Written:
     passes: Tensor
 
 
-class _Texts:
-    """What both ways of writing share: checked arguments, input rows of columns and tokens from hidden states.
+class _Writing:
+    """What the ways of writing share: checked arguments, input rows of columns and tokens from hidden states.
 
     The row of column c is that of its token; its hidden state predicts column c + 1.
     """
 
-    def __init__(self, engine, sequences, lengths, vectors, biases, forced, chooser: Choose | None = None) -> None:
-        count, hidden = len(sequences), engine.settings.hidden
+    def __init__(self, engine: Engine, sequences: Sequences, given: Texts, chooser: Choose | None = None) -> None:
+        count, hidden, lengths = len(sequences), engine.settings.hidden, given.lengths
         checks.tensor("lengths", lengths, (count,), torch.int64)
         longest = int(lengths.max()) if count else 0
-        for name, value in (("vectors", vectors), ("biases", biases)):
+        for name, value in (("vectors", given.vectors), ("biases", given.biases)):
             if value is not None:
                 checks.tensor(name, value, (count, longest, hidden), torch.float32, engine.device)
-        if forced is not None:
-            checks.tensor("forced", forced, (count, longest), torch.int64)
+        if given.forced is not None:
+            checks.tensor("forced", given.forced, (count, longest), torch.int64)
         if count and int(lengths.min()) < 0:
             raise ValueError(f"engine: lengths: expected at least 0, got {int(lengths.min())}")
         needed = sequences.lengths + lengths - 1  # the last token is written and not read
@@ -66,8 +84,7 @@ class _Texts:
                 f"engine: lengths: expected texts that fit {engine.capacity} rows, the capacity, got one that needs "
                 f"{int(needed.max())}; call reserve(capacity=...)"
             )
-        self.engine, self.sequences, self.lengths = engine, sequences, lengths
-        self.vectors, self.biases, self.forced, self.chooser = vectors, biases, forced, chooser
+        self.engine, self.sequences, self.given, self.chooser = engine, sequences, given, chooser
         self.tokens = torch.full((count, longest), -1)
         self.passes = torch.zeros(count, dtype=torch.int64)
 
@@ -82,53 +99,39 @@ class _Texts:
             s.slots[texts],
             s.lengths[texts] + firsts.int(),
             s.adapters[texts],
-            None if self.vectors is None else self.vectors[rows, columns + 1],
+            None if self.given.vectors is None else self.given.vectors[rows, columns + 1],
         )
 
     def choose(self, hidden: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
         """The tokens of columns from the hidden states that predict them."""
-        biases = None if self.biases is None else self.biases[texts, columns]
+        biases = None if self.given.biases is None else self.given.biases[texts, columns]
         tokens = (
             self.engine.argmax(hidden, biases) if self.chooser is None else self.chooser(hidden, biases, texts, columns)
         )
-        if self.forced is None:
+        if self.given.forced is None:
             return tokens
-        forced = self.forced[texts, columns]
+        forced = self.given.forced[texts, columns]
         return torch.where(forced >= 0, forced, tokens)
 
     def first(self) -> None:
         """Column 0, which the hidden states of the sequences predict."""
-        texts = (self.lengths > 0).nonzero()[:, 0]
+        texts = (self.given.lengths > 0).nonzero()[:, 0]
         if len(texts):
             self.tokens[texts, 0] = self.choose(self.sequences.hidden[texts], texts, torch.zeros_like(texts))
 
     def finish(self) -> Written:
         columns = torch.arange(self.tokens.shape[1])
-        return Written(self.tokens.masked_fill(columns >= self.lengths[:, None], -1), self.passes)
+        return Written(self.tokens.masked_fill(columns >= self.given.lengths[:, None], -1), self.passes)
 
 
 @torch.inference_mode()
-def write_steps(
-    engine: Engine,
-    sequences: Sequences,
-    lengths: Tensor,
-    vectors: Tensor | None = None,
-    biases: Tensor | None = None,
-    forced: Tensor | None = None,
-) -> Written:
-    """Write `lengths[b]` tokens after each sequence, those with the highest logits, one per pass.
+def write_steps(engine: Engine, sequences: Sequences, given: Texts) -> Written:
+    """Write a text after each sequence, the tokens with the highest logits, one per pass.
 
-    The sequences stay as they are; rows past their lengths in their slots are overwritten.
-
-    Args:
-        sequences: their hidden states predict the first column.
-        lengths: int64 [B], L the largest.
-        vectors: float32 [B, L, D]; that of column c is added to the input row that predicts column c, so that of
-            column 0 is not used.
-        biases: float32 [B, L, D], added to the hidden state that predicts a column.
-        forced: int64 [B, L], tokens to write instead of the model's own; -1 where there is none.
+    The sequences, whose hidden states predict the first column, stay as they are; rows past their lengths in their
+    slots are overwritten.
     """
-    text = _Texts(engine, sequences, lengths, vectors, biases, forced)
+    text, lengths = _Writing(engine, sequences, given), given.lengths
     text.first()
     for column in range(text.tokens.shape[1] - 1):
         texts = (lengths > column + 1).nonzero()[:, 0]
@@ -139,15 +142,7 @@ def write_steps(
 
 
 @torch.inference_mode()
-def write_told(
-    engine: Engine,
-    sequences: Sequences,
-    lengths: Tensor,
-    vectors: Tensor | None = None,
-    biases: Tensor | None = None,
-    forced: Tensor | None = None,
-    choose: Choose | None = None,
-) -> Written:
+def write_told(engine: Engine, sequences: Sequences, given: Texts, choose: Choose | None = None) -> Written:
     """What `write_steps` writes, in one pass for each token that is not forced; the arguments are the same.
 
     A pass reads a sequence's last token and all forced ones after it, and so predicts its next token to guess. What
@@ -157,8 +152,8 @@ def write_told(
         choose: finds the tokens that are not forced in place of those with the highest logits. It is asked for the
             first column, where that is not forced, and then in each pass for the next token of every text.
     """
-    text = _Texts(engine, sequences, lengths, vectors, biases, forced, choose)
-    count, longest = text.tokens.shape
+    text, lengths, forced = _Writing(engine, sequences, given, choose), given.lengths, given.forced
+    longest = text.tokens.shape[1]
     if not longest:
         return text.finish()
     columns = torch.arange(longest)
@@ -189,14 +184,7 @@ def write_told(
 
 @torch.inference_mode()
 def write_blocks(
-    engine: Engine,
-    sequences: Sequences,
-    lengths: Tensor,
-    vectors: Tensor | None = None,
-    biases: Tensor | None = None,
-    forced: Tensor | None = None,
-    block: int = 8,
-    draft: Tensor | None = None,
+    engine: Engine, sequences: Sequences, given: Texts, block: int = 8, draft: Tensor | None = None
 ) -> Written:
     """What `write_steps` writes, in fewer passes where guesses are right; the arguments are the same.
 
@@ -209,7 +197,7 @@ def write_blocks(
         draft: int64 [B, L], guesses to begin with; None makes them with the first pass.
     """
     checks.integer("block", block, 1)
-    text = _Texts(engine, sequences, lengths, vectors, biases, forced)
+    text, lengths = _Writing(engine, sequences, given), given.lengths
     text.first()
     certain = lengths.clamp(max=1)
     if draft is not None:
@@ -237,14 +225,14 @@ def write_blocks(
         certain[texts] += torch.minimum(right + 1, counts)
 
 
-def _draft(text: _Texts, certain: Tensor) -> Tensor:
+def _draft(text: _Writing, certain: Tensor) -> Tensor:
     """Guess all columns from one pass over rows without tokens but the first; returns how many columns are certain."""
-    texts = (text.lengths > 1).nonzero()[:, 0]
-    counts = text.lengths[texts] - 1
+    texts = (text.given.lengths > 1).nonzero()[:, 0]
+    counts = text.given.lengths[texts] - 1
     offsets = torch.arange(int(counts.max()))
     inside = offsets < counts[:, None]
     rows, columns = texts.repeat_interleave(counts), offsets.expand(len(texts), -1)[inside]
     tokens = torch.where(columns == 0, text.tokens[rows, columns], -1)
     hidden = text.forward(texts, torch.zeros_like(texts), counts, tokens, columns)
     text.tokens[rows, columns + 1] = text.choose(hidden, rows, columns + 1)
-    return certain + (text.lengths > 1).long()  # the first row had its token, so column 1 is right
+    return certain + (text.given.lengths > 1).long()  # the first row had its token, so column 1 is right
