@@ -265,7 +265,7 @@ GOOD = {"x": torch.zeros(3, 4), "codebook": torch.zeros(2, 5, 4), "metric": "l2"
         ("x", torch.zeros(3, 4, dtype=torch.int64), "x must be of dtype .*, got int64"),
         ("codebook", torch.zeros(4), r"codebook must be a tensor \[V, d\] or \[L, V, d\]"),
         ("codebook", torch.zeros(5, 4, dtype=torch.int32), "codebook must be of dtype"),
-        ("codebook", torch.zeros(5, 3), r"codebook must be of size 4 in dimension -1 \(the width of x\)"),
+        ("codebook", torch.zeros(5, 3), r"codebook must be of size 4 in dimension 1 .* \(d of x\)"),
         ("codebook", torch.zeros(0, 4), "codebook must be not empty"),
         ("codebook", torch.zeros(0, 5, 4), "codebook must be not empty"),
         ("codebook", torch.full((5, 4), torch.nan), "codebook must be finite"),
