@@ -53,16 +53,19 @@ inline __attribute__((always_inline)) Vec squared_differences(const Vec* row, co
   return sum + other;
 }
 
-// `vectors`: those of a row where it has only whole ones, or 0.
+// The vectors of a row that registers have room for, else 0.
+constexpr int held(int width) { return width / kWidth <= 8 ? width / kWidth : 0; }
+
+// `vectors`: those that are held in registers, or 0.
 template <int vectors, typename T>
 float distances_from(const float* row, const T* book, const Matrix& codes, int64_t begin, int64_t end,
                      float* distances) {
-  Vec held[vectors > 0 ? vectors : 1];
+  Vec whole[vectors > 0 ? vectors : 1];
 #pragma GCC unroll 8
-  for (int k = 0; k < vectors; ++k) held[k] = load(row + k * kWidth);
+  for (int k = 0; k < vectors; ++k) whole[k] = load(row + k * kWidth);
   const auto distance_of = [&](int64_t code) __attribute__((always_inline)) {
     const T* at = book + code * codes.stride;
-    if constexpr (vectors > 0) return squared_differences<vectors>(held, at);
+    if constexpr (vectors > 0) return squared_differences<vectors>(whole, at);
     return squared_differences(row, at, codes.width);
   };
   Vec least = broadcast(__builtin_inff()), sum = zeros();
@@ -96,7 +99,8 @@ float distances_from(const float* row, const T* book, const Matrix& codes, int64
 template <typename T>
 float distances_from(const float* row, const Matrix& codes, int64_t begin, int64_t end, float* distances) {
   const T* book = static_cast<const T*>(codes.data);
-  if (codes.width == 64) return distances_from<64 / kWidth>(row, book, codes, begin, end, distances);
+  if (codes.width == 64) return distances_from<held(64)>(row, book, codes, begin, end, distances);
+  if (codes.width == 128) return distances_from<held(128)>(row, book, codes, begin, end, distances);
   return distances_from<0>(row, book, codes, begin, end, distances);
 }
 
