@@ -94,8 +94,13 @@ class Op:
         self._compiled = self.default._op  # spares a frame
         _LIBRARY.impl(self.default, self._run_uncompiled, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.by_name, self._run_by_name, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ztok::{self.name}", fake, lib=_LIBRARY)
-        torch.library.register_fake(f"ztok::{self.name}.backend", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
+
+        def checked_fake(*args):  # also what runs where one of several tensors is on the device "meta"
+            self.check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"ztok::{self.name}", checked_fake, lib=_LIBRARY)
+        torch.library.register_fake(f"ztok::{self.name}.backend", lambda *args: checked_fake(*args[:-1]), lib=_LIBRARY)
         for overload in (self.default, self.by_name):
             _LIBRARY.impl(overload, self._autograd_kernel(overload), "Autograd", with_keyset=True)
 
@@ -113,7 +118,6 @@ class Op:
                 return self._run_transformed(name, args)
             flat = _flatten(args) if self.has_lists else args
             if not _PLAIN.issuperset(map(type, flat)) or _modes():
-                self.check(*args)
                 return self.by_name(*args, name or "")
             if _is_grad_enabled() and _any_requires_grad(*flat):
                 return self._differentiable(name, args, flat)
