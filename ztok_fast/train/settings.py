@@ -137,7 +137,8 @@ class TrainSettings:
                 raise SettingsError(f"training setting {name}: expected a number above 0, got {getattr(self, name)}")
         if not self.train_files:
             raise SettingsError("training setting train_files: expected at least one file, got none")
-        if self.continuous_steps >= self.steps:
+        # Slots have no codebooks.
+        if self.codec_config().emission != "slots" and self.continuous_steps >= self.steps:
             raise SettingsError(
                 f"training setting continuous_steps: expected fewer than steps ({self.steps}), so that the codec "
                 f"is trained quantised, got {self.continuous_steps}"
@@ -147,7 +148,6 @@ class TrainSettings:
                 "training setting sampling_start: expected less than 1, so that some steps draw from the model's own "
                 f"predictions, got {self.sampling_start}; sampling 0 switches it off"
             )
-        self.codec_config()
         self.loss_weights()
 
     def codec_config(self) -> ZTokConfig:
