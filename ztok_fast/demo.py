@@ -46,7 +46,11 @@ def run(options: argparse.Namespace) -> int:
         f"{len(measurements[0].tokens):,} tokens of {report.number(vocabulary, 1)} bits each, on which\nthe base "
         f"model's own bits per token, without Z-tokens, are {report.number(measurements[0].base_bits)}\n"
     )
-    print(_numbers(measurements, exact, whole))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.ztok"
+        stored = [_file_size(codec, m.z, path) for m in measurements]
+        stored_exactly = [_file_size(codec, z, path) for z in exact]
+    print(_numbers(measurements, stored, whole, stored_exactly))
     print("\n" + report.fold(f"The whole text stored exactly, in bytes: {_sizes(data)}", False, indent=""))
     colour = report.use_colour()
     for m in measurements:
@@ -64,22 +68,31 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(whole) else 1
 
 
-def _numbers(measurements, exact, whole) -> str:
+def _file_size(codec, z, path: Path) -> int:
+    codec.save(z, path)
+    return path.stat().st_size
+
+
+def _numbers(measurements, stored, whole, stored_exactly) -> str:
     allocation = [m.surprisal_by_length() for m in measurements]
+    rates = [8 * size / m.z.tokens for size, m in zip(stored, measurements)]
+    saved = [m.base_bits - m.residual_bits for m in measurements]
     rows = [
         ["text tokens", *(f"{m.z.tokens:,}" for m in measurements)],
         ["Z-tokens", *(f"{m.z.ztokens:,}" for m in measurements)],
         ["achieved ratio", *(report.number(m.z.achieved_ratio) for m in measurements)],
-        ["rate, bits per token", *(report.number(m.z.rate) for m in measurements)],
+        ["rate, bits per token: codes at full width", *(report.number(m.z.rate) for m in measurements)],
+        ["rate, bits per token: all of the file", *(report.number(rate) for rate in rates)],
         ["residual bits, given Z-tokens and prefix", *(report.number(m.residual_bits) for m in measurements)],
-        ["efficiency (bits saved / bits spent)", *(report.number(m.efficiency) for m in measurements)],
+        ["efficiency of the file (bits saved / spent)", *(report.number(s / r) for s, r in zip(saved, rates))],
         ["tokens right, free-running", *(report.percent(m.free_running) for m in measurements)],
         ["tokens right, teacher-forced", *(report.percent(m.teacher_forced) for m in measurements)],
         ["correlation of unit length and surprisal", *(report.number(value) for _, _, value in allocation)],
         ["seconds to compress", *(report.number(m.compress_seconds) for m in measurements)],
         ["seconds to decompress", *(report.number(m.decompress_seconds) for m in measurements)],
         ["exact mode: every byte came back", *("yes" if same else "NO" for same in whole)],
-        ["exact mode: bits per token in all", *(report.number(z.rate_exact) for z in exact)],
+        ["the file, in bytes", *(f"{size:,}" for size in stored)],
+        ["exact mode: the file, in bytes", *(f"{size:,}" for size in stored_exactly)],
     ]
     return report.table(["", *(f"r = {m.z.documents[0].budget:g}" for m in measurements)], rows)
 

@@ -38,7 +38,7 @@ def test_tables_and_json_hold_every_way(tiny, rows, tmp_path):
     assert (tmp_path / "out" / "result.md").read_text(encoding="utf-8") == result.out
     assert list(found["families"]) == ["rows"] and found["codec"]["name"] == "tiny"
     own = found["families"]["rows"]
-    ways = ["codec", "without compressor", "fixed units", "token ids", "truncation"]
+    ways = ["codec", "without compressor", "fixed units", "token ids", "truncation", "coded text"]
     assert [(row["asked"], row["way"]) for row in own] == [(r, way) for r in (2.0, 4.0) for way in ways]
     assert all(row["documents"] == 2 and row["tokens"] <= 48 for row in own)
     table = [line for line in result.out.splitlines() if line.startswith("|")][2:]
@@ -125,13 +125,21 @@ def test_demo_prints_every_number_and_both_texts(codec_folder, codec, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     m = measure(codec, SAMPLE.read_text(encoding="utf-8"), 4)
-    lines = {line[:36].strip(): line[36:].split() for line in out.splitlines()}
+    lines = {
+        name.strip(): rest.split() for name, rest in (line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    }
     assert lines["text tokens"] == [str(len(m.tokens))] * 2
     assert lines["Z-tokens"][1] == str(m.z.ztokens)
     assert lines["achieved ratio"][1] == f"{m.z.achieved_ratio:.2f}"
-    assert lines["rate, bits per token"][1] == f"{m.z.rate:.2f}"
+    assert lines["rate, bits per token: codes at full width"][1] == f"{m.z.rate:.2f}"
+    codec.save(m.z, codec_folder / "x.ztok")
+    size = (codec_folder / "x.ztok").stat().st_size
+    assert lines["the file, in bytes"][1] == f"{size:,}"
+    rate = 8 * size / len(m.tokens)
+    assert lines["rate, bits per token: all of the file"][1] == f"{rate:.2f}"
+    assert lines["efficiency of the file (bits saved / spent)"][1] == f"{(m.base_bits - m.residual_bits) / rate:.2f}"
     assert lines["exact mode: every byte came back"] == ["yes", "yes"]
-    assert float(lines["exact mode: bits per token in all"][1]) > m.z.rate
+    assert int(lines["exact mode: the file, in bytes"][1].replace(",", "")) > size
     for budget in "24":
         assert f"The text as it came back at r = {budget}, wrong tokens in {{braces}}:" in out
     marked = out.split("Where its ")[2].split("\n\n", 1)[1]
