@@ -10,6 +10,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "engine_attention_kernel.h"
 #include "engine_linear.h"
 #include "engine_plan.h"
 #include "team.h"
@@ -36,6 +37,8 @@ struct Call {
   const Plan& plan;
   int64_t layers;
   float* result;
+
+  int64_t scores_stride() const { return capacity + 16; }
 
   HeadCache cache(int64_t layer, int64_t slot, int64_t head) const {
     const int64_t place =
@@ -194,6 +197,18 @@ class Runner {
     }
   }
 
+  // Have the processor fetch the keys and values of a row from its last level cache, unless the row before it had the
+  // same: they lie in many short stretches, of which it guesses none.
+  void fetch(int64_t l, int64_t kv, int64_t row, int64_t slot_before) const {
+    const Piece& piece = piece_of(row);
+    if (piece.slot == slot_before) return;
+    const HeadCache cache = c.cache(l, piece.slot, kv);
+    const int64_t bytes = (piece.start + offset(row) + 1) * m.head * (c.half_cache ? 2 : 4);
+    for (const void* from : {cache.keys, cache.values}) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, 0, 2);
+    }
+  }
+
   void attend(int64_t l, float* scores) {
     const int64_t tile = threads_ > 1 ? std::clamp<int64_t>(rows_ / (2 * threads_), 1, kTileRows) : rows_;
     const int64_t tiles = (rows_ + tile - 1) / tile, group = m.heads / m.kv_heads;
@@ -202,11 +217,10 @@ class Runner {
       for (int64_t row = begin; row < std::min(rows_, begin + tile); ++row) {
         const Piece& piece = piece_of(row);
         const HeadCache cache = c.cache(l, piece.slot, kv);
-        for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-          ZTOK_SELECT(engine_attend)
-          (b.qkv + row * qkv_width() + h * m.head, cache, piece.start + offset(row) + 1, m.attention_scale, scores,
-           b.attended + (row * m.heads + h) * m.head);
-        }
+        if (row + 1 < std::min(rows_, begin + tile)) fetch(l, kv, row + 1, piece.slot);
+        ZTOK_SELECT(engine_attend)
+        (b.qkv + row * qkv_width() + kv * group * m.head, group, cache, piece.start + offset(row) + 1,
+         m.attention_scale, scores, c.scores_stride(), b.attended + (row * m.heads + kv * group) * m.head);
       }
     });
   }
@@ -245,7 +259,7 @@ void run_alone(const Call& call, int64_t first, int64_t last) {
     const Buffers b = buffers_for(call.model, pass.rows, pass_scratch());
     fill_rows(call, pass, b);
     Member member;
-    Runner(call, pass, b, member, 1).run(score_scratch().get(call.capacity + 64));
+    Runner(call, pass, b, member, 1).run(score_scratch().get(kScoreRows * call.scores_stride()));
   }
 }
 
@@ -259,7 +273,7 @@ void run_together(const Call& call, int64_t threads) {
     fill_rows(call, pass, b);
     together(threads, of_pass, per_pass, [&](Member& member) {
       StandardArithmetic standard;
-      Runner(call, pass, b, member, threads).run(score_scratch().get(call.capacity + 64));
+      Runner(call, pass, b, member, threads).run(score_scratch().get(kScoreRows * call.scores_stride()));
     });
   }
 }

@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "buffer.h"
+#include "engine_draw.h"
 #include "engine_linear.h"
-#include "philox.h"
 
 namespace ztok {
 namespace {
@@ -121,41 +121,6 @@ Tensor engine_argmax(const Tensor& weights, const Tensor& layout, const Tensor& 
   return result;
 }
 
-// A token that may be drawn; the order of the sampling rule.
-struct Candidate {
-  int64_t weight;
-  int32_t token;
-
-  bool operator<(const Candidate& other) const {  // a heap has the greatest first
-    return weight != other.weight ? weight < other.weight : token > other.token;
-  }
-};
-
-int64_t draw(const int64_t* weights, int64_t count, double top_p, uint64_t random, std::vector<Candidate>& heap) {
-  heap.clear();
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    total += weights[i];
-    if (weights[i] > 0) heap.push_back({weights[i], static_cast<int32_t>(i)});
-  }
-  std::make_heap(heap.begin(), heap.end());
-  // The kept prefix ends up at the back, in rising order of weight.
-  auto end = heap.end();
-  int64_t kept = 0;
-  while (end != heap.begin() && (kept == 0 || static_cast<double>(kept) < top_p * static_cast<double>(total))) {
-    std::pop_heap(heap.begin(), end--);
-    kept += end->weight;
-  }
-  const auto place = static_cast<int64_t>(static_cast<unsigned __int128>(random) * static_cast<uint64_t>(kept) >> 64);
-  int64_t sum = 0;
-  for (auto it = heap.end(); it != end;) {
-    --it;
-    sum += it->weight;
-    if (sum > place) return it->token;
-  }
-  return -1;  // not reached: sum ends at kept, which is above place
-}
-
 Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& hidden,
                      const std::optional<Tensor>& bias, double temperature, double top_p, int64_t seed,
                      const Tensor& row_ids, const Tensor& steps) {
@@ -183,10 +148,7 @@ Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& 
     for (int64_t row = begin; row < end; ++row) {
       const bool finite =
           ZTOK_SELECT(engine_weights)(logit + row * count, count, static_cast<float>(temperature), weight.data());
-      uint32_t words[4];
-      draw_words<1>(draw_key(seed, ids[row], step[row]), 0, words);
-      const uint64_t random = words[0] | static_cast<uint64_t>(words[1]) << 32;
-      out[row] = finite ? draw(weight.data(), count, top_p, random, heap) : -1;
+      out[row] = finite ? draw(weight.data(), count, top_p, random_bits(seed, ids[row], step[row]), heap) : -1;
     }
   });
   return result;

@@ -6,14 +6,6 @@ namespace ztok {
 namespace ZTOK_ISA {
 namespace {
 
-// Registers of partial results: enough chains to hide the latency of fma.
-#if defined(__AVX512F__)
-constexpr int kKeyBlocks = 8, kValueSlices = 4;
-#else
-constexpr int kKeyBlocks = 4, kValueSlices = 1;
-#endif
-constexpr int kChains = 4;
-
 // Lanes of a block of products, scaled and with bias.
 struct Scaler {
   const Products& products;
@@ -30,69 +22,6 @@ struct Scaler {
     return products.bias == nullptr ? y : y + load16(products.bias + column);
   }
 };
-
-// sums[b] = scores of keys 16 b ... 16 b + 15 from `keys` on
-template <int kBlocks, typename T>
-ZTOK_LANES void key_scores(const float* query, const T* keys, int64_t width, Lanes* sums) {
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) sums[b] = splat(0.0f);
-  for (int64_t i = 0; i < width; ++i) {
-    const Lanes q = splat(query[i]);
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-      sums[b] = fma(q, load16(keys + (b * width + i) * kLaneCount), sums[b]);
-    }
-  }
-}
-
-template <int kBlocks, typename T>
-ZTOK_LANES Lanes store_scores(const float* query, const T* keys, int64_t width, Lanes scale, Lanes largest,
-                              float* scores) {
-  Lanes sums[kBlocks];
-  key_scores<kBlocks>(query, keys, width, sums);
-#pragma GCC unroll 8
-  for (int b = 0; b < kBlocks; ++b) {
-    const Lanes scaled = sums[b] * scale;
-    largest = larger(largest, scaled);
-    store16(scores + b * kLaneCount, scaled);
-  }
-  return largest;
-}
-
-template <int kSlices, typename T>
-ZTOK_LANES void weigh_values(const float* weights, const T* values, int64_t width, int64_t count, Lanes total,
-                             float* out) {
-  Lanes sums[kChains][kSlices];
-#pragma GCC unroll 4
-  for (int c = 0; c < kChains; ++c) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSlices; ++s) sums[c][s] = splat(0.0f);
-  }
-  int64_t j = 0;
-  for (; j + kChains <= count; j += kChains) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kChains; ++c) {
-      const Lanes p = splat(weights[j + c]);
-#pragma GCC unroll 4
-      for (int s = 0; s < kSlices; ++s) {
-        sums[c][s] = fma(p, load16(values + (j + c) * width + s * kLaneCount), sums[c][s]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < kChains - 1; ++c) {
-    if (j + c >= count) break;
-    const Lanes p = splat(weights[j + c]);
-#pragma GCC unroll 4
-    for (int s = 0; s < kSlices; ++s) {
-      sums[c][s] = fma(p, load16(values + (j + c) * width + s * kLaneCount), sums[c][s]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < kSlices; ++s) {
-    store16(out + s * kLaneCount, ((sums[0][s] + sums[2][s]) + (sums[1][s] + sums[3][s])) / total);
-  }
-}
 
 constexpr double kSine[6] = {-1.66666666666666324348e-01, 8.33333333332248946124e-03,  -1.98412698298579493134e-04,
                              2.75573137070700676789e-06,  -2.50507602534068634195e-08, 1.58969099521155010221e-10};
@@ -125,47 +54,6 @@ void sine_and_cosine(double x, float* sine, float* cosine) {
       *sine = static_cast<float>(-c);
       *cosine = static_cast<float>(s);
   }
-}
-
-template <typename T>
-void attend(const float* query, const T* keys, const T* values, int64_t width, int64_t count, float scale,
-            float* scores, float* out) {
-  const int64_t whole = count / kLaneCount, blocks = (count + kLaneCount - 1) / kLaneCount;
-  const Lanes scales = splat(scale);
-  Lanes most = splat(-__builtin_inff());
-  int64_t b = 0;
-  for (; b + kKeyBlocks <= whole; b += kKeyBlocks) {
-    most = store_scores<kKeyBlocks>(query, keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
-  }
-  for (; b + 2 <= whole; b += 2) {
-    most = store_scores<2>(query, keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
-  }
-  for (; b < whole; ++b) {
-    most = store_scores<1>(query, keys + b * width * kLaneCount, width, scales, most, scores + b * kLaneCount);
-  }
-  float largest = tree_max(most);
-  if (whole < blocks) {  // keys past `count` may hold anything
-    Lanes sums[1];
-    key_scores<1>(query, keys + whole * width * kLaneCount, width, sums);
-    float* last = scores + whole * kLaneCount;
-    store16(last, sums[0] * scales);
-    for (int64_t i = 0; i < count - whole * kLaneCount; ++i) largest = largest > last[i] ? largest : last[i];
-  }
-  Lanes sums = splat(0.0f);
-  for (int64_t k = 0; k < blocks; ++k) {
-    const Lanes p = first_lanes(exp16(load16(scores + k * kLaneCount) - splat(largest)), count - k * kLaneCount);
-    sums = sums + p;
-    store16(scores + k * kLaneCount, p);
-  }
-  const Lanes total = splat(tree_sum(sums));
-  int64_t i = 0;
-  for (; i + kValueSlices * kLaneCount <= width; i += kValueSlices * kLaneCount) {
-    weigh_values<kValueSlices>(scores, values + i, width, count, total, out + i);
-  }
-  for (; i + 2 * kLaneCount <= width; i += 2 * kLaneCount) {
-    weigh_values<2>(scores, values + i, width, count, total, out + i);
-  }
-  for (; i < width; i += kLaneCount) weigh_values<1>(scores, values + i, width, count, total, out + i);
 }
 
 }  // namespace
@@ -259,35 +147,6 @@ void engine_rotate(float* head, int64_t half, const float* cosines, const float*
     const float x = head[i], y = head[half + i];
     head[i] = __builtin_fmaf(x, cosines[i], y * -sines[i]);
     head[half + i] = __builtin_fmaf(y, cosines[i], x * sines[i]);
-  }
-}
-
-void engine_cache(const float* key, const float* value, const HeadCache& cache, int64_t row) {
-  const int64_t column = row / kLaneCount * kLaneCount * cache.width + row % kLaneCount, first = row * cache.width;
-  for (int64_t i = 0; i < cache.width; i += kLaneCount) {
-    if (!cache.is_half) {
-      for (int64_t k = i; k < i + kLaneCount; ++k) static_cast<float*>(cache.keys)[column + k * kLaneCount] = key[k];
-      store16(static_cast<float*>(cache.values) + first + i, load16(value + i));
-      continue;
-    }
-    const Lanes most = splat(65504.0f), least = splat(-65504.0f);
-    Half rounded[kLaneCount];
-    // In this order of the arguments, what is NaN stays NaN.
-    store16(rounded, smaller_of(most, larger(least, load16(key + i))));
-    for (int64_t k = 0; k < kLaneCount; ++k) {
-      static_cast<Half*>(cache.keys)[column + (i + k) * kLaneCount] = rounded[k];
-    }
-    store16(static_cast<Half*>(cache.values) + first + i, smaller_of(most, larger(least, load16(value + i))));
-  }
-}
-
-void engine_attend(const float* query, const HeadCache& cache, int64_t count, float scale, float* scores, float* out) {
-  if (cache.is_half) {
-    attend(query, static_cast<const Half*>(cache.keys), static_cast<const Half*>(cache.values), cache.width, count,
-           scale, scores, out);
-  } else {
-    attend(query, static_cast<const float*>(cache.keys), static_cast<const float*>(cache.values), cache.width, count,
-           scale, scores, out);
   }
 }
 

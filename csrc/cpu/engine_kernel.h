@@ -18,15 +18,6 @@ struct Products {
   const float* bias;  // of the block's first column on, or null
 };
 
-// Keys and values of one head of one sequence: keys [blocks of 16, width, 16], values [rows, width]; float16 where
-// `is_half`, else float32.
-struct HeadCache {
-  void* keys;
-  void* values;
-  int64_t width;
-  bool is_half;
-};
-
 ZTOK_KERNEL(void, engine_norm, const float* x, const float* weight, int64_t width, float eps, float* out)
 
 // out[r, c] = product
@@ -46,12 +37,6 @@ ZTOK_KERNEL(void, engine_best, const Products& products, int64_t first, float* b
 ZTOK_KERNEL(void, engine_angles, float position, const float* frequencies, int64_t half, float* cosines, float* sines)
 
 ZTOK_KERNEL(void, engine_rotate, float* head, int64_t half, const float* cosines, const float* sines)
-
-ZTOK_KERNEL(void, engine_cache, const float* key, const float* value, const HeadCache& cache, int64_t row)
-
-// One query over the first `count` rows of the cache; `scores` holds count rounded up to 16, and 64 more.
-ZTOK_KERNEL(void, engine_attend, const float* query, const HeadCache& cache, int64_t count, float scale, float* scores,
-            float* out)
 
 // W_i of the sampling rule: rint(exp(logit / temperature - greatest) * 2^30); false if a logit is not finite.
 ZTOK_KERNEL(bool, engine_weights, const float* logits, int64_t count, float temperature, int64_t* weights)

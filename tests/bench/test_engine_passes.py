@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench import results, runner
+from bench import read_bandwidth, results, runner
+from bench.engine import packed
 from bench.registry import PASSES, select
 from ztok_fast.ops.spec import Mismatch
 
@@ -40,3 +41,11 @@ def test_a_sequence_alone_is_checked_in_parts():
     small = type(case)({**case.sizes, "model": "tiny", "rows": 5})
     inputs = subject.make(small, torch.Generator().manual_seed(1))
     subject.check(small, inputs, subject.run(small, inputs))
+
+
+def test_read_bandwidth_times_a_step_beside_reads_of_its_bytes():
+    found = read_bandwidth.measure(0.01, "tiny")
+    weights, settings = packed("tiny")
+    assert found.pop("bytes") == [len(weights.blob), len(weights.blob) - settings.vocabulary * settings.hidden]
+    assert list(found) == ["step", "layers", "read of a step", "read of layers"]
+    assert len({len(rounds) for rounds in found.values()}) == 1 and min(map(min, found.values())) > 0

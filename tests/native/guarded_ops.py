@@ -192,10 +192,37 @@ def run_engine_at(engine, side) -> list[torch.Tensor]:
         found.append(engine_ops.engine_argmax(blob, layout, hidden, None).clone())
         draw = (0.7, 0.9, 3, longs(0, 1), longs(2, 2))
         found.append(engine_ops.engine_sample(blob, layout, hidden, vectors, *draw).clone())
+        found += run_slots_at(place, longs)
     for guarded in held:
         assert guarded.intact(), "the engine writes out of bounds"
     CALLED.update(("engine_forward", "engine_logits", "engine_argmax", "engine_sample"))
     return found
+
+
+def run_slots_at(place, longs) -> list[torch.Tensor]:
+    """Z-tokens of slots, inside guarded allocations."""
+    generator = torch.Generator().manual_seed(0)
+
+    def floats(*sizes):
+        return torch.randn(*sizes, generator=generator)
+
+    gap_rows, words = floats(2, 7, 9), floats(41, 9)
+    tables = [
+        ztok_fast.ops.ordered_pack(floats(36, 20)),
+        torch.stack([ztok_fast.ops.ordered_pack(own) for own in gap_rows]),
+        gap_rows,
+        ztok_fast.ops.ordered_pack(words),
+        words,
+    ]
+    hidden, tables, ids, found = place(floats(3, 20)), [place(own) for own in tables], longs(0, 1, 2), []
+    for temperature in (0.0, 0.9):
+        found += torch.ops.ztok.engine_slots(hidden, *tables, 12, True, temperature, 0.9, 3, ids, 1)
+    table, gates, places = place(floats(41, 20)), place(floats(2, 20)), place(floats(5, 20))
+    codes, offsets, empty = place(found[0].clone()), place(found[1].clone()), place(floats(20))
+    index = place(codes.clamp(min=0).long())
+    found.append(torch.ops.ztok.engine_slot_rows(table, index, codes, offsets, gates, places, empty))
+    CALLED.update(("engine_slots", "engine_slot_rows"))
+    return [own.clone() for own in found]
 
 
 def main(isa: int) -> None:

@@ -60,7 +60,7 @@ def continue_ztokens(
             if measuring():
                 count_rows(count - int(ended.sum()), count)
             with stage(HEAD):
-                following, drawn_end = model.next_ztokens(
+                following, mass = model.next_ztokens(
                     session.last,
                     temperature=temperature,
                     top_p=top_p,
@@ -69,8 +69,6 @@ def continue_ztokens(
                     step=step,
                     allow_end=end_threshold is None,
                 )
-            # A drawn end-of-Z is all the mass there is.
-            mass = (drawn_end if end_threshold is None else model.end_mass(session.last)).double()
             chosen.append(following)
             masses.append(mass)
             ended = ended | (mass >= (end_threshold or 1.0))

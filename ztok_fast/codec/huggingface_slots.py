@@ -289,11 +289,12 @@ def continue_ztokens(parts, documents, new: int) -> list[Tensor]:
     mask = (column >= (inputs.shape[1] - counts)[:, None]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache, written = DynamicCache(), []
+    words = parts.model.get_input_embeddings().weight @ weights["zspace.words.weight"].T
     for step in range(new):
         hidden = parts.model.model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        codes, places = _likeliest(parts, hidden)
+        codes, places = _likeliest(parts, hidden, words)
         written.append(torch.cat([codes, places], 1))
         if step + 1 < new:
             inputs = embed(parts, codes, places)[:, None]
@@ -302,10 +303,9 @@ def continue_ztokens(parts, documents, new: int) -> list[Tensor]:
     return list(torch.stack(written, 1).cpu())
 
 
-def _likeliest(parts, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _likeliest(parts, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and places ``[B, L]``: gap and token of one slot after another; end-of-Z is not among the choices."""
     weights, config = parts.weights, parts.config
-    words = parts.model.get_input_embeddings().weight @ weights["zspace.words.weight"].T
     queries, gaps = weights["zspace.queries"], weights["zspace.gap_rows"]
     chosen = hidden.new_zeros(len(hidden), words.shape[1])
     place = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)

@@ -226,11 +226,9 @@ class PooledModel(SegmentModel):
         return self.copy_gains[1] * unbound + self.offset_embedding(offset), logit_bias
 
     def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
-        codes, lengths, ended = self.zspace.select(hidden, self.codebooks, **settings)
-        return one_each(codes, lengths), ended
-
-    def end_mass(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.zspace.end_mass(hidden, self.codebooks)
+        codes, lengths, drawn = self.zspace.select(hidden, self.codebooks, **settings)
+        ends = drawn if settings["allow_end"] else self.zspace.end_mass(hidden, self.codebooks)
+        return one_each(codes, lengths), ends.double()
 
     def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
         codes = z.codes.new_full((len(is_end), z.num_codebooks), -1)

@@ -98,15 +98,15 @@ class SegmentModel(nn.Module):
         return None
 
     def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
-        """The next Z-token of every row of hidden states ``[B, D]``, each as a document, and whether it ended instead.
+        """The next Z-token of every row of hidden states ``[B, D]``, each as a document; and how far it ended instead.
 
         Args:
-            settings: those of `ZSpaceHead.select`.
-        """
-        raise NotImplementedError
+            settings: those of `ZSpaceHead.select`, all of them.
 
-    def end_mass(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Probability fp32 ``[B]`` that a row's next Z-token is end-of-Z."""
+        Returns:
+            The Z-tokens, and fp64 ``[B]``: where ``allow_end``, 1 in rows that drew end-of-Z, else 0; without it, the
+            probability of end-of-Z.
+        """
         raise NotImplementedError
 
     def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:

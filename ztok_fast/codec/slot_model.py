@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.draft_head import DraftHead
 from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
+from ztok_fast.codec.slot_choices import SlotChoices
 from ztok_fast.codec.slot_space import SlotSpaceHead
 from ztok_fast.codec.slots import ahead, written_tokens
 from ztok_fast.codec.ztokens import ZTokens, one_each
@@ -58,11 +59,22 @@ class SlotModel(SegmentModel):
         self.zspace = SlotSpaceHead(width, config, rms)
         start = base.config.bos_token_id
         self.draft = DraftHead(self.start_embedding if start is None else words[start])
+        self._choices: SlotChoices | None = None
 
     def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
         # Slots have no vectors beside their codes.
         assert vectors is None and z.slot_offsets is not None
         table, rows = self.runtime.linear_of_words(self.slot_projection, z.codes.clamp(min=0).long())
+        if self.runtime.exact:
+            return torch.ops.ztok.engine_slot_rows(
+                table,
+                rows.contiguous(),
+                z.codes.int().contiguous(),
+                z.slot_offsets.int().contiguous(),
+                self.slot_gates.detach().float(),
+                self.slot_places.weight.detach().float(),
+                self.start_embedding.detach().float(),
+            )
         words = nn.functional.embedding(rows, table)
         places = self.slot_places(z.slot_offsets.clamp(0, DISTANCES - 1).long())
         total = torch.zeros_like(places[:, 0])
@@ -98,11 +110,15 @@ class SlotModel(SegmentModel):
         return torch.cat(found), None
 
     def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
-        codes, lengths, places, ended = self.zspace.select(hidden, self.adapted.embedding.weight, **settings)
-        return one_each(codes, lengths, places), ended
-
-    def end_mass(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.zspace.end_mass(hidden)
+        words = self.adapted.embedding.weight
+        if self.runtime.exact:
+            if self._choices is None or self._choices.stale:
+                self._choices = SlotChoices(self.zspace, words)
+            codes, lengths, places, ends = self._choices.select(hidden, **settings)
+        else:
+            codes, lengths, places, drawn = self.zspace.select(hidden, words, **settings)
+            ends = (drawn if settings["allow_end"] else self.zspace.end_mass(hidden)).double()
+        return one_each(codes, lengths, places), ends
 
     def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
         assert z.slot_offsets is not None

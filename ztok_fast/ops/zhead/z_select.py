@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -68,12 +68,7 @@ def z_select(
     """
     given = checks.Arguments(OP)
     check_head(given, hidden, rows, "[B, D]")
-    if not _is_number(temperature) or not 0 <= temperature < math.inf:
-        checks.fail(OP, "temperature", "a finite number of at least 0", repr(temperature))
-    if not _is_number(top_p) or not 0 < top_p <= 1:
-        checks.fail(OP, "top_p", "a number in (0, 1]", repr(top_p))
-    _check_integer("seed", seed, 63)
-    _check_integer("step", step, 32)
+    check_sampling(OP, temperature, top_p, seed, step)
     if row_ids is not None:
         given.tensor("row_ids", row_ids, "[B]", (torch.int64,))
     sampling = float(temperature), float(top_p), seed, row_ids, step
@@ -86,14 +81,20 @@ def check_head(given: checks.Arguments, hidden: Tensor, rows: Tensor, layout: st
     given.tensor("rows", rows, "[V, D]", "hidden", empty=False)
 
 
-def _is_number(value: object) -> bool:
+def check_sampling(op: str, temperature: object, top_p: object, seed: Any, step: Any) -> None:
+    """What a draw is made by."""
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        checks.fail(op, "temperature", "a finite number of at least 0", repr(temperature))
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        checks.fail(op, "top_p", "a number in (0, 1]", repr(top_p))
+    for argument, value, bits in (("seed", seed, 63), ("step", step, 32)):
+        checks.check_count(op, argument, value)
+        if value >= 2**bits:
+            checks.fail(op, argument, f"below 2**{bits}", value)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_integer(argument: str, value: object, bits: int) -> None:
-    checks.check_count(OP, argument, value)
-    if value >= 2**bits:
-        checks.fail(OP, argument, f"below 2**{bits}", value)
 
 
 def _fake(hidden, *_):
