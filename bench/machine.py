@@ -26,7 +26,7 @@ def environment(module: str, arguments: list[str]) -> dict:
     """Facts for a results file: those of the doctor, command, commit, date, load, versions and variables.
 
     Args:
-        module: the script's module name, e.g. `"bench.curves"`; arguments: its command line.
+        module: the script's module name, e.g. `"bench.generation"`; arguments: its command line.
     """
     from ztok_fast import doctor
 
@@ -56,13 +56,20 @@ def commit() -> str | None:
         return None
 
 
+def made_with(results: dict) -> str:
+    """The command and the machine of a results file, as a sentence."""
+    return f"Measured by `{results['environment']['command']}` ({summary(results['environment'])})."
+
+
 def summary(facts: dict) -> str:
-    """Commit, versions and machine of `environment` in one line."""
+    """Versions and machine of an `environment`, that of a bench or that of `ztok eval`, in one line."""
     own, cpu = facts["packages"], facts["cpu"]
-    packages = [f"{name} {own[name]}" for name in ("torch", "transformers", "peft") if own.get(name)]
-    processor = f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads"
-    devices = [device["name"] for device in facts["cuda"]["devices"]]
-    return "; ".join([f"commit {facts['commit']}", f"Python {facts['python']}", *packages, processor, *devices])
+    parts = [f"commit {facts['commit']}"] if facts.get("commit") else []
+    parts += [f"Python {facts['python']}"]
+    parts += [f"{name} {own[name]}" for name in ("torch", "transformers", "peft") if own.get(name)]
+    counts = [(cpu[name], name) for name in ("cores", "threads") if name in cpu]
+    parts.append(", ".join([cpu["model"], *(f"{n} {name if n != 1 else name[:-1]}" for n, name in counts)]))
+    return "; ".join(parts + [device["name"] for device in facts["cuda"]["devices"]])
 
 
 def restart_with_pinned_environment(arguments: list[str], threads: int | None) -> None:

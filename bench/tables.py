@@ -34,12 +34,6 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 1e-3 else f"{value:.2e}"
 
 
-def evaluation_cells(values: dict) -> list[str]:
-    """Accuracy with the true prefix and free-running, ratio and rate of an evaluation at one budget."""
-    accuracies = [percent(values[name]) for name in ("teacher_forced", "free_running")]
-    return [*accuracies, number(values["ratio"]), number(values["rate"])]
-
-
 def _line(row, widths, right) -> str:
     return "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)) + " |"
 

@@ -1,16 +1,18 @@
 """The README and the model cards are written from the results."""
 
 import json
-from pathlib import Path
 
 import pytest
+import torch
 
+from bench import card as cards
 from bench import documents
-from bench.documents import CARDS, DocumentError, training_table, write_card
+from bench.card import CardError, StaleResultsError, card
+from bench.documents import DocumentError
+from bench.machine import ROOT
 from bench.tables import number, table
 from ztok_fast.codec.config import ZTokConfig
-
-ROOT = Path(__file__).resolve().parents[2]
+from ztok_fast.codec.weights import codec_fingerprint, save_weights
 
 
 def test_the_readme_shows_the_results_in_the_repository():
@@ -26,89 +28,143 @@ def test_a_block_is_replaced_and_what_is_around_it_kept():
 
 
 ENVIRONMENT = {
-    "command": "python -m bench.curves --codec tiny",
-    "commit": "abc",
+    "command": "ztok eval dev.jsonl --json tiny.json",
     "python": "3.11",
     "packages": {"torch": "2.13", "transformers": None, "peft": "0.21"},
-    "cpu": {"model": "A CPU", "cores": 2, "threads": 1},
+    "cpu": {"model": "A CPU", "threads": 1},
     "cuda": {"devices": []},
 }
+MADE_WITH = "Measured by `ztok eval dev.jsonl --json tiny.json` (Python 3.11; torch 2.13; peft 0.21; A CPU, 1 thread)."
 
 
-EVALUATION = {"teacher_forced": 0.9876, "free_running": 0.9012, "ratio": 2.01, "rate": 5.5}
+def evaluation(way, **values):
+    row = {"way": way, "asked": 4.0, "documents": 2, "segments": 3, "tokens": 1234, "bytes": 5678}
+    row |= {"rate": 5.5, "plain_rate": 6.0, "vocabulary_bits": 11.0, "own_bits": 4.75, "residual_bits": 0.25}
+    row |= {"teacher_forced": 0.9876, "free_running": 0.9012, "bleu": 77.7, "exact_segments": 0.5, "told": 0.625}
+    return row | {"ratio": 4.01, "near": 1.0, "efficiency": 0.82, "total_bits": 5.75} | values
 
 
-def results():
-    point = {"units": "learned", "levels": 2, "budget": 2.0, "loss_bits": 0.25, **EVALUATION}
-    few = {**point, "levels": 1, "rate": 3.5, "free_running": 0.4}
+def results(name="tiny", fingerprint=""):
     return {
+        "codec": {"name": name, "fingerprint": fingerprint},
+        "families": {"dev": [evaluation("codec"), evaluation("truncation", free_running=0.4)]},
         "environment": ENVIRONMENT,
-        "codec": {"name": "tiny", "num_codebooks": 2},
-        "data": {"files": ["dev.jsonl"], "exclude_sources": [], "documents": 2, "tokens": 1234},
-        "base": {"bits_per_token": 4.75, "accuracy": 0.333},
-        "points": [few, point],
-        "unit_lengths": {"2": [{"length": 1, "units": 3, "bits_per_token": 7.25}]},
     }
 
 
-def test_measured_tables_hold_the_results_and_their_command(tmp_path):
+def test_measured_tables_hold_the_results_of_codecs_and_their_command(tmp_path):
     assert documents.measured(tmp_path) == "No results file is in `docs/results` yet."
     (tmp_path / "tiny.json").write_text(json.dumps(results()))
     text = documents.measured(tmp_path)
-    assert "98.8 %" in text and "90.1 %" in text and "40.0 %" not in text
-    assert "4.75" in text and "33.3 %" in text and "1,234 text tokens" in text
-    assert "`python -m bench.curves --codec tiny` (commit abc; Python 3.11; torch 2.13; peft 0.21; A CPU" in text
+    assert "98.8 %" in text and "90.1 %" in text and "1,234 text tokens" in text and text.endswith(MADE_WITH)
+    assert "40.0 %" not in text, "that way is for the card"
+    questions = {"codec": {"name": "tiny"}, "families": {"squad": [{"way": "full text", "f1": 0.5}]}}
+    (tmp_path / "answers-tiny.json").write_text(json.dumps(questions))
+    (tmp_path / "generation.json").write_text("[]")
+    assert documents.measured(tmp_path) == text
+
+
+EVALUATIONS = {
+    "metrics.jsonl": {"written": 0.616, "ratio": 6.34},
+    "compressor-metrics.jsonl": {"symbol_bits": {"4": 5.24, "16": 3.23}, "draft_accuracy": {"4": 0.85, "16": 0.36}},
+    "inferencer-metrics.jsonl": {"bits_per_ztoken": 42.03, "uniform_bits": 62.37},
+}
+
+
+def write_metrics(path, steps, every, found):
+    rows = [{"step": step, **({"eval": found} if step % every == 0 else {})} for step in range(1, steps + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
-def card_files(tmp_path):
-    run, model, evaluation = tmp_path / "run", tmp_path / "tiny", tmp_path / "tiny.json"
-    run.mkdir()
+def folder(tmp_path, monkeypatch):
+    """A codec folder with settings and weights; its results and its words are where the command looks for them."""
+    model, config, state = tmp_path / "tiny", ZTokConfig(base_model="tiny"), {"weight": torch.arange(3.0)}
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(ZTokConfig(base_model="tiny").to_dict()))
-    (model / "codec.safetensors").write_bytes(bytes(1234))
-    use = {"codes_alive": [16, 15], "perplexity": [12.4, 11.0]}
-    evaluated = {"eval": {"base": {}, "2": EVALUATION}}
-    rows = [{"step": step, **use, **(evaluated if step % 2 == 0 else {})} for step in range(1, 42)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation.write_text(json.dumps(results()))
-    return run, model, evaluation
+    config.save(model)
+    save_weights(model, state, None)
+    for name, found in EVALUATIONS.items():
+        write_metrics(model / name, 41, 2, found)
+    (tmp_path / "tiny.json").write_text(json.dumps(results(fingerprint=codec_fingerprint(config, state))))
+    (tmp_path / "tiny.md").write_text("What it is.\n\n---\n\nHow it came.\n\n---\n\nWhat it cannot do.\n")
+    monkeypatch.setattr(cards, "RESULTS", tmp_path)
+    monkeypatch.setattr(cards, "CARDS", tmp_path)
+    return model
 
 
-def test_a_card_is_written_from_the_files_and_again_from_the_copy(card_files):
-    run, model, evaluation = card_files
-    words = CARDS / "ztok-smollm2-135m.md"
-    card = write_card(run, model, evaluation, words).read_text()
-    assert "98.8 %" in card and "| codec.safetensors |" in card and "1,234" in card
-    assert "Last step: 41. Codes in use, level by level: 16, 15" in card
-    assert "python -m bench.curves --codec tiny" in card and "$" not in card
-    assert write_card(model, model, evaluation, words).read_text() == card
+def test_a_card_is_written_from_the_files_of_its_folder(folder):
+    assert documents.main(["card", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    for words in ("# tiny\n\nWhat it is.\n", "## Training\n\nHow it came.\n", "## Limits\n\nWhat it cannot do.\n"):
+        assert words in text
+    assert "| 4   | codec " in text and "| 4   | truncation |" in text and MADE_WITH in text
+    assert "### dev\n" in text and "\n## dev" not in text
+    assert "The decompressor: 41 steps." in text and "|   40 |  61.6 % |  6.34 |" in text
+    assert "| step | r = 4 | r = 16 |" in text and "|   40 |  5.24 |   3.23 |" in text
+    assert "|            42.03 |        62.37 |" in text
+    size = f"{(folder / 'codec.safetensors').stat().st_size:,}"
+    (line,) = [line for line in text.splitlines() if line.startswith("| codec.safetensors |")]
+    assert line.split("|")[2].strip() == size and "metrics.jsonl |" not in text
+    assert "| base_model " in text
 
 
-def test_a_card_of_another_codec_is_refused(card_files):
-    run, model, evaluation = card_files
-    other = results()
-    other["codec"]["name"] = "another"
-    evaluation.write_text(json.dumps(other))
-    with pytest.raises(DocumentError, match="expected results of tiny, got those of another"):
-        write_card(run, model, evaluation, CARDS / "ztok-smollm2-135m.md")
-    (run / "metrics.jsonl").unlink()
-    with pytest.raises(DocumentError, match="run: expected the file"):
-        write_card(run, model, evaluation, CARDS / "ztok-smollm2-135m.md")
+def test_a_card_is_checked(folder, capsys):
+    assert documents.main(["card", "--check", str(folder)]) == 1 and not (folder / "README.md").exists()
+    assert documents.main(["card", str(folder)]) == 0 == documents.main(["card", "--check", str(folder)])
+    (folder / "inferencer-metrics.jsonl").unlink()
+    assert documents.main(["card", "--check", str(folder)]) == 1
+    assert "not the card of its files" in capsys.readouterr().err
+    assert "inferencer" not in card(folder)
 
 
-def test_the_training_table_is_thinned_to_the_last_evaluation():
-    own = {"eval": {"base": {}, "2": EVALUATION}, "codes_alive": [1], "perplexity": [1.0]}
-    rows = [{"step": n, **own} for n in range(1, 100)]
-    steps = [int(line.split("|")[1]) for line in training_table(rows).splitlines()[2:] if line.startswith("|")]
-    assert len(steps) <= 8 and steps[-1] == 99 and steps == sorted(steps)
+def test_results_of_other_codecs_and_weights_are_refused(folder, capsys):
+    path = folder.parent / "tiny.json"
+    found = json.loads(path.read_text())
+    for change, message in (
+        ({"codec": {"name": "another", "fingerprint": ""}}, "expected results of tiny, got those of another"),
+        ({"codec": {"name": "tiny", "fingerprint": "0" * 64}}, "got those of 0000000000000000...: run ztok eval again"),
+    ):
+        path.write_text(json.dumps(found | change))
+        with pytest.raises(CardError, match=message):
+            card(folder)
+    for missing, message in (("environment", "expected the command"), ("families", "file without families")):
+        path.write_text(json.dumps({name: value for name, value in found.items() if name != missing}))
+        with pytest.raises(CardError, match=message):
+            card(folder)
+    path.unlink()
+    assert documents.main(["card", str(folder)]) == 1
+    assert "results: expected the file" in capsys.readouterr().err
 
 
-def test_a_run_that_ended_before_its_first_evaluation_says_so():
-    text = training_table([{"step": 1, "accuracy": 0.25}, {"step": 20, "accuracy": 0.5}])
-    assert "after 20 steps, before its first evaluation" in text and "25.0 %" in text and "50.0 %" in text
-    with pytest.raises(DocumentError, match="at least one step"):
-        training_table([])
+def test_words_and_metrics_that_do_not_fit_are_refused(folder):
+    (folder / "metrics.jsonl").write_text('{"step": 1, "eval": {"2": {"teacher_forced": 0.5}}}\n')
+    with pytest.raises(CardError, match="evaluations of a decompressor of slots, got one without 'written'"):
+        card(folder)
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(CardError, match="at least one step"):
+        card(folder)
+    (folder.parent / "tiny.md").write_text("What it is.\n")
+    with pytest.raises(CardError, match="expected 3 parts"):
+        card(folder)
+
+
+def test_a_training_table_is_thinned_to_the_last_evaluation(folder):
+    write_metrics(folder / "metrics.jsonl", 99, 1, EVALUATIONS["metrics.jsonl"])
+    table = card(folder).split("The decompressor: 99 steps.")[1].split("The compressor")[0]
+    steps = [int(line.split("|")[1]) for line in table.splitlines() if line.startswith("|") and "61.6" in line]
+    assert 4 <= len(steps) <= 8 and steps[-1] == 99 and steps == sorted(steps)
+    write_metrics(folder / "metrics.jsonl", 20, 100, {})
+    assert "The decompressor: 20 steps. The run ended before its first evaluation." in card(folder)
+
+
+@pytest.mark.parametrize("name", ["ztok-mini", "ztok-smollm2-135m"])
+def test_cards_that_ship_are_those_of_their_files(name):
+    folder = ROOT / "ztok_fast" / "models" / name
+    try:
+        expected = card(folder)
+    except StaleResultsError as error:
+        pytest.skip(str(error))
+    assert (folder / "README.md").read_text(encoding="utf-8") == expected, "run python -m bench.documents card"
 
 
 def test_tables():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shlex
 
 import pytest
 import torch
@@ -37,6 +38,9 @@ def test_tables_and_json_hold_every_way(tiny, rows, tmp_path):
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (tmp_path / "out" / "result.md").read_text(encoding="utf-8") == result.out
     assert list(found["families"]) == ["rows"] and found["codec"]["name"] == "tiny"
+    arguments = [str(one) for one in ("eval", rows, "--exclude", "closed", "--tokens", 24, *outputs)]
+    command = shlex.split(found["environment"]["command"])
+    assert command[0] == "ztok" and set(arguments) <= set(command) and found["environment"]["cpu"]["threads"] >= 1
     own = found["families"]["rows"]
     ways = ["codec", "without compressor", "fixed units", "token ids", "truncation", "coded text"]
     assert [(row["asked"], row["way"]) for row in own] == [(r, way) for r in (2.0, 4.0) for way in ways]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ztok_fast.cli import common, questions, streams
-from ztok_fast.cli.results import write_results
+from ztok_fast.cli.results import environment, write_results
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
         results = evaluate_families(codec, families, ratios, ways, progress)
     results["codec"] = {"name": Path(options.codec).name, **results["codec"]}
     results["settings"] = {name: getattr(options, name) for name in ("files", "documents", "tokens", "exclude")}
+    results["environment"] = environment(options)
     found = markdown(results)
     write_results(results, found, outputs)
     if "plot" in outputs:

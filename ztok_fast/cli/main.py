@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = build_parser().parse_args(arguments)
         except SystemExit as stop:  # argparse has printed the help, or what is wrong
             return int(stop.code or 0)
+        options.arguments = arguments
         return options.run(options)
 
     return run_plainly(command, traceback="--traceback" in arguments)

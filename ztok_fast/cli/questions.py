@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ztok_fast.cli import common, streams
-from ztok_fast.cli.results import write_results
+from ztok_fast.cli.results import environment, write_results
 
 if TYPE_CHECKING:
     from ztok_fast.codec.base_model import BaseModel
@@ -37,6 +37,7 @@ def run(options: argparse.Namespace, files: Mapping[str, Path], outputs: Mapping
     results["settings"] = {
         name: getattr(options, name) for name in ("files", "documents", "tokens", "exclude", "reader")
     }
+    results["environment"] = environment(options)
     found = markdown(results)
     write_results(results, found, outputs)
     print(found, end="")

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def environment(options: argparse.Namespace) -> dict:
+    """The command line and the machine, for a results file."""
+    from ztok_fast import doctor
+
+    return {"command": shlex.join(["ztok", *options.arguments]), **doctor.environment()}
 
 
 def write_results(results: dict, markdown: str, outputs: Mapping[str, Path]) -> None:

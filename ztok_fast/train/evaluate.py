@@ -18,17 +18,6 @@ from ztok_fast.codec.passes import (
 )
 from ztok_fast.train.text_data import iter_texts
 
-UNIT_KINDS = {"written": None, "learned": False, "fixed": True}
-"""Kinds of units as reports name them, and the ``fixed_units`` that asks for them.
-
-They are written one by one, cut by the learned halting mass, or have r tokens each."""
-
-
-def unit_kinds(config) -> list[str]:
-    """The kinds of units that a codec was trained for, its own first; the baseline ``"fixed"`` is always among them."""
-    cut = ["learned", "fixed"]
-    return {"fire": cut, "slots": cut, "fixed": ["fixed"], "stop": ["written", *cut]}[config.emission]
-
 
 def dev_documents(files, tokenizer, documents: int, tokens: int, exclude_sources=()) -> list[list[int]]:
     """Token documents for evaluation: the first ``tokens`` tokens of up to ``documents`` texts of the files."""
@@ -60,7 +49,7 @@ def evaluate(
     Args:
         documents: token lists, each cut to one section (see ``section_segments``).
         quantized: decode from the codes; otherwise from the continuous latents (before k-means).
-        fixed_units: one of the values of `UNIT_KINDS`; ``None`` for units as configured.
+        fixed_units: units of r tokens, or learned ones if false; ``None`` for units as configured.
         levels: use only the first ``levels`` residual levels.
 
     Returns:
