@@ -71,7 +71,7 @@ def imports_of_the_package() -> set[str]:
 
 def test_dependencies_are_what_the_package_imports():
     extras = METADATA["project"]["optional-dependencies"]
-    assert set(extras) == {"triton", "gguf", "corpus", "bench", "test", "lint", "docs"}
+    assert set(extras) == {"triton", "gguf", "corpus", "eval", "bench", "test", "lint", "docs"}
     declared = names(METADATA["project"]["dependencies"])
     for name in ("triton", "gguf", "corpus"):
         declared |= names(extras[name])
