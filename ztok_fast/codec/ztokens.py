@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
 from ztok_fast.codec.documents import DocumentInfo
 from ztok_fast.codec.layout import expand_ranges, offsets, sequence_of_row
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+Own = TypeVar("Own", bound="ZDocuments")
+"""A kind of documents, of which parts are of the same kind."""
 
 
 @dataclass(eq=False)
@@ -146,14 +146,14 @@ class ZDocuments(ZTokens):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, index: int) -> Self:
+    def __getitem__(self: Own, index: int) -> Own:
         """Document ``index`` as a batch of one; its tensors are views of this batch's."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected a document from {-len(self)} to {len(self) - 1}, got {index}")
         index %= len(self)
         return replace(self, **vars(self.part(index)), documents=[self.documents[index]])
 
-    def __iter__(self) -> Iterator[Self]:
+    def __iter__(self: Own) -> Iterator[Own]:
         return (self[index] for index in range(len(self)))
 
 
