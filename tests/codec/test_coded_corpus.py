@@ -94,7 +94,7 @@ def test_damage_is_said(tmp_path, coder, source):
     cells = table["coded"].to_pylist()
     for number, cell, message in (
         (5, wrong_hash(cells[5]), "file 5"),
-        (0, b"no file", "row 0: expected a file of coded"),
+        (0, b"no file", "row 0: expected a whole file of coded"),
     ):
         changed = [*cells[:number], cell, *cells[number + 1 :]]
         column = pyarrow.array(changed, pyarrow.large_binary())

@@ -279,7 +279,7 @@ def test_mistakes(tmp_path, coder):
     with pytest.raises(CodecError, match="expected another part of the last one"):
         write_coded(tmp_path / "x.ztok", [(b"text", True)], coder)
     (tmp_path / "y").write_bytes(b"something else")
-    with pytest.raises(ZFileError, match="y: expected a file of coded units"):
+    with pytest.raises(ZFileError, match="y: expected a whole file of coded units"):
         CodedFile(tmp_path / "y", coder)
     write(tmp_path / "z", [b"text"], coder)
     data = bytearray((tmp_path / "z").read_bytes())

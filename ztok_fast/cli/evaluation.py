@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise common.UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     files = _files(options.files)
+    if options.questions and options.plot:
+        raise common.UsageError("--plot: expected none with --questions, whose results are tables")
     outputs = common.check_outputs(options, _OUTPUTS, [str(path) for path in files.values()])
     if options.questions:
         return questions.run(options, files, outputs)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace, files: Mapping[str, Path], outputs: Mapping[str, Path]) -> int:
     if not files:
         raise common.UsageError("--questions: expected files whose rows have a question and an answer, got none")
-    if "plot" in outputs:
-        raise common.UsageError("--plot: expected none with --questions, whose results are tables")
     codec = common.load_codec(options)
 
     from ztok_fast.evaluation.answer_report import evaluate_question_families, markdown
