@@ -146,7 +146,8 @@ def test_symbols_cost_what_the_compressor_says(codec, monkeypatch):
         found, _ = symbol_losses(model, drafted, named, named.clamp(min=0), z.cu_text, share)
     expected = float(losses.double().sum()) / math.log(2) + math.log2(2 * SHARES * 3)
     codec._engines.use()
-    assert float(slot_prior.bits(model, z)) == pytest.approx(expected, rel=1e-4)
+    (stream,) = slot_prior.encode(model, z)
+    assert expected - 8 <= 8 * len(stream) <= expected + 16
     assert torch.equal(by_steps, drafted), "transformers' modules draft the same"
     torch.testing.assert_close(found, losses, atol=1e-3, rtol=1e-3)
     assert float(losses.max()) > 8, "the symbols are not even"
@@ -168,14 +169,8 @@ def test_a_draft_is_the_guesses_after_what_is_written(codec, model):
     torch.testing.assert_close(logits.gather(1, at), plain.gather(1, at) - choice[:, 1:])
 
 
-def test_bits_are_those_of_the_streams(codec, model):
-    z = some_ztokens(codec)
-    for bits, stream in zip(slot_prior.bits(model, z).tolist(), slot_prior.encode(model, z)):
-        assert bits - 8 <= 8 * len(stream) <= bits + 16 or not stream
-
-
 def test_damaged_streams_give_slots_or_an_error(codec, model):
-    z = some_ztokens(codec, [40, 12], share=0.2)
+    z = fixed(some_ztokens(codec, [40, 12], share=0.2), 2)
     streams, refused, tried = slot_prior.encode(model, z), 0, 0
     damaged = [streams[0][:at] + bytes([streams[0][at] ^ 0x55]) + streams[0][at + 1 :] for at in range(len(streams[0]))]
     for own in [*damaged, b"", streams[0][:5], b"\xff" * 30, streams[1]]:
@@ -189,7 +184,7 @@ def test_damaged_streams_give_slots_or_an_error(codec, model):
         assert 1 <= int(found.unit_lengths.min()) and int(found.unit_lengths.max()) <= SEGMENT
         assert (found.slot_offsets < found.unit_lengths[:, None]).all()
         assert same(found.part(1), z.part(1)), "a stream is its document's own"
-    assert 0 <= refused < tried
+    assert 0 < refused < tried
 
 
 def test_transformers_modules_are_refused(codec, monkeypatch):

@@ -50,14 +50,6 @@ def encode(model: SlotModel, z: ZTokens) -> list[bytes]:
 
 
 @torch.inference_mode()
-def bits(model: SlotModel, z: ZTokens) -> Tensor:
-    """Bits of each document's symbols in `encode`, float64 ``[n_documents]``; a stream takes at most 16 more."""
-    symbols = _symbols(model, z.to("cpu"))
-    own = (symbols.intervals[:, 2].double() / symbols.intervals[:, 1].double()).log2()
-    return own.new_zeros(len(z)).index_add_(0, symbols.document, own)
-
-
-@torch.inference_mode()
 def decode(model: SlotModel, streams: Sequence[bytes], tokens: Sequence[int]) -> ZTokens:
     """The Z-tokens of documents.
 
