@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -35,6 +35,12 @@ Choose = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tenso
 
 Tokens = Sequence[int]
 """Text tokens of one document; an ``array`` takes a ninth of the memory of a list."""
+
+
+def equal_once(keys: Sequence[Hashable]) -> tuple[Counter, list[int]]:
+    """How often each key comes, and where each comes first, in rising order: equal documents are worked on once."""
+    first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
+    return Counter(keys), sorted(first_use.values())
 
 
 def batches(sizes: Sequence[int], limit: int) -> list[range]:
@@ -126,9 +132,7 @@ def compress_documents(
     keys = [array("q", document).tobytes() for document in documents]
     if weights is not None:
         keys = [key + own.numpy().tobytes() for key, own in zip(keys, weights)]
-    uses = Counter(keys)
-    first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
-    unique = sorted(first_use.values())
+    uses, unique = equal_once(keys)
     parts = [no_documents(model.config.num_codebooks, isinstance(model, SlotModel))]
     for batch in batches([len(documents[i]) for i in unique], batch_tokens):
         members = [documents[unique[i]] for i in batch]
@@ -245,9 +249,7 @@ def decompress_documents(
     """
     forced = forced or [None] * len(z)
     keys = [(*key, tuple(sorted((f or {}).items()))) for key, f in zip(z.keys(), forced)]
-    uses = Counter(keys)
-    first_use = {key: i for i, key in reversed(list(enumerate(keys)))}
-    unique = sorted(first_use.values())
+    uses, unique = equal_once(keys)
     counts = z.cu_documents.diff().tolist()
     results: dict[tuple, array] = {}
     for batch in batches([counts[i] for i in unique], batch_segments):

@@ -12,14 +12,22 @@ decode side by side: turn 0 has the tokens that begin a segment, every later tur
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ztok_fast.codec.layout import offsets, position_in_sequence, sequence_of_row
-from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, Tokens, batches, decode_segments, pack_tokens
+from ztok_fast.codec.passes import (
+    BATCH_SEGMENTS,
+    BATCH_TOKENS,
+    Progress,
+    Tokens,
+    batches,
+    decode_segments,
+    equal_once,
+    pack_tokens,
+)
 from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.slot_coding import INCREMENT
 from ztok_fast.codec.ztokens import ZTokens
@@ -53,8 +61,7 @@ def encode(
         batch_tokens: text tokens of one pass; progress: called with the number of tokens just encoded.
     """
     keys = [(*key, array("q", own).tobytes()) for key, own in zip(z.keys(), documents)]
-    uses, first_use = Counter(keys), {key: i for i, key in reversed(list(enumerate(keys)))}
-    unique = sorted(first_use.values())
+    uses, unique = equal_once(keys)
     found: dict[tuple, bytes] = {}
     for batch in batches([len(documents[i]) for i in unique], batch_tokens):
         members = [unique[i] for i in batch]
@@ -83,8 +90,7 @@ def decode(
         batch_segments: segments that are decoded side by side, but no fewer than one document has.
     """
     keys = [(*key, stream) for key, stream in zip(z.keys(), streams)]
-    uses, first_use = Counter(keys), {key: i for i, key in reversed(list(enumerate(keys)))}
-    unique = sorted(first_use.values())
+    uses, unique = equal_once(keys)
     counts = z.cu_documents.diff().tolist()
     found: dict[tuple, array] = {}
     for batch in batches([counts[i] for i in unique], batch_segments):
