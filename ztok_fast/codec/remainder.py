@@ -30,10 +30,10 @@ from ztok_fast.codec.passes import (
 )
 from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.slot_coding import INCREMENT
+from ztok_fast.codec.turns import decode_in_turns
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import (
     decode_symbols,
-    decode_tokens,
     range_decoder,
     range_encode,
     symbol_intervals,
@@ -165,22 +165,11 @@ class _Reader:
         if len(guessed):
             tokens[guessed] = self._runtime.argmax(hidden[guessed], None if bias is None else bias[guessed])
         coded = wrong.nonzero()[:, 0]
-        # All streams side by side, each token by token, in the order of its segments.
-        coded = coded[segments[coded].argsort()]
-        cu = offsets(self.section[segments[coded]].bincount(minlength=len(self._state)))
-        place = position_in_sequence(cu, len(coded))
-        coded = coded[place.argsort(stable=True)]
-        sections = self.section[segments[coded]]
-        if not len(coded):
-            return tokens
-        rows = self._runtime.logits(hidden[coded], None if bias is None else bias[coded]).float()
-        at = 0
-        for size in place.bincount().tolist():
-            own = slice(at, at + size)
-            tokens[coded[own]], self._state[sections[own]] = decode_tokens(
-                rows[own], self._state[sections[own]], self._data
-            )
-            at += size
+        if len(coded):
+            # The segments of a stream take turns in their order.
+            coded = coded[segments[coded].argsort()]
+            rows = self._runtime.logits(hidden[coded], None if bias is None else bias[coded]).float()
+            tokens[coded] = decode_in_turns(rows, self.section[segments[coded]], self._state, self._data)
         return tokens
 
 

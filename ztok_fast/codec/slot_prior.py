@@ -25,8 +25,9 @@ from ztok_fast.codec.slot_coding import INCREMENT
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.slot_units import KINDS, SHORTEST, even, read_units, units_told
 from ztok_fast.codec.slots import written_tokens
+from ztok_fast.codec.turns import decode_in_turns
 from ztok_fast.codec.ztokens import ZTokens
-from ztok_fast.ops import decode_symbols, decode_tokens, range_decoder, range_encode, symbol_intervals, token_intervals
+from ztok_fast.ops import decode_symbols, range_decoder, range_encode, symbol_intervals, token_intervals
 from ztok_fast.ops.entropy.range_encode import Streams
 
 ROWS = 128
@@ -206,7 +207,6 @@ class _Reader:
         """The tokens that are named in segments of falling length, packed."""
         model, count, longest = self.model, len(lengths), int(lengths[0])
         found = torch.full((count, longest), -1)
-        turn = _rank(document)
         session = model.runtime.session(
             "compressor",
             model.draft.starts(share).float(),
@@ -218,7 +218,7 @@ class _Reader:
             for column in range(longest):
                 going = int((lengths > column).sum())
                 logits, guesses = symbol_logits(model, rows.last[:going])
-                symbols = self._turn(logits, document[:going], turn[:going])
+                symbols = decode_in_turns(logits, document[:going], self.state, self.data)
                 written = symbols < logits.shape[1] - 1
                 found[:going, column] = torch.where(written, symbols, -1)
                 onward = int((lengths > column + 1).sum())
@@ -227,16 +227,6 @@ class _Reader:
                     told = model.draft.told(written[:onward], share[:onward])
                     rows.step(model.adapted.embedding(token) + told, torch.full_like(token, column + 1))
         return found[torch.arange(longest) < lengths[:, None]]
-
-    def _turn(self, logits: Tensor, document: Tensor, turn: Tensor) -> Tensor:
-        """A symbol of each row; those of one document come one after another in its stream."""
-        symbols = torch.empty(len(logits), dtype=torch.int64)
-        for own in range(int(turn.max()) + 1):
-            rows = (turn == own).nonzero()[:, 0]
-            symbols[rows], self.state[document[rows]] = decode_tokens(
-                logits[rows], self.state[document[rows]], self.data
-            )
-        return symbols
 
     def units(self, named: Tensor, cu_text: Tensor, cu_documents: Tensor, kinds: Tensor) -> ZTokens:
         """The Z-tokens of text rows whose slots are known; ``kinds``: int64 ``[n_documents]``, `SHORTEST` and so on.
@@ -270,11 +260,3 @@ def _batches(cu_text: Tensor, cu_documents: Tensor) -> Iterator[Tensor]:
     for own in batches:
         segments = torch.isin(block, torch.tensor(own)).nonzero()[:, 0]
         yield segments[lengths[segments].argsort(descending=True, stable=True)]
-
-
-def _rank(values: Tensor) -> Tensor:
-    """How many equal values come before each, int64 ``[N]``."""
-    order = values.argsort(stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = position_in_sequence(offsets(values.bincount()), len(values))
-    return rank
