@@ -9,6 +9,7 @@ from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.segment_model import SegmentModel
 from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.ops import ragged_gather, ragged_layout
+from ztok_fast.ops.ragged.ragged_gather import RaggedBatch
 from ztok_fast.train.batches import Batch, Section
 
 
@@ -48,13 +49,7 @@ def inferencer_losses(
     rows = ragged_layout(
         [s[2] for s in sources], [sections, total, mark_count, len(question), mark_count, len(answer)]
     ).destinations
-    hidden = model.adapted(
-        joined.values,
-        joined.position_ids,
-        joined.cu_seqlens,
-        int(joined.cu_seqlens.diff().max()),
-        adapter="inferencer",
-    )
+    hidden = _hidden(model, joined)
     # The start row and every Z row predict: the next Z-token, and after the last one the end.
     order = ragged_layout([one_each, cu_z], [sections, total])
     predict = order.place(rows[:2])
@@ -90,14 +85,14 @@ def answer_loss(
     )
     counts = [len(sections), len(rows), len(sections), len(question), len(sections), len(answer)]
     places = ragged_layout(cu, counts).destinations[5]
-    hidden = model.adapted(
-        joined.values,
-        joined.position_ids,
-        joined.cu_seqlens,
-        int(joined.cu_seqlens.diff().max()),
-        adapter="inferencer",
-    )
+    hidden = _hidden(model, joined)
     return cross_entropy(model.adapted.logits(hidden[places - 1]).float(), answer)
+
+
+def _hidden(model: SegmentModel, joined: RaggedBatch) -> torch.Tensor:
+    """Hidden states of packed rows under the inferencer."""
+    longest = int(joined.cu_seqlens.diff().max())
+    return model.adapted(joined.values, joined.position_ids, joined.cu_seqlens, longest, adapter="inferencer")
 
 
 def _pack(sequences: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
