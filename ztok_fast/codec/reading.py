@@ -18,6 +18,8 @@ from ztok_fast.engine import Engine
 from ztok_fast.ops import token_intervals
 
 _LOGIT_ROWS = 1024
+_PASS_ROWS = 1 << 13
+"""Tokens of one pass, about: enough to fill the machine; more take memory and no less time."""
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits of rows, their segments) -> the tokens, and whether each segment ends with its token."""
@@ -45,13 +47,13 @@ class Reader:
     def intervals(self, segments: Sequence[Sequence[int]]) -> Intervals:
         """Of all tokens, segment after segment."""
         readings = [reading for segment in segments for reading in self._readings(segment)]
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for first in range(0, len(readings), self.rows):
-            found += self._intervals(readings[first : first + self.rows])
-        if not found:
-            none = torch.empty(0, dtype=torch.int64)
-            return Intervals(none, none, none)
-        return Intervals(*(torch.cat(values) for values in zip(*found)))
+        # One tensor for all: small ones that outlive the logits before them would keep the allocator from using the
+        # place of those logits again.
+        found = torch.empty(3, sum(map(len, segments)), dtype=torch.int64)
+        side_by_side, at = max(1, min(self.rows, _PASS_ROWS // self.window)), 0
+        for first in range(0, len(readings), side_by_side):
+            at = self._read(readings[first : first + side_by_side], found, at)
+        return Intervals(*found)
 
     def _readings(self, segment: Sequence[int]) -> Iterator[tuple[Sequence[int], int]]:
         """The tokens of each reading, and how many of them are read again."""
@@ -62,7 +64,8 @@ class Reader:
             yield segment[at - again : end], again
             at = end
 
-    def _intervals(self, readings: list[tuple[Sequence[int], int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _read(self, readings: list[tuple[Sequence[int], int]], found: Tensor, at: int) -> int:
+        """Put the intervals of readings into ``found`` from ``at`` on; where they end."""
         counts = torch.tensor([len(tokens) for tokens, _ in readings])
         inputs = torch.tensor([t for tokens, _ in readings for t in [self.start, *tokens[:-1]]])
         targets = torch.tensor([t for tokens, again in readings for t in tokens[again:]])
@@ -72,10 +75,11 @@ class Reader:
         hidden = self.engine.forward(inputs, positions, cu, slots, torch.zeros_like(slots))
         if len(targets) < len(inputs):
             hidden = hidden[positions >= torch.tensor([again for _, again in readings]).repeat_interleave(counts)]
-        return [
-            token_intervals(self.engine.logits(rows).cpu(), own)
-            for rows, own in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS))
-        ]
+        for rows, own in zip(hidden.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS)):
+            for row, values in zip(found, token_intervals(self.engine.logits(rows).cpu(), own)):
+                row[at : at + len(own)] = values
+            at += len(own)
+        return at
 
     def write(
         self, limits: Tensor, choose: Choose, ended: Callable[[Tensor], None] = lambda segments: None
