@@ -113,12 +113,8 @@ def _evaluation_section(name: str, results: dict) -> str:
             [
                 f"{row['asked']:g}",
                 row["way"],
-                number(row["ratio"]),
-                number(row["rate"]),
-                number(row["residual_bits"]),
-                number(row["efficiency"]),
-                percent(row["teacher_forced"]),
-                percent(row["free_running"]),
+                *(number(row[name]) for name in ("ratio", "rate", "residual_bits", "efficiency")),
+                *(percent(row[name]) for name in ("teacher_forced", "free_running")),
             ]
             for row in found
             if row["way"] in README_WAYS

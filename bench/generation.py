@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from bench.base_bits import read_texts
+from bench.compression import read_texts
+from bench.tables import print_rows
 from ztok_fast import ZTokCodec
 from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.engine import Engine
@@ -27,9 +28,8 @@ def bits_after(base: BaseModel, prompts: Sequence[Sequence[int]], texts: Sequenc
         if not len(text):
             continue
         logits = base.model(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1].float()
-        bits += torch.nn.functional.cross_entropy(logits, torch.tensor(list(text)), reduction="sum").item() / math.log(
-            2
-        )
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(list(text)), reduction="sum")
+        bits += loss.item() / math.log(2)
         count += len(text)
     return bits / max(1.0, count)
 
@@ -40,29 +40,35 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def measure(codec: ZTokCodec, bare: BaseModel, prompts: list[list[int]], ratio: float, ztokens: int, temperatures):
-    """A row for each way of going on and each temperature, and one for the texts' own continuation if given."""
-    z = codec.compress([codec._text_bytes(p).decode("utf-8", "replace") for p in prompts], ratio)
+def measure(
+    codec: ZTokCodec, bare: BaseModel, prompts: list[list[int]], own: list[list[int]], options: argparse.Namespace
+) -> Iterator[tuple[dict, str]]:
+    """A row and a sample for each way of going on at each temperature, and for the texts' own continuation."""
+    z = codec.compress([_text(codec, prompt) for prompt in prompts], options.ratio)
     engine = Engine.from_model(bare.model, None, "float32", slots=len(prompts), capacity=1024)
-    rows = []
-    for temperature in temperatures:
-        new = codec.generate(z, ztokens, temperature=temperature, seed=1, end_threshold=1.0)
+    found: list[tuple[str, float | None, Sequence[Sequence[int]]]] = []
+    for temperature in options.temperatures:
+        new = codec.generate(z, options.ztokens, temperature=temperature, seed=1, end_threshold=1.0)
         written = codec.decompress_tokens(new)
-        lengths = [max(1, len(own)) for own in written]
+        lengths = [max(1, len(ids)) for ids in written]
         plain = engine.generate(prompts, lengths, temperature=temperature, seed=1, end_tokens=())
-        for name, texts in (("Z-space", written), ("base model", plain)):
-            rows.append(
-                {
-                    "way": name,
-                    "temperature": temperature,
-                    "tokens": sum(map(len, texts)),
-                    "bits_per_token": bits_after(bare, prompts, texts),
-                    "distinct_1": distinct(texts, 1),
-                    "distinct_2": distinct(texts, 2),
-                    "sample": codec._text_bytes(texts[0]).decode("utf-8", "replace"),
-                }
-            )
-    return rows
+        found += [("Z-space", temperature, written), ("base model", temperature, plain)]
+    for way, temperature, texts in [*found, ("the text itself", None, own)]:
+        yield (
+            {
+                "way": way,
+                "temperature": temperature,
+                "tokens": sum(map(len, texts)),
+                "bits_per_token": bits_after(bare, prompts, texts),
+                "distinct_1": distinct(texts, 1),
+                "distinct_2": distinct(texts, 2),
+            },
+            _text(codec, texts[0]),
+        )
+
+
+def _text(codec: ZTokCodec, tokens: Sequence[int]) -> str:
+    return codec._text_bytes(tokens).decode("utf-8", "replace")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,39 +84,21 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     codec = ZTokCodec.from_pretrained(options.codec)
     bare = load_base(codec.config.base_model, expected_fingerprint=codec.config.base_fingerprint or None)
-    prompts, own = [], []
-    for path in options.files:
-        for texts in read_texts(path, 16 * options.prompt, options.documents).values():
-            for tokens in map(list, codec.tokenize(texts)):
-                if len(tokens) >= 2 * options.prompt:
-                    prompts.append(tokens[: options.prompt])
-                    own.append(tokens[options.prompt : 2 * options.prompt])
-    if not prompts:
+    found = read_texts(options.files, 16 * options.prompt, options.documents).values()
+    tokens = [list(ids) for texts in found for ids in codec.tokenize(texts) if len(ids) >= 2 * options.prompt]
+    if not tokens:
         parser.error(f"--files: expected texts of at least {2 * options.prompt} tokens, got none")
-    rows = measure(codec, bare, prompts, options.ratio, options.ztokens, options.temperatures)
-    rows.append(
-        {
-            "way": "the text itself",
-            "temperature": None,
-            "tokens": sum(map(len, own)),
-            "bits_per_token": bits_after(bare, prompts, own),
-            "distinct_1": distinct(own, 1),
-            "distinct_2": distinct(own, 2),
-        }
+    prompts, own = (
+        [ids[: options.prompt] for ids in tokens],
+        [ids[options.prompt : 2 * options.prompt] for ids in tokens],
     )
-    print("| way | temperature | tokens | bits/token under the base | distinct-1 | distinct-2 |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        temperature = "–" if row["temperature"] is None else f"{row['temperature']:g}"
-        print(
-            f"| {row['way']} | {temperature} | {row['tokens']:,} | {row['bits_per_token']:.2f} "
-            f"| {row['distinct_1']:.3f} | {row['distinct_2']:.3f} |"
-        )
-    for row in rows:
-        if "sample" in row:
-            print(f"\n{row['way']}, temperature {row['temperature']:g}: {row['sample']!r}")
+    rows, samples = zip(*measure(codec, bare, prompts, own, options))
+    print_rows(rows)
+    for row, sample in zip(rows, samples):
+        print(f"\n{row['way']}, temperature {row['temperature']}: {sample!r}")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        results = [{**row, "sample": sample} for row, sample in zip(rows, samples)]
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ztok_fast
 from ztok_fast.ops.op import OPS
@@ -175,7 +176,7 @@ class OpSubject(Subject):
         spec, (result, grads) = self.op.spec, found
         with torch.no_grad():
             if spec.check is not None:
-                spec.check({name: _detached(value) for name, value in inputs.items()}, result)
+                spec.check(tree_map_only(Tensor, Tensor.detach, dict(inputs)), result)
             else:
                 for got, wanted in zip(spec.outputs(result), spec.outputs(self.exact(inputs)[0]), strict=True):
                     close(got, wanted, case.dtype, spec.tolerance)
@@ -212,8 +213,12 @@ class OpSubject(Subject):
     def exact(self, inputs):
         """Result and gradients of the reference in float64."""
         if "exact" not in inputs.known:
-            wide_of: dict[int, Tensor] = {}
-            wide = {name: _widened(value, wide_of) for name, value in inputs.items()}
+            wide_of: dict[int, Tensor] = {}  # one for each tensor that there is, by its id
+
+            def widen(t):
+                return wide_of.setdefault(id(t), t.detach().double()) if t.is_floating_point() else t
+
+            wide = tree_map_only(Tensor, widen, dict(inputs))
             leaves = [wide_of[id(leaf)].requires_grad_() for leaf in inputs.leaves]
             with ztok_fast.backend("reference"), torch.set_grad_enabled(bool(leaves)):
                 result = self.op.spec.public(**wide)
@@ -235,25 +240,6 @@ class OpSubject(Subject):
                 raise Mismatch(f"gradient {i}: off by {off:.1%}")
 
 
-def _detached(value):
-    if isinstance(value, (list, tuple)):
-        return [_detached(v) for v in value]
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _widened(value, wide_of: dict[int, Tensor]):
-    """Floating-point tensors in float64, one for each that there is, noted by its id."""
-    if isinstance(value, (list, tuple)):
-        return [_widened(v, wide_of) for v in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    return wide_of.setdefault(id(value), value.detach().double())
-
-
-def tensors_in(found) -> Iterator[Tensor]:
+def tensors_in(found) -> list[Tensor]:
     """The tensors in nested tuples and lists."""
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, (tuple, list)):
-        for part in found:
-            yield from tensors_in(part)
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -17,6 +17,19 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [_line(headers, widths, right)]
     lines.append("| " + " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right)) + " |")
     return "\n".join(lines + [_line(row, widths, right) for row in cells])
+
+
+def print_rows(rows: Iterable[dict]) -> list[dict]:
+    """Print rows as they are found, columns by the keys of the first; returns them."""
+    found: list[dict] = []
+    for row in rows:
+        if not found:
+            headers = [key.replace("_per_", "/").replace("_", " ") for key in row]
+            print("| " + " | ".join(headers) + " |\n|" + " --- |" * len(row))
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        print("| " + " | ".join(cells) + " |", flush=True)
+        found.append(row)
+    return found
 
 
 def number(value: float | None, digits: int = 2) -> str:

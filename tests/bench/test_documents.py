@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bench import card as cards
-from bench import documents
+from bench import compression, documents
 from bench.card import CardError, StaleResultsError, card
 from bench.documents import DocumentError
 from bench.machine import ROOT
 from bench.tables import number, table
+from bench.tiny import write_texts, write_tiny_base
 from ztok_fast.codec.config import ZTokConfig
 from ztok_fast.codec.weights import codec_fingerprint, save_weights
 
@@ -165,6 +166,22 @@ def test_cards_that_ship_are_those_of_their_files(name):
     except StaleResultsError as error:
         pytest.skip(str(error))
     assert (folder / "README.md").read_text(encoding="utf-8") == expected, "run python -m bench.documents card"
+
+
+def test_the_commands_of_compression_agree_on_a_models_own_bits(tmp_path):
+    texts = write_texts(tmp_path / "texts.jsonl", 3)
+    given = [str(texts), "--base", str(write_tiny_base(tmp_path / "base", texts)), "--json", str(tmp_path / "out.json")]
+
+    def rows(command, *options):
+        compression.main([command, *given, *options])
+        return json.loads((tmp_path / "out.json").read_text())
+
+    long, short = rows("bits", "--contexts", "64", "8")
+    assert long["tokens"] == short["tokens"] > 100 and long["bits_per_token"] > 0
+    (window,) = rows("windows", "--context", "64", "--levels", "2", "--codebook-size", "300")
+    assert window["H0"] == pytest.approx(long["bits_per_token"], rel=0.02) and window["of_H0"] > 1
+    (coded,) = rows("contexts", "--contexts", "64", "--runs", "1", "--cpu-time")
+    assert coded["bits_per_byte"] == pytest.approx(long["bits_per_byte"], rel=0.1)
 
 
 def test_tables():
