@@ -36,11 +36,12 @@ __attribute__((noinline)) inline void prune(Search& search, int64_t slot, const 
   }
   if (kept > kCandidates / 2) {
     const float* row = search.rows + search.index[slot] * codes.width;
-    double least = 0;
+    const double row_square = squared_norm(row, codes.width);
+    Score least{};
     int best = -1;
     for (int i = 0; i < kept; ++i) {
-      const double score = exact_score(row, codes, candidates[i].code, metric);
-      if (best < 0 || score < least) least = score, best = i;
+      const Score score = exact_score(row, codes, candidates[i].code, metric, row_square);
+      if (best < 0 || score.before(least)) least = score, best = i;
     }
     candidates[0] = candidates[best];
     kept = 1;

@@ -200,7 +200,8 @@ void find_terms(const ChosenCodes& chosen, int64_t begin, int64_t end, float* re
       const double row_length = __builtin_sqrt(squared_norm(residual, width));
       const double code_length = __builtin_sqrt(squared_norm(code, width));
       float* term = terms + pair * kCosineTerms;
-      term[0] = static_cast<float>(-exact_score(residual, code, width, Metric::dot) / (row_length * code_length));
+      term[0] =
+          static_cast<float>(-exact_score(residual, code, width, Metric::dot, 0).value / (row_length * code_length));
       term[1] = reciprocal(row_length);
       // of a residual with NaN too: no gradient, as in the reference
       const bool directed = row_length > 0 && (term[1] > 0 || __builtin_isinf(row_length));

@@ -123,7 +123,7 @@ void subtract(float* row, const T* code, int64_t width) {
 
 struct Winner {
   int32_t code;
-  double score;
+  Score score;
 };
 
 Winner rerank_slot(const Search* searches, int64_t parts, int64_t slot, const float* row, const Matrix& codes,
@@ -134,11 +134,12 @@ Winner rerank_slot(const Search* searches, int64_t parts, int64_t slot, const fl
     exactly |= searches[part].candidate_counts[slot] == kExact;
     if (searches[part].lower[slot] > lower) lower = searches[part].lower[slot];
   }
-  Winner winner{-1, 0};
+  Winner winner{-1, {}};
+  const double row_square = squared_norm(row, codes.width);
   if (exactly) {
     for (int64_t code = 0; code < codes.rows; ++code) {
-      const double score = exact_score(row, codes, code, metric);
-      if (winner.code < 0 || score < winner.score) winner = {static_cast<int32_t>(code), score};
+      const Score score = exact_score(row, codes, code, metric, row_square);
+      if (winner.code < 0 || score.before(winner.score)) winner = {static_cast<int32_t>(code), score};
     }
     return winner;
   }
@@ -146,10 +147,10 @@ Winner rerank_slot(const Search* searches, int64_t parts, int64_t slot, const fl
     const Candidate* candidates = searches[part].candidates + slot * kCandidates;
     for (int i = 0; i < searches[part].candidate_counts[slot]; ++i) {
       if (candidates[i].upper < lower) continue;
-      const double score = exact_score(row, codes, candidates[i].code, metric);
+      const Score score = exact_score(row, codes, candidates[i].code, metric, row_square);
       // of equal codes the lowest, whichever search has it
-      const bool first = score == winner.score && candidates[i].code < winner.code;
-      if (winner.code < 0 || score < winner.score || first) winner = {candidates[i].code, score};
+      const bool first = !winner.score.before(score) && candidates[i].code < winner.code;
+      if (winner.code < 0 || score.before(winner.score) || first) winner = {candidates[i].code, score};
     }
   }
   return winner;
@@ -214,19 +215,21 @@ void rerank(const Search* searches, int64_t parts, int64_t begin, int64_t end, c
   for (int64_t slot = begin; slot < end; ++slot) {
     const int64_t number = searches[0].index[slot];
     float* row = rows + number * codes.width;
-    Winner winner{0, kNotANumber};
+    int32_t code = 0;
+    double distance = kNotANumber;
     if (searches[0].candidate_counts[slot] != kNotFinite) {
-      winner = rerank_slot(searches, parts, slot, row, codes, metric);
-      if (winner.code < 0) winner = {0, kNotANumber};  // no code is finite, which the caller reports
+      const Winner winner = rerank_slot(searches, parts, slot, row, codes, metric);
+      if (winner.code >= 0)
+        code = winner.code, distance = winner.score.value;  // else no code is finite: the caller says so
       if (metric == Metric::cosine) {
         const double square = squared_norm(row, codes.width);
-        winner.score = 1 + (square > 0 ? winner.score / __builtin_sqrt(square) : 0);
+        distance = 1 + (square > 0 ? distance / __builtin_sqrt(square) : 0);
       }
     }
-    reranked.codes[number * reranked.stride] = winner.code;
-    if (reranked.distances) reranked.distances[number * reranked.stride] = static_cast<float>(winner.score);
+    reranked.codes[number * reranked.stride] = code;
+    if (reranked.distances) reranked.distances[number * reranked.stride] = static_cast<float>(distance);
     if (reranked.last) continue;
-    const int64_t offset = winner.code * codes.stride;
+    const int64_t offset = code * codes.stride;
     switch (codes.element) {
       case Element::float16:
         subtract(row, static_cast<const Half*>(codes.data) + offset, codes.width);

@@ -127,6 +127,8 @@ float row_distances(const float* row, const Matrix& codes, int64_t begin, int64_
 
 NearestCode rerank_row(float* row, const Matrix& codes, const float* distances, float threshold) {
   NearestCode nearest{-1, 0};
+  Score least{};
+  const double row_square = squared_norm(row, codes.width);
   const Vec bound = broadcast(threshold);
   for (int64_t first = 0; first < codes.rows; first += kWidth) {
     const int rest = static_cast<int>(smaller(kWidth, codes.rows - first));
@@ -134,8 +136,10 @@ NearestCode rerank_row(float* row, const Matrix& codes, const float* distances, 
     if (rest < kWidth) near &= (1u << rest) - 1;
     for (; near != 0; near &= near - 1) {
       const int64_t code = first + __builtin_ctz(near);
-      const double distance = exact_score(row, codes, code, Metric::l2);
-      if (nearest.code < 0 || distance < nearest.distance) nearest = {static_cast<int32_t>(code), distance};
+      const Score score = exact_score(row, codes, code, Metric::l2, row_square);
+      if (nearest.code >= 0 && !score.before(least)) continue;
+      least = score;
+      nearest = {static_cast<int32_t>(code), score.value};
     }
   }
   const int64_t offset = nearest.code * codes.stride;

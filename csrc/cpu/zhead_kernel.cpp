@@ -140,7 +140,7 @@ void z_block(const ZQuery& query, int64_t number, ZRow* rows, ZMass* masses, int
 }
 
 float z_logit(const float* hidden, const Matrix& codes, int64_t code) {
-  return static_cast<float>(-exact_score(hidden, codes, code, Metric::dot));
+  return static_cast<float>(exact_dot(hidden, codes, code));
 }
 
 }  // namespace ZTOK_ISA
