@@ -251,7 +251,7 @@ def _compress(parts: huggingface.Parts, work: Work, batched: bool) -> Answer:
     for own in [documents] if batched else [[document] for document in documents]:
         sections = [tokens[i : i + limit] for tokens in own for i in range(0, len(tokens), limit)]
         for batch in batches([len(section) for section in sections], BATCH_TOKENS):
-            found += huggingface.compress_tokens(parts, [sections[i] for i in batch], work.ratio, tight=True)
+            found += huggingface.compress_tokens(parts, [sections[i] for i in batch], work.ratio)
     return _said(found)
 
 

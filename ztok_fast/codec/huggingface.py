@@ -94,18 +94,16 @@ def load(folder: Path, base: BaseModel, adapter: str, merged: bool, device: str)
     return Parts(config, model, base.tokenizer, own)
 
 
-def compress(parts: Parts, texts: Sequence[str], ratio: float, tight: bool) -> list[Coded]:
+def compress(parts: Parts, texts: Sequence[str], ratio: float) -> list[Coded]:
     """As `compress_tokens`, of texts."""
-    return compress_tokens(parts, parts.tokenizer(list(texts), add_special_tokens=False)["input_ids"], ratio, tight)
+    return compress_tokens(parts, parts.tokenizer(list(texts), add_special_tokens=False)["input_ids"], ratio)
 
 
-def compress_tokens(parts: Parts, documents: Sequence[Sequence[int]], ratio: float, tight: bool) -> list[Coded]:
-    """Compress documents in one padded batch.
+def compress_tokens(parts: Parts, documents: Sequence[Sequence[int]], ratio: float) -> list[Coded]:
+    """Compress documents in one batch whose rows are their segments, the last ones of documents padded.
 
     Args:
         documents: the tokens of each, at most one section.
-        tight: pad segments and not documents: a document contributes as many rows of one segment as it has. Else every
-            document is padded to the longest.
 
     Returns:
         the Z-tokens of every document, on the CPU.
@@ -121,13 +119,12 @@ def compress_tokens(parts: Parts, documents: Sequence[Sequence[int]], ratio: flo
     ids, valid = ids.to(device).view(-1, S), valid.to(device).view(-1, S)
     document_of_row = torch.arange(B, device=device).repeat_interleave(most)
     index = torch.arange(most, device=device).repeat(B)  # of the segment in its document
-    if tight:
-        used = valid.any(1)
-        ids, valid, document_of_row, index = ids[used], valid[used], document_of_row[used], index[used]
+    used = valid.any(1)
+    ids, valid, document_of_row, index = ids[used], valid[used], document_of_row[used], index[used]
 
     if parts.slots:
-        z = slots.choose(parts, slots.Segments(ids, valid, document_of_row), ratio)
-        return [z.of_rows((document_of_row == document) & valid.any(1)) for document in range(B)]
+        z = slots.choose(parts, slots.Segments(ids, valid, document_of_row, slots.said(parts, ids)), ratio)
+        return [z.of_rows(document_of_row == document) for document in range(B)]
 
     embeds = parts.model.get_input_embeddings()(ids)
     budget = torch.tensor([1.0, math.log2(ratio) - 1], device=device)
@@ -226,7 +223,7 @@ def _slot_rows(parts: Parts, segments: Sequence[Coded]) -> tuple[Tensor, Tensor,
     bounds = _bounds([int(own[0].sum()) for own in segments])
     named = slots.named_tokens(lengths, codes, places)
     padded = nn.utils.rnn.pad_sequence([named[a:b] for a, b in bounds], batch_first=True, padding_value=-1)
-    return slots.embed(parts, codes, places), slots.conditioning(parts, padded), padded
+    return slots.embed(parts, codes, places), slots.conditioning(parts, padded >= 0, slots.said(parts, padded.clamp(min=0))), padded
 
 
 def _pooled_rows(parts: Parts, segments: Sequence[Coded]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -22,14 +22,16 @@ LOGIT_ROWS = 4096
 
 @dataclass
 class Segments:
-    """Padded segments: tokens and their validity ``[R, S]``, and the document of each row ``[R]``."""
+    """Padded segments: tokens and their validity ``[R, S]``, the document of each row ``[R]``, and what each token
+    says ahead, as `said` has it: it is the same in all passes."""
 
     ids: Tensor
     valid: Tensor
     document: Tensor
+    said: Tensor
 
     def rows(self, chosen: Tensor) -> Segments:
-        return Segments(self.ids[chosen], self.valid[chosen], self.document[chosen])
+        return Segments(self.ids[chosen], self.valid[chosen], self.document[chosen], self.said[chosen])
 
     @property
     def last(self) -> Tensor:
@@ -123,23 +125,25 @@ def embed(parts, codes: Tensor, places: Tensor) -> Tensor:
     return torch.where(codes[..., :1] >= 0, total, weights["start_embedding"])
 
 
-def conditioning(parts, named: Tensor) -> Tensor:
-    """What every text row is told of the written tokens after it, ``[R, S, D]``; ``named [R, S]`` has -1 elsewhere."""
-    weights, size = parts.weights, named.shape[1]
-    written, column = named >= 0, torch.arange(size, device=named.device)
+def said(parts, ids: Tensor) -> Tensor:
+    """What tokens ``[R, S]`` say to the rows before them, ``[R, S, AHEAD, D]``: by how many written ones are nearer."""
+    words = parts.model.get_input_embeddings()(ids) @ parts.weights["ahead_projection.weight"].T
+    return words.unflatten(-1, (AHEAD, -1))
+
+
+def conditioning(parts, written: Tensor, said: Tensor) -> Tensor:
+    """What every text row is told of the written tokens after it, ``[R, S, D]``; written: bool ``[R, S]``."""
+    weights, size = parts.weights, written.shape[1]
+    column = torch.arange(size, device=written.device)
     # Columns of the written tokens in order, then `size` for none.
     order = nn.functional.pad(torch.where(written, column, size).sort(1).values, (0, AHEAD), value=size)
     passed = written.cumsum(1)
-    width = weights["start_embedding"].shape[0]
-    words = parts.model.get_input_embeddings()(nn.functional.pad(named.clamp(min=0), (0, 1)))
-    rows = 0.0
+    row, rows = torch.arange(len(written), device=written.device)[:, None], 0.0
     for step in range(AHEAD):
         at = order.gather(1, passed + step)
         near = torch.where(at < size, at - column, 0).clamp(max=DISTANCES)
-        said = words @ weights["ahead_projection.weight"][step * width : (step + 1) * width].T
-        said = said.gather(1, at[..., None].expand(-1, -1, width))
         gate = weights["ahead_gates"][step][near] * (near > 0)[..., None]
-        rows = rows + weights["ahead_places"][step][near] + said * gate
+        rows = rows + weights["ahead_places"][step][near] + said[row, at.clamp(max=size - 1), step] * gate
     return rows  # type: ignore[return-value]
 
 
@@ -153,9 +157,9 @@ def guess(parts, own: Segments, written: Tensor, units: Tensor | None) -> tuple[
     table = model.get_input_embeddings()
     start = parts.weights["start_embedding"].expand(rows, 1, -1)
     text = torch.cat([start, table(own.ids[:, :-1])], 1)
-    text = text + conditioning(parts, torch.where(written, own.ids, -1))
+    text = text + conditioning(parts, written, own.said)
     column = torch.arange(most, device=own.ids.device)
-    told = (column < z.counts[:, None]) & own.valid[:, :1]
+    told = column < z.counts[:, None]
     hidden = model.model(
         inputs_embeds=torch.cat([embed(parts, z.codes, z.places), text], 1),
         attention_mask=torch.cat([told, own.valid], 1).long(),
@@ -174,19 +178,20 @@ def guess(parts, own: Segments, written: Tensor, units: Tensor | None) -> tuple[
     return right | ~own.valid, loss
 
 
-def grow(parts, own: Segments, written: Tensor, units: Tensor | None) -> Tensor:
-    """Write more until no guess is wrong."""
+def grow(parts, own: Segments, written: Tensor, units: Tensor | None, limit: Tensor | None = None) -> Tensor:
+    """Write more until no guess is wrong, or a segment has ``limit [R]`` written tokens."""
     written = written.clone()
-    left = torch.arange(len(written), device=written.device)
+    limit = own.valid.sum(1) + 1 if limit is None else limit
+    left = (written.sum(1) < limit).nonzero()[:, 0]
     for rounds in range(ROUNDS, -1, -1):
+        if not len(left):
+            break
         some = own.rows(left)
         wrong = ~guess(parts, some, written[left], None if units is None else units[left])[0]
         if not rounds:
             wrong = some.valid
         written[left] |= wrong
-        left = left[wrong.any(1)]
-        if not len(left):
-            break
+        left = left[wrong.any(1) & (written[left].sum(1) < limit[left])]
     return written
 
 
@@ -205,8 +210,9 @@ def close(parts, own: Segments) -> tuple[Tensor, Tensor]:
             right, found = guess(parts, own, written & ~untold, None)
             needless |= untold & right
             loss = torch.where(untold, found, loss)
-        trial = grow(parts, own, written & ~needless, None)
-        written = torch.where((trial.sum(1) < written.sum(1))[:, None], trial, written)
+        held = written.sum(1)
+        trial = grow(parts, own, written & ~needless, None, held)
+        written = torch.where((trial.sum(1) < held)[:, None], trial, written)
     return written, loss
 
 
@@ -218,7 +224,6 @@ def choose(parts, own: Segments, ratio: float) -> Units:
     units = torch.zeros_like(needed)
     for document in own.document.unique().tolist():
         rows = (own.document == document).nonzero()[:, 0]
-        rows = rows[lengths[rows] > 0]
         stops = lengths[rows].cumsum(0)
         wanted = max(1, int(stops[-1] / torch.tensor(ratio)))
         if int(needed[rows].sum()) < wanted:
