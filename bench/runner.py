@@ -212,7 +212,7 @@ def measure(
         everyone += baselines_of(subject, case, sets, device, baselines)
         for own in everyone:
             verify(own, subject, case, sets)
-            if own.calls and subject.whole and not cuda:
+            if own.calls and subject.whole and not cuda and torch.get_num_threads() > 1:
                 choose_threads(own)
         timed = [Timed(own.name, own.calls, own.context) for own in everyone if own.calls]
         least = MIN_ROUNDS_WHOLE if subject.whole else MIN_ROUNDS

@@ -22,7 +22,7 @@ SLOT_PASSES = 2
 right."""
 
 
-def _cases(*more: Case) -> tuple[Case, ...]:
+def _cases() -> tuple[Case, ...]:
     def case(codec, documents, characters, smallest):
         return Case({"codec": codec, "documents": documents, "characters": characters}, set=smallest)
 
@@ -33,7 +33,7 @@ def _cases(*more: Case) -> tuple[Case, ...]:
         case("ztok-mini", 1, 1500, "default"),
         case("ztok-mini", 32, 1500, "default"),
         case("ztok-mini", 32, 150, "default"),
-        *(case("ztok-smollm2-135m", *own) for own in more),
+        case("ztok-smollm2-135m", 4, 200, "full"),  # two minutes, most of them the baselines'
     )
 
 
@@ -49,6 +49,7 @@ class CodecRun(Subject):
     """What both runs share: the documents and the codec."""
 
     whole = True
+    cases = _cases()
 
     def needs(self, case):
         from bench.codec import files
@@ -96,8 +97,6 @@ def units_of(z, bounds: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
 @dataclass(frozen=True)
 class Compress(CodecRun):
-    cases = _cases((4, 600, "default"))
-
     def run(self, case, inputs):
         return inputs["codec"].compress(inputs["texts"], RATIO)
 
@@ -137,8 +136,6 @@ class Compress(CodecRun):
 
 @dataclass(frozen=True)
 class Decompress(CodecRun):
-    cases = _cases((4, 200, "full"))  # two minutes, most of them `generate`
-
     def make(self, case, generator):
         inputs = super().make(case, generator)
         inputs["z"] = inputs["codec"].compress(inputs["texts"], RATIO)
@@ -174,14 +171,14 @@ class Decompress(CodecRun):
         return Work(*_decompressor_work(inputs["codec"], sizes))
 
 
-def _compress(merged: bool, tight: bool):
+def _compress(merged: bool):
     def prepare(case, inputs):
         from bench.codec import files
         from ztok_fast.codec import huggingface
 
         adapter = huggingface.adapter_of("compress", files.folder(case["codec"]))
         parts = files.parts(case["codec"], adapter, merged, inputs["device"])
-        return torch.inference_mode()(lambda: huggingface.compress(parts, inputs["texts"], RATIO, tight))
+        return torch.inference_mode()(lambda: huggingface.compress(parts, inputs["texts"], RATIO))
 
     return prepare
 
@@ -197,20 +194,17 @@ def _decompress(merged: bool, batched: bool):
     return prepare
 
 
-PADDED, TIGHT, TIGHT_MERGED = "HF + PEFT, padded documents", "HF + PEFT, padded segments", "HF merged, padded segments"
+PADDED, PADDED_MERGED = "HF + PEFT, padded segments", "HF merged, padded segments"
 ONE_BY_ONE, BATCHED, BATCHED_MERGED = "generate, one by one", "generate, batched", "generate, batched, merged"
 _MERGED = "the same with the adapter merged into a copy of the base, which then serves {} alone"
 
 COMPRESS = Compress(
     "compress",
     (
-        Baseline(PADDED, _compress(False, False), same,
-                 note="transformers (sdpa) under PEFT's LoRA layers, every document padded to the longest, attention "
-                 "mask; halting, means and codes, or the closed loop of slots, by plain torch operations"),
-        Baseline(TIGHT, _compress(False, True), same,
-                 note="the same with segments and not documents as padded rows, which this codec's independent "
-                 "segments allow"),
-        Baseline(TIGHT_MERGED, _compress(True, True), same, note=_MERGED.format("compression")),
+        Baseline(PADDED, _compress(False), same,
+                 note="transformers (sdpa) under PEFT's LoRA layers, segments as padded rows with an attention mask; "
+                 "halting, means and codes, or the closed loop of slots, by plain torch operations"),
+        Baseline(PADDED_MERGED, _compress(True), same, note=_MERGED.format("compression")),
     ),
     ("halting_units", "lora_linear", "quantize_ragged"),
 )  # fmt: skip
