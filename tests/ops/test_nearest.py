@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,22 @@ def test_equal_codes_go_to_the_lowest_index(backend, device, case, metric):
         first_equal = (book[:, None] == book[None]).all(-1).int().argmax(1)
         chosen = codes[:, level].long()
         assert torch.equal(first_equal[chosen], chosen)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e12, 1e16, 1e20, 1e36])
+@pytest.mark.parametrize("rows", [1, 9, 60])
+def test_the_nearest_code_of_rows_far_longer_than_the_codes(backend, device, rows, scale):
+    """Codes in pairs a few units in the last place apart, decided by rational numbers: in float64 the squared distances
+    of such a row say nothing of the code."""
+    for _ in range(4):
+        codebook = torch.randn(40, 9)
+        codebook[20:] = codebook[:20] * (1 + torch.randint(-3, 4, (20, 9)) * 2.0**-21)
+        x = torch.randn(rows, 9) * scale
+        codes = codebook.tolist()
+        found = ops.codebook_assign(x.to(device), codebook.to(device)).codes.tolist()
+        for row, code in list(zip(x.tolist(), found))[:3]:
+            scores = [sum(Fraction(c) * (Fraction(c) - 2 * Fraction(a)) for a, c in zip(row, own)) for own in codes]
+            assert code == scores.index(min(scores))
 
 
 @given(

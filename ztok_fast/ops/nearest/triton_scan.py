@@ -11,9 +11,12 @@ artificial intelligence datatype for higher-precision computations", arXiv:1904.
 term and float16 codes two, both exact.
 
 **Rerank.** `BOUND` bounds the error of a score relative to |c|max (|x| + |c|max) (`triton_bound.py`). Only codes whose
-score is within twice that of the best, the threshold, can be the nearest. The best two are compared in float64, term by
-term, as the reference does it. If the third is within the threshold as well, the whole codebook is searched again for
-that row in float64. What is open is known on the device alone; nothing waits for the host.
+score is within twice that of the best, the threshold, can be the nearest. The best two are compared in float64, term
+by term. If the third is within the threshold as well, the whole codebook is searched again for that row in float64.
+What is open is known on the device alone; nothing waits for the host.
+
+For l2 these are the terms of |x - c|^2, or for a far row, at least twice as long as every code, those of |c|^2 - 2 x.c:
+x - c loses a code that is far shorter than x. Both are (c - a x)(c - b x), with a = b = 1 or a = 0 and b = 2.
 
 The tile of codes is loaded as [codes, width], so both operands have the summed dimension innermost, as wgmma wants it.
 """
@@ -107,46 +110,46 @@ def merge_two(a1, ai, a2, aj, a3, b1, bi, b2, bj, b3):
 
 
 @triton.jit
-def direct_score(x, codes, dot, x_norm, c_norm, METRIC: tl.constexpr):
-    """Sums over one stretch of the width, float64: added to (dot, |x|^2, |c|^2); for l2 dot is |x - c|^2."""
+def direct_score(x, codes, far, dot, c_square, METRIC: tl.constexpr):
+    """Sums over one stretch of the width, float64, added to the score and (for cosine) |c|^2. `far`: 1 for far rows."""
     if METRIC == "l2":
-        dot += tl.sum((x - codes) * (x - codes), 1)
+        dot += tl.sum((codes - (1 - far) * x) * (codes - (1 + far) * x), 1)
     else:
         dot -= tl.sum(x * codes, 1)
     if METRIC == "cosine":
-        x_norm += tl.sum(x * x, 1)
-        c_norm += tl.sum(codes * codes, 1)
-    return dot, x_norm, c_norm
+        c_square += tl.sum(codes * codes, 1)
+    return dot, c_square
 
 
 @triton.jit
-def finish_score(dot, x_norm, c_norm, METRIC: tl.constexpr):
+def finish_score(dot, x_square, c_square, METRIC: tl.constexpr):
     """The float64 score of the sums; for cosine 0 where either is zero."""
     if METRIC == "cosine":
-        length = tl.sqrt(x_norm) * tl.sqrt(c_norm)
+        length = tl.sqrt(x_square) * tl.sqrt(c_square)
         return tl.where(length > 0, dot / tl.where(length > 0, length, 1.0), 0.0)
     else:
         return dot
 
 
 @triton.jit
-def search_in_float64(x, row, book, V, D: tl.constexpr, METRIC: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+def search_in_float64(
+    x, row, x_square, far, book, V, D: tl.constexpr, METRIC: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr
+):
     """Nearest code of one row and its score by float64 arithmetic over the whole codebook; of equals the lowest."""
     lanes = tl.arange(0, BV)
     best = tl.full([BV], float("inf"), tl.float64)
     code = tl.zeros([BV], tl.int32)
     for tile in range(0, tl.cdiv(V, BV)):
         cols = tile * BV + lanes
-        dot, x_norm, c_norm = (tl.zeros([BV], tl.float64), tl.zeros([BV], tl.float64), tl.zeros([BV], tl.float64))
+        dot, c_square = tl.zeros([BV], tl.float64), tl.zeros([BV], tl.float64)
         for start in range(0, tl.cdiv(D, BK)):
             k = start * BK + tl.arange(0, BK)
             values = tl.load(x + row.to(tl.int64) * D + k, mask=k < D, other=0.0).to(tl.float32).to(tl.float64)
             mask = (cols < V)[:, None] & (k < D)[None, :]
             codes = tl.load(book + cols.to(tl.int64)[:, None] * D + k[None, :], mask=mask, other=0.0)
-            dot, x_norm, c_norm = direct_score(
-                values[None, :], codes.to(tl.float32).to(tl.float64), dot, x_norm, c_norm, METRIC
-            )
-        score = tl.where(cols < V, finish_score(dot, x_norm, c_norm, METRIC), float("inf"))
+            codes = codes.to(tl.float32).to(tl.float64)
+            dot, c_square = direct_score(values[None, :], codes, far, dot, c_square, METRIC)
+        score = tl.where(cols < V, finish_score(dot, x_square, c_square, METRIC), float("inf"))
         code = tl.where(score < best, cols, code)
         best = tl.minimum(best, score)
     least = tl.min(best, 0)
@@ -155,25 +158,29 @@ def search_in_float64(x, row, book, V, D: tl.constexpr, METRIC: tl.constexpr, BV
 
 @triton.jit
 def candidate_scores(
-    x, rows, i, j, book, M, V, D: tl.constexpr, METRIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    x, rows, i, j, book, longest, M, V,
+    D: tl.constexpr, METRIC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """float64 scores of the codes i and j of each row, |x| in float32, and how many values are not finite; all [BM]."""
-    zero = tl.zeros([BM], tl.float64)
-    dot_i, dot_j, i_norm, j_norm, x_norm, unused = zero, zero, zero, zero, zero, zero
+    """float64 scores of the codes i and j of each row, |x|^2, 1 for far rows, and how many values are not finite."""
+    x_square = tl.zeros([BM], tl.float64)
     bad = tl.zeros([BM], tl.int32)
     for start in range(0, tl.cdiv(D, BK)):
-        k = start * BK + tl.arange(0, BK)
-        values = load_rows(x, rows, k, M, D, 2, True)
+        values = load_rows(x, rows, start * BK + tl.arange(0, BK), M, D, 2, True)
         bad += tl.sum((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, 1)
-        values = values.to(tl.float64)
+        x_square += tl.sum(values.to(tl.float64) * values.to(tl.float64), 1)
+    far = (x_square >= 4 * longest.to(tl.float64) * longest.to(tl.float64)).to(tl.float64)
+    zero = tl.zeros([BM], tl.float64)
+    dot_i, dot_j, i_square, j_square = zero, zero, zero, zero
+    for start in range(0, tl.cdiv(D, BK)):
+        k = start * BK + tl.arange(0, BK)
+        values = load_rows(x, rows, k, M, D, 2, True).to(tl.float64)
         code_i = load_codes(book, i, k, V, D, True).to(tl.float64)
-        dot_i, unused, i_norm = direct_score(values, code_i, dot_i, unused, i_norm, METRIC)
+        dot_i, i_square = direct_score(values, code_i, far[:, None], dot_i, i_square, METRIC)
         code_j = load_codes(book, j, k, V, D, True).to(tl.float64)
-        dot_j, unused, j_norm = direct_score(values, code_j, dot_j, unused, j_norm, METRIC)
-        x_norm += tl.sum(values * values, 1)
-    score_i = finish_score(dot_i, x_norm, i_norm, METRIC)
-    score_j = finish_score(dot_j, x_norm, j_norm, METRIC)
-    return score_i, score_j, tl.sqrt(x_norm), bad
+        dot_j, j_square = direct_score(values, code_j, far[:, None], dot_j, j_square, METRIC)
+    score_i = finish_score(dot_i, x_square, i_square, METRIC)
+    score_j = finish_score(dot_j, x_square, j_square, METRIC)
+    return score_i, score_j, x_square, far, bad
 
 
 @triton.jit
@@ -187,8 +194,8 @@ def rerank(
     are `used` are searched a second time; what the others get has no meaning.
     """
     best, i, second, j, third = found
-    score_i, score_j, x_norm, bad = candidate_scores(x, rows, i, j, book, M, V, D, METRIC, BM, BK)
-    x_norm = x_norm.to(tl.float32)
+    score_i, score_j, x_square, far, bad = candidate_scores(x, rows, i, j, book, longest, M, V, D, METRIC, BM, BK)
+    x_norm = tl.sqrt(x_square).to(tl.float32)
     if METRIC == "l2":
         scale = longest * (x_norm + longest)
     elif METRIC == "dot":
@@ -210,8 +217,9 @@ def rerank(
     left = tl.sum(open_rows, 0)
     while left > 0:
         row = tl.min(tl.where(open_rows == 1, rows, NO_CODE), 0)
-        exact_code, exact_score = search_in_float64(x, row, book, V, D, METRIC, BV, BK)
         this = rows == row
+        row_square, row_far = tl.sum(tl.where(this, x_square, 0.0), 0), tl.sum(tl.where(this, far, 0.0), 0)
+        exact_code, exact_score = search_in_float64(x, row, row_square, row_far, book, V, D, METRIC, BV, BK)
         code = tl.where(this, exact_code, code)
         score = tl.where(this, exact_score, score)
         open_rows = tl.where(this, 0, open_rows)
@@ -219,4 +227,6 @@ def rerank(
     code = tl.where(bad > 0, 0, code)
     if METRIC == "cosine":
         score += 1.0
+    elif METRIC == "l2":
+        score = tl.where(far > 0, score + x_square, score)
     return code, tl.where(bad > 0, float("nan"), score)
