@@ -22,7 +22,7 @@ import torch
 
 from bench.tables import print_rows
 from ztok_fast.codec import remainder
-from ztok_fast.codec.base_model import load_base
+from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.codec.codec import DEFAULT_CODEC, ZTokCodec
 from ztok_fast.codec.coded import DEFAULT_BASE, DEFAULT_CONTEXT, DEFAULT_WINDOW, TextCoder
 from ztok_fast.codec.coded_units import UnitCoder
@@ -45,6 +45,12 @@ def read_texts(paths: Sequence[Path], characters: int = ALL, documents: int = AL
     return dict(texts)
 
 
+def bits_after(base: BaseModel, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """Bits of tokens under a base model that has read a prompt."""
+    logits = base.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(tokens), reduction="sum").item() / math.log(2)
+
+
 def bits(options: argparse.Namespace) -> Iterator[dict]:
     """Texts cut into segments of some tokens, each read on its own after the start token."""
     base = load_base(options.base)
@@ -54,11 +60,8 @@ def bits(options: argparse.Namespace) -> Iterator[dict]:
         tokens = [base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
         count, size = sum(map(len, tokens)), sum(len(text.encode()) for text in texts)
         for context in options.contexts:
-            found = 0.0
-            for own in (ids[i : i + context] for ids in tokens for i in range(0, len(ids), context)):
-                ids = torch.tensor([[base.bos_token_id, *own]])
-                logits = base.model(ids).logits[0, :-1].float()
-                found += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item() / math.log(2)
+            segments = (ids[i : i + context] for ids in tokens for i in range(0, len(ids), context))
+            found = sum(bits_after(base, [base.bos_token_id], segment) for segment in segments)
             row = {"source": source, "context": context, "tokens": count}
             yield {**row, "bits_per_token": found / count, "bits_per_byte": found / size}
 

@@ -7,31 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from bench.compression import read_texts
+from bench.compression import bits_after, read_texts
 from bench.tables import print_rows
 from ztok_fast import ZTokCodec
 from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.engine import Engine
-
-
-@torch.inference_mode()
-def bits_after(base: BaseModel, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> float:
-    """Mean bits per token of texts under the bare base model, each after its prompt."""
-    bits = count = 0.0
-    for prompt, text in zip(prompts, texts):
-        if not len(text):
-            continue
-        logits = base.model(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1].float()
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(list(text)), reduction="sum")
-        bits += loss.item() / math.log(2)
-        count += len(text)
-    return bits / max(1.0, count)
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
@@ -40,10 +25,11 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
+@torch.inference_mode()
 def measure(
     codec: ZTokCodec, bare: BaseModel, prompts: list[list[int]], own: list[list[int]], options: argparse.Namespace
-) -> Iterator[tuple[dict, str]]:
-    """A row and a sample for each way of going on at each temperature, and for the texts' own continuation."""
+) -> Iterator[dict]:
+    """A row with a sample for each way of going on at each temperature, and for the texts' own continuation."""
     z = codec.compress([_text(codec, prompt) for prompt in prompts], options.ratio)
     engine = Engine.from_model(bare.model, None, "float32", slots=len(prompts), capacity=1024)
     found: list[tuple[str, float | None, Sequence[Sequence[int]]]] = []
@@ -54,17 +40,16 @@ def measure(
         plain = engine.generate(prompts, lengths, temperature=temperature, seed=1, end_tokens=())
         found += [("Z-space", temperature, written), ("base model", temperature, plain)]
     for way, temperature, texts in [*found, ("the text itself", None, own)]:
-        yield (
-            {
-                "way": way,
-                "temperature": temperature,
-                "tokens": sum(map(len, texts)),
-                "bits_per_token": bits_after(bare, prompts, texts),
-                "distinct_1": distinct(texts, 1),
-                "distinct_2": distinct(texts, 2),
-            },
-            _text(codec, texts[0]),
-        )
+        bits = (bits_after(bare, prompt, list(text)) for prompt, text in zip(prompts, texts) if len(text))
+        yield {
+            "way": way,
+            "temperature": temperature,
+            "tokens": sum(map(len, texts)),
+            "bits_per_token": sum(bits) / max(1, sum(map(len, texts))),
+            "distinct_1": distinct(texts, 1),
+            "distinct_2": distinct(texts, 2),
+            "sample": _text(codec, texts[0]),
+        }
 
 
 def _text(codec: ZTokCodec, tokens: Sequence[int]) -> str:
@@ -92,13 +77,12 @@ def main(arguments: list[str] | None = None) -> None:
         [ids[: options.prompt] for ids in tokens],
         [ids[options.prompt : 2 * options.prompt] for ids in tokens],
     )
-    rows, samples = zip(*measure(codec, bare, prompts, own, options))
-    print_rows(rows)
-    for row, sample in zip(rows, samples):
-        print(f"\n{row['way']}, temperature {row['temperature']}: {sample!r}")
+    rows = list(measure(codec, bare, prompts, own, options))
+    print_rows({name: cell for name, cell in row.items() if name != "sample"} for row in rows)
+    for row in rows:
+        print(f"\n{row['way']}, temperature {row['temperature']}: {row['sample']!r}")
     if options.json:
-        results = [{**row, "sample": sample} for row, sample in zip(rows, samples)]
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
