@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ztok_fast
 from ztok_fast import native, ops
-from ztok_fast.ops.lora.lora_linear import SPEC, adapter_of_rows, check, make
+from ztok_fast.ops.lora.lora_linear import LORA_LINEAR, adapter_of_rows, check, make
 from ztok_fast.ops.spec import close
 
 NATIVE = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -69,7 +69,7 @@ def strided(given):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_results_and_gradients_against_float64(layout, wide, autocast):
     given = layout(arguments(wide=wide))
-    names = SPEC.differentiable
+    names = LORA_LINEAR.spec.differentiable
     for name in names:
         given[name] = given[name].detach().requires_grad_()
     exact = {k: v.detach().double().requires_grad_() for k, v in given.items() if k in names}
@@ -96,7 +96,7 @@ def test_gradients_of_x_alone_and_of_adapters_alone():
         for name in wanted:
             given[name].requires_grad_()
         everything = arguments()
-        for name in SPEC.differentiable:
+        for name in LORA_LINEAR.spec.differentiable:
             everything[name].requires_grad_()
         for each in (given, everything):
             ops.lora_linear(**each).float().square().sum().backward()

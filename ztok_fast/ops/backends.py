@@ -38,7 +38,8 @@ class Backend:
     Attributes:
         name: one of `NAMES`.
         implementation: "module:function", imported on first use, or the function; it takes the arguments of the
-            registered op. None: a compiled library registers it under the op's own name for `device_type`.
+            registered op, whose CUDA device, if any, is the current one. None: a compiled library registers it under
+            the op's own name for `device_type`.
         device_type: torch device type that it runs on. Interpreted Triton kernels run on the CPU too.
         dtypes: floating-point dtypes of the op's tensors; other tensors are the op's own checks' concern.
         library: name in `LIBRARIES` of what must be present.
@@ -118,9 +119,12 @@ def cuda(dtypes: tuple[torch.dtype, ...] = FLOATS, **needs) -> Backend:
     return Backend("cuda", None, "cuda", dtypes, "cuda", (8, 0), **needs)
 
 
-def triton(implementation: str, dtypes: tuple[torch.dtype, ...] = UP_TO_FLOAT32, **needs) -> Backend:
-    """A Triton kernel, `implementation` = "module:function"."""
-    return Backend("triton", implementation, "cuda", dtypes, "triton", (8, 0), **needs)
+def triton(
+    implementation: str, dtypes: tuple[torch.dtype, ...] = UP_TO_FLOAT32, contiguous: bool = True, **needs
+) -> Backend:
+    """A Triton kernel, `implementation` = "module:function" with a module below `ztok_fast.ops`."""
+    name = f"ztok_fast.ops.{implementation}"
+    return Backend("triton", name, "cuda", dtypes, "triton", (8, 0), contiguous=contiguous, **needs)
 
 
 # --- what backends need

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 
@@ -111,9 +111,14 @@ def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]
         fail(op, argument, f"one of {', '.join(map(repr, choices))}", repr(value))
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number of Python, which a bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_positive(op: str, argument: str, value: object) -> None:
     """A finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         fail(op, argument, "a finite number above 0", repr(value))
 
 

@@ -15,7 +15,7 @@ is plain differentiable PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ class Op:
         Raises:
             BackendUnavailable: none can, or the named one cannot.
         """
-        main = args[0][0] if self.has_lists and not isinstance(args[0], Tensor) else args[0]
+        main = self._main(args)
         if flat is None:
             flat = _flatten(args) if self.has_lists else args
         key = (name, id(self.backends), main.get_device(), *[a.dtype for a in flat if isinstance(a, Tensor)])
@@ -151,6 +151,9 @@ class Op:
             if backend.condition is None or backend.condition[1](*args):
                 return backend
         raise BackendUnavailable(self._refusal(name, main.device, key[3:], args))
+
+    def _main(self, args: tuple) -> Tensor:
+        return args[0][0] if self.has_lists and not isinstance(args[0], Tensor) else args[0]
 
     def _able(self, name, device, dtypes) -> tuple[Backend, ...]:
         floats = [dtype for dtype in dtypes if dtype.is_floating_point]
@@ -178,7 +181,11 @@ class Op:
                     return self._compiled(*args)
             if backend.contiguous:
                 args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
-            return load(backend.implementation)(*args)
+            function = load(backend.implementation)
+            if backend.device_type != "cuda":
+                return function(*args)
+            with torch.cuda.device_of(self._main(args)):  # Triton launches on the current device
+                return function(*args)
         except RuntimeError:
             if backend.checks_values:
                 self.check(*args)
@@ -242,18 +249,6 @@ class Op:
         return kernel
 
 
-class _Outline(NamedTuple):
-    """A tensor whose values nobody needs."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def zeros(self) -> Tensor:
-        """Such a tensor, one element in memory."""
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
-
-
 class _Recorded(torch.autograd.Function):
     """A call of an op whose backward pass runs the op's own, on the backends that were forced for the forward pass."""
 
@@ -262,8 +257,9 @@ class _Recorded(torch.autograd.Function):
         outputs = run(_unflatten(flat, shape))
         ctx.op, ctx.forced, ctx.shape = op, forced, shape
         ctx.tensors = [isinstance(a, Tensor) and not (op.linear and a.requires_grad) for a in flat]
+        # a tensor whose values nobody needs is kept as one zero of its shape
         ctx.others = [
-            None if kept else _Outline(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a
+            None if kept else a.new_zeros(()).expand(a.shape) if isinstance(a, Tensor) else a
             for a, kept in zip(flat, ctx.tensors)
         ]
         results = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -278,10 +274,7 @@ class _Recorded(torch.autograd.Function):
         if op.backward is None:
             raise RuntimeError(f"{op.name}: not differentiable")
         saved = iter(ctx.saved_tensors)
-        flat = [
-            next(saved) if kept else other.zeros() if isinstance(other, _Outline) else other
-            for kept, other in zip(ctx.tensors, ctx.others)
-        ]
+        flat = [next(saved) if kept else other for kept, other in zip(ctx.tensors, ctx.others)]
         outputs = tuple(saved)
         args = _unflatten(flat, ctx.shape)[: len(op.default._schema.arguments)]
         needs_flat = ctx.needs_input_grad[4:]
@@ -359,10 +352,6 @@ def _unflatten(flat, shape: tuple[int | None, ...]) -> tuple:
 
 
 def _flatten_grads(grads, args) -> list[Tensor | None]:
-    flat: list[Tensor | None] = []
-    for grad, a in zip(grads, args):
-        if isinstance(a, (list, tuple)):
-            flat.extend([None] * len(a) if grad is None else grad)
-        else:
-            flat.append(grad)
-    return flat
+    return _flatten(
+        [None] * len(a) if grad is None and isinstance(a, (list, tuple)) else grad for grad, a in zip(grads, args)
+    )

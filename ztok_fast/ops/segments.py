@@ -20,6 +20,13 @@ def sequence_of(cu_seqlens: torch.Tensor, positions: torch.Tensor) -> torch.Tens
     return torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True) - 1
 
 
+def adapters_of_rows(rows: int, adapters: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """The adapter of each row, from those of the rows or of the sequences that `cu_seqlens` cut them into."""
+    if cu_seqlens is None:
+        return adapters
+    return adapters.index_select(0, sequence_of(cu_seqlens, torch.arange(rows, device=adapters.device)))
+
+
 def exclusive_cumsum(values: torch.Tensor) -> torch.Tensor:
     """[N] -> int64 [N + 1]: sums of all elements before each position, the total last."""
     sums = torch.cumsum(values.long(), 0)

@@ -150,9 +150,9 @@ def offsets(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = t
     return torch.tensor([0, *lengths]).cumsum(0).to(device, dtype)
 
 
-def some_rows(rows: int, count: int) -> Tensor:
-    """Rows to check: all where that is no more than `count`, else evenly spread ones with the first and the last."""
-    return torch.linspace(0, rows - 1, min(rows, max(2, count))).round().long().unique()
+def some_rows(rows: int, cost: int, most: int = 1 << 30) -> Tensor:
+    """Rows to check where one costs so much of `most`: all, or evenly spread ones with the first and the last."""
+    return torch.linspace(0, rows - 1, min(rows, max(2, most // cost))).round().long().unique()
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0, what: str = "result") -> None:

@@ -71,13 +71,8 @@ class Tiles:
         # fusion is said because its default differs between releases of Triton
         self._fusion = {"enable_fp_fusion": fusion}
         self._options = {**self.sizes, **self._resources(configs[0]), **self._fusion}
-        self._settings: dict[str, Any] = {
-            "key": key,
-            "writes": writes,
-            "adds": adds,
-            "maxnreg": maxnreg,
-            "fusion": fusion,
-        }
+        settings = {"key": key, "writes": writes, "adds": adds, "maxnreg": maxnreg, "fusion": fusion}
+        self._settings: dict[str, Any] = settings
         self._smaller: dict[tuple, Tiles] = {}
         self._tuner: Any = None
 

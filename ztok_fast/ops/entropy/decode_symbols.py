@@ -10,13 +10,7 @@ from ztok_fast.ops import checks
 from ztok_fast.ops.backends import cpp
 from ztok_fast.ops.entropy import reference
 from ztok_fast.ops.entropy.range_encode import check_state_values, check_streams, range_decoder, range_encode
-from ztok_fast.ops.entropy.symbol_intervals import (
-    CASES,
-    SAMPLES,
-    check_counts_values,
-    check_tables,
-    symbol_intervals,
-)
+from ztok_fast.ops.entropy.symbol_intervals import CASES, SAMPLES, check_counts_values, check_tables, symbol_intervals
 from ztok_fast.ops.entropy.symbol_intervals import make as make_symbols
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Spec, Work, same_as
@@ -41,7 +35,7 @@ def decode_symbols(
 ) -> DecodedSymbols:
     """Decode the symbols of each stream: the inverse of `symbol_intervals` and `range_encode`.
 
-    A stream that is damaged or has ended gives some symbols of the alphabet; nothing outside of data is read.
+    A stream that is damaged or has ended gives arbitrary symbols of the alphabet; no byte outside of `data` is read.
 
     O(T A) time at worst, O(B A) memory. A GPU's tensors are decoded on the host.
 
@@ -50,14 +44,15 @@ def decode_symbols(
         state: int64 [B, 4], from `range_decoder` or an earlier step; not changed.
         data: uint8 [N], the bytes of all streams.
         cu_symbols: int32 or int64 [B + 1], offsets of the streams' symbols in the result.
-        total: T, the last of cu_symbols, so that nothing waits for a device to know a size.
+        total: T, the last element of cu_symbols; given, so that the call does not wait for a GPU.
         increment: as `symbol_intervals` was given.
 
     Returns:
         `DecodedSymbols`.
 
     Raises:
-        ValueError: wrong rank, dtype, device or size; counts, offsets or increment out of range; a state that is none.
+        ValueError: wrong rank, dtype, device or size; counts, offsets or increment out of range; a state that no
+            decoder has.
     """
     given = checks.Arguments(OP)
     check_tables(given, counts, cu_symbols, increment)
@@ -93,17 +88,6 @@ def make(sizes, dtype, generator):
     }
 
 
-SPEC = Spec(
-    decode_symbols,
-    make,
-    samples=SAMPLES,
-    check=same_as(reference.decode_symbols),
-    outputs=tuple,
-    dtypes=(float32,),
-    cases=CASES,
-    work=lambda case, inputs: Work(0.0, 8 * inputs["total"] + inputs["data"].numel()),
-)
-
 DECODE_SYMBOLS = Op(
     "decode_symbols(Tensor counts, Tensor state, Tensor data, Tensor cu_symbols, int total, int increment) "
     "-> (Tensor, Tensor)",
@@ -111,5 +95,14 @@ DECODE_SYMBOLS = Op(
     fake=_fake,
     backends=(cpp(checks_values=True),),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        decode_symbols,
+        make,
+        samples=SAMPLES,
+        check=same_as(reference.decode_symbols),
+        outputs=tuple,
+        dtypes=(float32,),
+        cases=CASES,
+        work=lambda case, inputs: Work(0.0, 8 * inputs["total"] + inputs["data"].numel()),
+    ),
 )

@@ -34,15 +34,15 @@ class DecodedTokens(NamedTuple):
 def decode_tokens(logits: Tensor, state: Tensor, data: Tensor) -> DecodedTokens:
     """Decode one token of each stream: the inverse of `token_intervals` and `range_encode`.
 
-    A stream may have symbols of `decode_symbols` between its tokens. One that is damaged or has ended gives some
-    tokens of the vocabulary; nothing outside of data is read.
+    A stream may also have symbols for `decode_symbols` between its tokens. A stream that is damaged or has ended gives
+    arbitrary tokens of the vocabulary; no byte outside of `data` is read.
 
-    O(B V) time, O(B) memory: counts are summed in stretches, and only the stretch of the token is looked at again. On
-    a GPU the counts of all rows are held, and the host does the rest.
+    O(B V) time, O(B) memory: counts are summed block by block, and only the block that has the token is summed again
+    one by one. On a GPU the counts of all rows are in memory at once, and the host decodes.
 
     Args:
-        logits: float32 [B, V], finite, V at most 500,000: the logits of the next token of each stream, with the bits
-            that `token_intervals` was given.
+        logits: float32 [B, V], finite, V at most 500,000: the logits of the next token of each stream, bit for bit
+            those that `token_intervals` was given.
         state: int64 [B, 4], from `range_decoder` or the last step; not changed.
         data: uint8 [N], the bytes of all streams.
 
@@ -50,7 +50,8 @@ def decode_tokens(logits: Tensor, state: Tensor, data: Tensor) -> DecodedTokens:
         `DecodedTokens`. Not differentiable.
 
     Raises:
-        ValueError: wrong rank, dtype, device or size; a logit that is NaN or infinite; a state that is none.
+        ValueError: wrong rank, dtype, device or size; a logit that is NaN or infinite; a state that no decoder
+            has.
     """
     given = checks.Arguments(OP)
     check_logits(given, logits, "[B, V]")
@@ -83,34 +84,32 @@ def make(sizes, dtype, generator):
     return {"logits": inputs["logits"], "state": state, "data": streams.data}
 
 
-SPEC = Spec(
-    decode_tokens,
-    make,
-    samples=(
-        {"B": 1, "V": 1},
-        {"B": 9, "V": 3, "noise": True},
-        {"B": 0, "V": 5},
-        {"B": 5, "V": 130, "scale": 100.0},
-        {"B": 8, "V": 2047, "noise": True},
-        {"B": 4, "V": 40000, "scale": 0.0},
-    ),
-    check=same_as(reference.decode_tokens),
-    outputs=tuple,
-    dtypes=(torch.float32,),
-    cases=(
-        Case({"B": 3, "V": 50}, set="tiny"),
-        Case({"B": 128, "V": 2048}, set="quick"),  # ztok-mini
-        Case({"B": 128, "V": 49152}),  # SmolLM2
-    ),
-    work=lambda case, inputs: Work(20.0 * case["B"] * case["V"], 4 * case["B"] * case["V"] + 72 * case["B"]),
-    flops_of_reference=20.0,
-)
-
 DECODE_TOKENS = Op(
     "decode_tokens(Tensor logits, Tensor state, Tensor data) -> (Tensor, Tensor)",
     reference=reference.decode_tokens,
     fake=_fake,
     backends=(cpp((torch.float32,), checks_values=True),),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        decode_tokens,
+        make,
+        samples=(
+            {"B": 1, "V": 1},
+            {"B": 9, "V": 3, "noise": True},
+            {"B": 0, "V": 5},
+            {"B": 5, "V": 130, "scale": 100.0},
+            {"B": 8, "V": 2047, "noise": True},
+            {"B": 4, "V": 40000, "scale": 0.0},
+        ),
+        check=same_as(reference.decode_tokens),
+        outputs=tuple,
+        dtypes=(torch.float32,),
+        cases=(
+            Case({"B": 3, "V": 50}, set="tiny"),
+            Case({"B": 128, "V": 2048}, set="quick"),  # ztok-mini
+            Case({"B": 128, "V": 49152}),  # SmolLM2
+        ),
+        work=lambda case, inputs: Work(20.0 * case["B"] * case["V"], 4 * case["B"] * case["V"] + 72 * case["B"]),
+        flops_of_reference=20.0,
+    ),
 )

@@ -48,7 +48,7 @@ def range_encode(start: Tensor, size: Tensor, total: Tensor, cu_symbols: Tensor)
     A stream has -Σ log2(size / total) bits and at most 2 bytes more, plus what large totals lose: the share of a symbol
     is rounded down by a fraction of total / 2^56 at most. Symbols may come from `token_intervals`, from
     `symbol_intervals` or from anywhere else, mixed within a stream. Zero bytes at the end are left out, and a decoder
-    reads zeros past the end: whoever keeps the stream keeps its length.
+    reads zeros past the end, so the length must be stored beside the stream.
 
     O(T) time, T = number of symbols. A GPU's tensors are coded on the host.
 
@@ -57,7 +57,7 @@ def range_encode(start: Tensor, size: Tensor, total: Tensor, cu_symbols: Tensor)
         cu_symbols: int32 or int64 [B + 1], offsets of the streams' symbols; streams may be empty.
 
     Returns:
-        `Streams` of capacity 7 T + 8 B bytes, so that nothing waits for a device to know a size.
+        `Streams` with room for 7 T + 8 B bytes, so that the call does not wait for a GPU to know a size.
 
     Raises:
         ValueError: wrong rank, dtype, device or size; intervals or offsets out of range.
@@ -104,9 +104,9 @@ def check_streams(given: checks.Arguments, state: Tensor, data: Tensor) -> None:
 
 
 def check_state_values(op: str, state: Tensor) -> None:
-    """No range below the least; whatever the other words are, decoding gives some symbols."""
+    """No range below the least. With any other words decoding gives some symbols and reads nothing outside."""
     if checks.value_checks(state) and bool((state[:, 0] >> 56 == 0).any()):
-        checks.fail(op, "state", "what range_decoder or a step of decoding gave", "a range that is too small")
+        checks.fail(op, "state", "a result of range_decoder or of a decoding step", "a range below 2^56")
 
 
 def _check_values(start: Tensor, size: Tensor, total: Tensor, cu_symbols: Tensor) -> None:
@@ -144,32 +144,30 @@ def make(sizes, dtype, generator):
     return {"start": start, "size": size, "total": total, "cu_symbols": offsets(lengths, device)}
 
 
-SPEC = Spec(
-    range_encode,
-    make,
-    samples=(
-        {"B": 1, "T": 1, "bits": 1},
-        {"B": 5, "T": 40, "bits": 49},
-        {"B": 0, "T": 1, "bits": 8},
-        {"B": 2, "T": 0, "bits": 8},
-        {"B": 9, "T": 300, "bits": 31},
-    ),
-    check=same_as(reference.range_encode),
-    outputs=tuple,
-    dtypes=(torch.float32,),
-    cases=(
-        Case({"B": 3, "T": 20, "bits": 32}, set="tiny"),
-        Case({"B": 32, "T": 512, "bits": 34}, set="quick"),
-        Case({"B": 1, "T": 65536, "bits": 34}),
-    ),
-    work=lambda case, inputs: Work(0.0, 24 * inputs["start"].shape[0]),
-)
-
 RANGE_ENCODE = Op(
     "range_encode(Tensor start, Tensor size, Tensor total, Tensor cu_symbols) -> (Tensor, Tensor)",
     reference=reference.range_encode,
     fake=_fake,
     backends=(cpp(FLOATS, checks_values=True),),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        range_encode,
+        make,
+        samples=(
+            {"B": 1, "T": 1, "bits": 1},
+            {"B": 5, "T": 40, "bits": 49},
+            {"B": 0, "T": 1, "bits": 8},
+            {"B": 2, "T": 0, "bits": 8},
+            {"B": 9, "T": 300, "bits": 31},
+        ),
+        check=same_as(reference.range_encode),
+        outputs=tuple,
+        dtypes=(torch.float32,),
+        cases=(
+            Case({"B": 3, "T": 20, "bits": 32}, set="tiny"),
+            Case({"B": 32, "T": 512, "bits": 34}, set="quick"),
+            Case({"B": 1, "T": 65536, "bits": 34}),
+        ),
+        work=lambda case, inputs: Work(0.0, 24 * inputs["start"].shape[0]),
+    ),
 )

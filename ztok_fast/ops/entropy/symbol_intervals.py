@@ -8,7 +8,7 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import cpp
 from ztok_fast.ops.entropy import reference
-from ztok_fast.ops.entropy.token_intervals import Intervals, check_symbols
+from ztok_fast.ops.entropy.token_intervals import Intervals
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Spec, Work, mixed_lengths, offsets, same_as
 
@@ -21,7 +21,7 @@ def symbol_intervals(symbols: Tensor, counts: Tensor, cu_symbols: Tensor, increm
 
     With an increment the table of each stream learns: it starts as given, and after each symbol the increment is added
     to the symbol's count. When the total then exceeds 2^16, every count is halved, rounding up, so a table that is to
-    learn should start far below that. `decode_symbols` learns the same.
+    learn should start far below that. `decode_symbols` changes its tables in the same way.
 
     O(T A) time at worst, for alphabets of a few hundred symbols; O(B A) memory.
 
@@ -56,15 +56,12 @@ def check_tables(given: checks.Arguments, counts: Tensor, cu_symbols: Tensor, in
 
 def check_counts_values(op: str, counts: Tensor) -> None:
     """Counts from 1 to 2^31."""
-    if not checks.value_checks(counts) or counts.numel() == 0:
-        return
-    low, high = (int(value) for value in counts.aminmax())
-    if low < 1 or high > MOST_COUNT:
-        checks.fail(op, "counts", f"in [1, {MOST_COUNT}]", low if low < 1 else high)
+    checks.check_range_values(op, "counts", counts, 1, MOST_COUNT, f"in [1, {MOST_COUNT}]")
 
 
 def _check_values(symbols: Tensor, counts: Tensor, cu_symbols: Tensor, increment: int) -> None:
-    check_symbols(OP, "symbols", symbols, counts.shape[-1])
+    size = counts.shape[-1]
+    checks.check_range_values(OP, "symbols", symbols, 0, size - 1, f"in [0, {size})")
     check_counts_values(OP, counts)
     checks.check_cu_seqlens_values(OP, "cu_symbols", cu_symbols, symbols.shape[0])
 
@@ -102,22 +99,20 @@ CASES = (
     Case({"B": 32, "T": 512, "A": 32, "increment": 24}, set="quick"),
 )
 
-SPEC = Spec(
-    symbol_intervals,
-    make,
-    samples=SAMPLES,
-    check=same_as(reference.symbol_intervals),
-    outputs=tuple,
-    dtypes=(torch.float32,),
-    cases=CASES,
-    work=lambda case, inputs: Work(0.0, 32 * inputs["symbols"].shape[0]),
-)
-
 SYMBOL_INTERVALS = Op(
     "symbol_intervals(Tensor symbols, Tensor counts, Tensor cu_symbols, int increment) -> (Tensor, Tensor, Tensor)",
     reference=reference.symbol_intervals,
     fake=_fake,
     backends=(cpp(checks_values=True),),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        symbol_intervals,
+        make,
+        samples=SAMPLES,
+        check=same_as(reference.symbol_intervals),
+        outputs=tuple,
+        dtypes=(torch.float32,),
+        cases=CASES,
+        work=lambda case, inputs: Work(0.0, 32 * inputs["symbols"].shape[0]),
+    ),
 )

@@ -58,9 +58,8 @@ def token_intervals(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Te
     """See `ztok_fast.ops.token_intervals`. The logits are read twice, the second time from the cache."""
     start, size, total = (torch.empty_like(targets) for _ in range(3))
     if targets.numel():
-        with torch.cuda.device_of(logits):
-            token_intervals_kernel[(targets.shape[0],)](
-                logits, targets, start, size, total, logits.shape[1],
-                BV=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+        token_intervals_kernel[(targets.shape[0],)](
+            logits, targets, start, size, total, logits.shape[1],
+            BV=min(BLOCK, triton.next_power_of_2(logits.shape[1])), num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return start, size, total

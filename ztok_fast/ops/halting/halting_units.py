@@ -164,42 +164,38 @@ def _work(case, inputs):
     return Work(0.0, moved + (rows * 16 if case.direction == BACKWARD else 0))
 
 
-SPEC = Spec(
-    halting_units,
-    make,
-    samples=(
-        {"lengths": (7, 0, 1, 16), "offsets": torch.int64},
-        {"lengths": (5, 9, 2)},
-        {"lengths": (5, 9, 0, 2), "mode": "stop", "threshold": 0.25},
-        {"lengths": (), "mode": "fire"},
-        {"lengths": (0, 0, 0), "mode": "stop"},
-        {"lengths": (33, 0, 70), "mass": 1.0},
-        {"lengths": (5, 40), "mass": 0.0, "threshold": 7.5},
-        {"lengths": (300, 1, 2), "threshold": 0.3},
-    ),
-    check=check,
-    differentiable=("mass",),
-    outputs=lambda result: (result.weights,),
-    cases=_cases(),
-    work=_work,
-)
-
-_HOST = "ztok_fast.ops.halting.triton"
-
 HALTING_UNITS = Op(
     "halting_units(Tensor mass, Tensor cu_seqlens, float threshold, str mode)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.halting_units,
     fake=_fake,
-    backends=(cpp(checks_values=True), triton(f"{_HOST}:halting_units", FLOATS, contiguous=True)),
+    backends=(cpp(checks_values=True), triton("halting.triton:halting_units", FLOATS)),
     backward=_backward,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        halting_units,
+        make,
+        samples=(
+            {"lengths": (7, 0, 1, 16), "offsets": torch.int64},
+            {"lengths": (5, 9, 2)},
+            {"lengths": (5, 9, 0, 2), "mode": "stop", "threshold": 0.25},
+            {"lengths": (), "mode": "fire"},
+            {"lengths": (0, 0, 0), "mode": "stop"},
+            {"lengths": (33, 0, 70), "mass": 1.0},
+            {"lengths": (5, 40), "mass": 0.0, "threshold": 7.5},
+            {"lengths": (300, 1, 2), "threshold": 0.3},
+        ),
+        check=check,
+        differentiable=("mass",),
+        outputs=lambda result: (result.weights,),
+        cases=_cases(),
+        work=_work,
+    ),
 )
 
 HALTING_UNITS_BACKWARD = Op(
     "halting_units_backward(Tensor mass, Tensor cu_seqlens, Tensor grad_weights, float threshold, str mode) -> Tensor",
     reference=reference.halting_units_backward,
     fake=lambda mass, *_: mass.new_empty(mass.shape),
-    backends=(cpp(), triton(f"{_HOST}:halting_units_backward", FLOATS, contiguous=True)),
+    backends=(cpp(), triton("halting.triton:halting_units_backward", FLOATS)),
 )

@@ -22,16 +22,16 @@ _LAYOUTS = {
 
 
 def integrate_units(rows: Tensor, units: HaltingUnits, total_units: int) -> Tensor:
-    """The weighted mean of each unit's rows, a row that carries counting in both of its units.
+    """The weighted mean of the rows of each unit. A row that carries a remainder into the next unit counts in both.
 
     O(T D) time, the backward pass too; extra memory O(T).
 
     Args:
         rows: floating point [T, D].
         units: the units of those T rows, from `halting_units`.
-        total_units: rows of the result. At least the number of units K (`units.cu_units[-1]`); the caller says it, so
-            that the shape depends on no data. Rows past the last unit are 0. Where values are not checked, units past
-            `total_units` are dropped.
+        total_units: number of rows of the result, at least the number of units K (`units.cu_units[-1]`). The caller
+            gives it, so that the shape does not depend on data. Rows past the last unit are 0. Where values are not
+            checked, units past `total_units` are dropped.
 
     Returns:
         [total_units, D] in the dtype of `rows`, accumulated in float32 (float64 if anything is float64). A unit whose
@@ -112,36 +112,32 @@ def _work(case, inputs):
     return least
 
 
-SPEC = Spec(
-    _from_parts,
-    make,
-    samples=(
-        {"lengths": (7, 0, 1, 6), "D": 3, "spare": 2},
-        {"lengths": (5, 9, 2), "D": 5, "index": torch.int64},
-        {"lengths": (5, 9, 0, 2), "D": 1, "mode": "stop"},
-        {"lengths": (), "D": 4, "spare": 3},
-        {"lengths": (3, 0, 5), "D": 31, "mass": 0.0},
-        {"lengths": (9, 0, 1, 40), "D": 67, "mass": 1.0},
-        {"lengths": (9, 40, 2), "D": 200},
-    ),
-    differentiable=("rows", "weights"),
-    tolerance=4,
-    cases=_cases(),
-    work=_work,
-    flops_of_reference=4.0,
-)
-
-_HOST = "ztok_fast.ops.halting.triton"
-
 INTEGRATE_UNITS = Op(
     "integrate_units(Tensor rows, Tensor weights, Tensor unit, Tensor ends, Tensor cu_units, SymInt total_units)"
     " -> Tensor",
     reference=reference.integrate_units,
     fake=lambda rows, weights, unit, ends, cu_units, total_units: rows.new_empty((total_units, rows.shape[1])),
-    backends=(cpp(checks_values=True), triton(f"{_HOST}:integrate_units", FLOATS, contiguous=True)),
+    backends=(cpp(checks_values=True), triton("halting.triton:integrate_units", FLOATS)),
     backward=_backward,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        _from_parts,
+        make,
+        samples=(
+            {"lengths": (7, 0, 1, 6), "D": 3, "spare": 2},
+            {"lengths": (5, 9, 2), "D": 5, "index": torch.int64},
+            {"lengths": (5, 9, 0, 2), "D": 1, "mode": "stop"},
+            {"lengths": (), "D": 4, "spare": 3},
+            {"lengths": (3, 0, 5), "D": 31, "mass": 0.0},
+            {"lengths": (9, 0, 1, 40), "D": 67, "mass": 1.0},
+            {"lengths": (9, 40, 2), "D": 200},
+        ),
+        differentiable=("rows", "weights"),
+        tolerance=4,
+        cases=_cases(),
+        work=_work,
+        flops_of_reference=4.0,
+    ),
 )
 
 INTEGRATE_UNITS_BACKWARD = Op(
@@ -149,5 +145,5 @@ INTEGRATE_UNITS_BACKWARD = Op(
     " Tensor grad) -> (Tensor, Tensor)",
     reference=reference.integrate_units_backward,
     fake=lambda rows, weights, *_: (rows.new_empty(rows.shape), weights.new_empty(weights.shape)),
-    backends=(cpp(), triton(f"{_HOST}:integrate_units_backward", FLOATS, contiguous=True)),
+    backends=(cpp(), triton("halting.triton:integrate_units_backward", FLOATS)),
 )

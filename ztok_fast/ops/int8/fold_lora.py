@@ -19,8 +19,8 @@ OP = "fold_lora"
 def fold_lora(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The weight of a linear layer with its adapter folded in: W + scale · (B A), in float32.
 
-    (B A) is summed by fused multiply-add from 0 over the rising rank; the product with `scale` and the addition are one
-    operation each, so the result has the same bits everywhere (docs/determinism.md).
+    Each element of B A is summed by fused multiply-add, from 0 and over the ranks in order. The product with `scale`
+    and the addition of W are rounded once each. So the result has the same bits everywhere (docs/determinism.md).
 
     O(out · in · r) time, O(out · in) memory.
 
@@ -73,18 +73,6 @@ def _work(case, inputs):
     return Work(2.0 * out * width * (r + 1), case.dtype.itemsize * (out * width + r * (out + width)) + 4 * out * width)
 
 
-SPEC = Spec(
-    fold_lora,
-    make,
-    samples=({"out": 1, "in": 1, "r": 1}, {"out": 33, "in": 21, "r": 5}, {"out": 16, "in": 48, "r": 16}),
-    check=check,
-    dtypes=UP_TO_FLOAT32,
-    cases=(Case({"out": 9, "in": 12, "r": 2}, set="tiny"), Case({"out": 1536, "in": 576, "r": 16})),
-    work=_work,
-    flops_of_reference=20.0,
-)
-
-
 def _by_best_product(weight, A, B, scale):
     return reference.fold_lora(weight, A, B, scale, ORDERED_LINEAR)
 
@@ -94,5 +82,14 @@ FOLD_LORA = Op(
     reference=reference.fold_lora,
     fake=_fake,
     backends=backends_of_torch(_by_best_product),
-    spec=SPEC,
+    spec=Spec(
+        fold_lora,
+        make,
+        samples=({"out": 1, "in": 1, "r": 1}, {"out": 33, "in": 21, "r": 5}, {"out": 16, "in": 48, "r": 16}),
+        check=check,
+        dtypes=UP_TO_FLOAT32,
+        cases=(Case({"out": 9, "in": 12, "r": 2}, set="tiny"), Case({"out": 1536, "in": 576, "r": 16})),
+        work=_work,
+        flops_of_reference=20.0,
+    ),
 )

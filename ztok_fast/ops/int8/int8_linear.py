@@ -10,7 +10,7 @@ from ztok_fast.ops.backends import cpp, triton
 from ztok_fast.ops.int8 import reference
 from ztok_fast.ops.int8.int8_pack import int8_pack
 from ztok_fast.ops.int8.reference import COLUMNS, DEPTH, round_up
-from ztok_fast.ops.lora.lora_linear import check_adapter_values, check_choice_of_adapters
+from ztok_fast.ops.lora.lora_linear import check_adapter_values, check_choice_of_adapters, some_adapters
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.spec import Case, Spec, Work, equal, randn
 
@@ -108,15 +108,7 @@ def special_rows(generator, rows: int, width: int) -> Tensor:
 def make(sizes, dtype, generator):
     """`M` rows through a layer `in` -> `out` with `n` adapters, for sequences in turn or, with `by_row`, by row."""
     M, width, out, n = (sizes[name] for name in ("M", "in", "out", "n"))
-    device = generator.device
-    adapters = cu_seqlens = None
-    if sizes.get("by_row"):
-        adapters = torch.randint(0, n, (M,), generator=generator, dtype=torch.int32, device=device)
-    elif n > 1:
-        sequences = min(M, 2 * n)
-        adapters = torch.arange(sequences, dtype=torch.int32, device=device) % n
-        ends = [0, *(M * (i + 1) // sequences for i in range(sequences))]
-        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    chosen = some_adapters(sizes, 0, generator)
     panels, scales = int8_pack(randn(generator, n, out, width, scale=width**-0.5))
     return {
         "x": special_rows(generator, M, width) if sizes.get("special") else randn(generator, M, width),
@@ -124,8 +116,7 @@ def make(sizes, dtype, generator):
         "scales": scales if n > 1 else scales[0],
         "out_features": out,
         "bias": randn(generator, out) if sizes.get("bias") else None,
-        "adapters": adapters,
-        "cu_seqlens": cu_seqlens,
+        **chosen,
     }
 
 
@@ -142,40 +133,36 @@ def _work(case, inputs):
     return Work(2.0 * M * width * out, n * width * out + 4.0 * (n * out + M * (width + out)))
 
 
-SPEC = Spec(
-    int8_linear,
-    make,
-    samples=(
-        {"M": 1, "in": 1, "out": 1, "n": 1},
-        {"M": 7, "in": 65, "out": 33, "n": 1, "bias": True},
-        {"M": 0, "in": 8, "out": 5, "n": 1},
-        {"M": 45, "in": 130, "out": 40, "n": 1, "special": True},
-        {"M": 37, "in": 64, "out": 16, "n": 3, "bias": True, "special": True},
-        {"M": 29, "in": 100, "out": 47, "n": 2, "by_row": True},
-    ),
-    check=check,
-    dtypes=FLOAT32,
-    cases=(
-        Case({"M": 7, "in": 12, "out": 9, "n": 2}, set="tiny"),
-        Case({"M": 128, "in": 256, "out": 768, "n": 1}, set="quick"),  # ztok-mini
-        Case({"M": 1, "in": 576, "out": 1536, "n": 1}, set="quick", cold=True),  # SmolLM2
-        Case({"M": 12, "in": 576, "out": 1536, "n": 1}, cold=True),
-        Case({"M": 128, "in": 576, "out": 1536, "n": 1}),
-        Case({"M": 128, "in": 1536, "out": 576, "n": 1}),
-        Case({"M": 128, "in": 576, "out": 1536, "n": 3}),
-        Case({"M": 4096, "in": 576, "out": 1536, "n": 1}, devices=("cuda",)),
-    ),
-    work=_work,
-)
-
-_HOST = "ztok_fast.ops.int8.triton"
-
 INT8_LINEAR = Op(
     "int8_linear(Tensor x, Tensor panels, Tensor scales, int out_features, Tensor? bias, Tensor? adapters, "
     "Tensor? cu_seqlens) -> Tensor",
     reference=reference.int8_linear,
     fake=_fake,
-    backends=(cpp(FLOAT32, checks_values=True), triton(f"{_HOST}:int8_linear", FLOAT32, contiguous=True)),
+    backends=(cpp(FLOAT32, checks_values=True), triton("int8.triton:int8_linear", FLOAT32)),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        int8_linear,
+        make,
+        samples=(
+            {"M": 1, "in": 1, "out": 1, "n": 1},
+            {"M": 7, "in": 65, "out": 33, "n": 1, "bias": True},
+            {"M": 0, "in": 8, "out": 5, "n": 1},
+            {"M": 45, "in": 130, "out": 40, "n": 1, "special": True},
+            {"M": 37, "in": 64, "out": 16, "n": 3, "bias": True, "special": True},
+            {"M": 29, "in": 100, "out": 47, "n": 2, "by_row": True},
+        ),
+        check=check,
+        dtypes=FLOAT32,
+        cases=(
+            Case({"M": 7, "in": 12, "out": 9, "n": 2}, set="tiny"),
+            Case({"M": 128, "in": 256, "out": 768, "n": 1}, set="quick"),  # ztok-mini
+            Case({"M": 1, "in": 576, "out": 1536, "n": 1}, set="quick", cold=True),  # SmolLM2
+            Case({"M": 12, "in": 576, "out": 1536, "n": 1}, cold=True),
+            Case({"M": 128, "in": 576, "out": 1536, "n": 1}),
+            Case({"M": 128, "in": 1536, "out": 576, "n": 1}),
+            Case({"M": 128, "in": 576, "out": 1536, "n": 3}),
+            Case({"M": 4096, "in": 576, "out": 1536, "n": 1}, devices=("cuda",)),
+        ),
+        work=_work,
+    ),
 )

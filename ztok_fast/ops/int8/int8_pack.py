@@ -106,27 +106,25 @@ def _work(case, inputs):
     return Work(2.0 * elements, elements * (case.dtype.itemsize + 1) + 4 * case["out"])
 
 
-SPEC = Spec(
-    int8_pack,
-    make,
-    samples=(
-        {"out": 1, "in": 1},
-        {"out": 33, "in": 65},
-        {"out": 16, "in": 64},
-        {"n": 3, "out": 20, "in": 130},
-    ),
-    check=check,
-    outputs=tuple,
-    dtypes=UP_TO_FLOAT32,
-    cases=(Case({"out": 9, "in": 12}, set="tiny"), Case({"out": 1536, "in": 576})),
-    work=_work,
-    flops_of_reference=4.0,
-)
-
 INT8_PACK = Op(
     "int8_pack(Tensor weight) -> (Tensor, Tensor)",
     reference=reference.int8_pack,
     fake=_fake,
     backends=backends_of_torch(reference.int8_pack),
-    spec=SPEC,
+    spec=Spec(
+        int8_pack,
+        make,
+        samples=(
+            {"out": 1, "in": 1},
+            {"out": 33, "in": 65},
+            {"out": 16, "in": 64},
+            {"n": 3, "out": 20, "in": 130},
+        ),
+        check=check,
+        outputs=tuple,
+        dtypes=UP_TO_FLOAT32,
+        cases=(Case({"out": 9, "in": 12}, set="tiny"), Case({"out": 1536, "in": 576})),
+        work=_work,
+        flops_of_reference=4.0,
+    ),
 )

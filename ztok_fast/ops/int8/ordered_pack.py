@@ -64,20 +64,18 @@ def _work(case, inputs):
     return Work(0.0, elements * (case.dtype.itemsize + 4))
 
 
-SPEC = Spec(
-    ordered_pack,
-    make,
-    samples=({"out": 1, "in": 1}, {"out": 33, "in": 5}, {"out": 16, "in": 20}),
-    check=check,
-    dtypes=UP_TO_FLOAT32,
-    cases=(Case({"out": 9, "in": 12}, set="tiny"), Case({"out": 1536, "in": 576})),
-    work=_work,
-)
-
 ORDERED_PACK = Op(
     "ordered_pack(Tensor weight) -> Tensor",
     reference=reference.ordered_pack,
     fake=_fake,
     backends=backends_of_torch(reference.ordered_pack),
-    spec=SPEC,
+    spec=Spec(
+        ordered_pack,
+        make,
+        samples=({"out": 1, "in": 1}, {"out": 33, "in": 5}, {"out": 16, "in": 20}),
+        check=check,
+        dtypes=UP_TO_FLOAT32,
+        cases=(Case({"out": 9, "in": 12}, set="tiny"), Case({"out": 1536, "in": 576})),
+        work=_work,
+    ),
 )

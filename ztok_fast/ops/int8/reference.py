@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ztok_fast.ops.arithmetic import fma
-from ztok_fast.ops.segments import sequence_of
+from ztok_fast.ops.segments import adapters_of_rows
 
 COLUMNS, DEPTH = 16, 64
 """Output channels of a panel, and what the depth of int8 panels is a multiple of."""
@@ -55,8 +55,7 @@ def rows_of_adapters(num_rows: int, num_adapters: int, adapters, cu_seqlens) -> 
     """For each adapter an index of the rows that use it."""
     if adapters is None:
         return [slice(None)]
-    if cu_seqlens is not None:
-        adapters = adapters.index_select(0, sequence_of(cu_seqlens, torch.arange(num_rows, device=adapters.device)))
+    adapters = adapters_of_rows(num_rows, adapters, cu_seqlens)
     return [(adapters == adapter).nonzero()[:, 0] for adapter in range(num_adapters)]
 
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ztok_fast.ops.int8.triton_kernels import int8_linear_kernel, ordered_linear_kernel, quantize_rows_kernel
-from ztok_fast.ops.segments import sequence_of
+from ztok_fast.ops.segments import adapters_of_rows
 from ztok_fast.ops.triton_launch import Tiles
 
 QUANTIZE = Tiles(quantize_rows_kernel, "BK", (1024, 4), fusion=False)
@@ -31,8 +31,7 @@ def row_blocks(
     if adapters is None:
         first = torch.arange(0, max(rows, 1), size, device=device)
         return torch.arange(rows, device=device), torch.zeros_like(first), first, torch.full_like(first, rows)
-    if cu_seqlens is not None:
-        adapters = adapters[sequence_of(cu_seqlens, torch.arange(rows, device=device))]
+    adapters = adapters_of_rows(rows, adapters, cu_seqlens)
     order = adapters.argsort(stable=True)
     counts = (adapters[:, None] == torch.arange(num_adapters, device=device)).sum(0)
     ends, blocks = counts.cumsum(0), (counts + size - 1) // size
@@ -71,12 +70,11 @@ def multiply(x: Tensor, panels: Tensor, scales: Tensor, out_features: int, bias:
     q = torch.empty((rows, 4 * quads), dtype=torch.int8, device=x.device)
     row_scales = x.new_empty(rows)
     tiles = plan.tiles
-    with torch.cuda.device_of(x):
-        QUANTIZE[(rows,)](x, q, row_scales, width, 4 * quads)
-        tiles[len(plan.blocks[0]), triton.cdiv(out_features, tiles.BN)](
-            q.view(torch.int32), row_scales, panels.view(torch.int32), scales, bias, plan.order, *plan.blocks, y,
-            out_features, quads, count,
-        )  # fmt: skip
+    QUANTIZE[(rows,)](x, q, row_scales, width, 4 * quads)
+    tiles[len(plan.blocks[0]), triton.cdiv(out_features, tiles.BN)](
+        q.view(torch.int32), row_scales, panels.view(torch.int32), scales, bias, plan.order, *plan.blocks, y,
+        out_features, quads, count,
+    )  # fmt: skip
     return y
 
 
@@ -94,6 +92,5 @@ def ordered_linear(x, panels, out_features, bias) -> Tensor:
     y = x.new_empty(rows, out_features)
     if y.numel() > 0:
         grid = triton.cdiv(rows, ORDERED.BM), triton.cdiv(out_features, ORDERED.BN)
-        with torch.cuda.device_of(x):
-            ORDERED[grid](x, panels, bias, y, rows, out_features, width)
+        ORDERED[grid](x, panels, bias, y, rows, out_features, width)
     return y

@@ -1,7 +1,6 @@
 """`lora_linear`: linear layer with low-rank adapters, one or several in one batch.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. x Aᵀ is called the shrink product,
-its result times Bᵀ the expand product.
+x Aᵀ is called the shrink product, its result times Bᵀ the expand product.
 """
 
 from __future__ import annotations
@@ -63,11 +62,8 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-
-        def cast(t):
-            return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-
-        x, weight, bias = cast(x), cast(weight), cast(bias)
+        given = (x, weight, bias)
+        x, weight, bias = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in given)
     if getattr(scaling, "requires_grad", False):
         checks.fail(OP, "scaling", "a constant", "a tensor that requires a gradient")
     return LORA_LINEAR(x, weight, bias, A, B, scaling, adapters, cu_seqlens)
@@ -122,12 +118,8 @@ def _fake(x, weight, *_):
 
 
 def _fake_backward(grad, x, weight, A, B, scaling, adapters, cu_seqlens, needs):
-    shapes = (x.shape, weight.shape, (weight.shape[0],), A.shape, B.shape)
-    dtypes = (x.dtype, weight.dtype, weight.dtype, A.dtype, B.dtype)
-    return tuple(
-        grad.new_empty(shape, dtype=dtype) if needed else grad.new_empty(0)
-        for shape, dtype, needed in zip(shapes, dtypes, needs)
-    )
+    given = x, weight, weight.new_empty(weight.shape[0]), A, B
+    return tuple(t.new_empty(t.shape) if needed else grad.new_empty(0) for t, needed in zip(given, needs))
 
 
 def _backward(args, outputs, grads, needs):
@@ -148,30 +140,31 @@ def make(sizes, dtype, generator):
     adds one; `wide` keeps the adapters in float32.
     """
     M, width, out, r, n = (sizes[name] for name in ("M", "in", "out", "r", "n"))
-    device = generator.device
     own = torch.promote_types(dtype, torch.float32) if sizes.get("wide") else dtype
-    adapters = cu_seqlens = None
-    if sizes.get("by_row"):
-        adapters = torch.randint(-1, n, (M,), generator=generator, dtype=torch.int32, device=device)
-    elif n > 1:
-        sequences = min(M, 2 * n)
-        adapters = torch.arange(sequences, dtype=torch.int32, device=device) % n
-        ends = [0, *(M * (i + 1) // sequences for i in range(sequences))]
-        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    chosen = some_adapters(sizes, -1, generator)
     return {
         "x": randn(generator, M, width, dtype=dtype),
         "weight": randn(generator, out, width, scale=width**-0.5, dtype=dtype),
         "bias": randn(generator, out, dtype=dtype) if sizes.get("bias") else None,
         "A": randn(generator, n, r, width, scale=width**-0.5, dtype=own),
         "B": randn(generator, n, out, r, scale=r**-0.5, dtype=own),
-        "scaling": torch.tensor([2.0, 1.0, 0.5], device=device)[:n],
-        "adapters": adapters,
-        "cu_seqlens": cu_seqlens,
+        "scaling": torch.tensor([2.0, 1.0, 0.5], device=generator.device)[:n],
+        **chosen,
     }
 
 
-CHECKED_PRODUCTS = 1 << 30
-"""Bound of (rows checked) x in x out."""
+def some_adapters(sizes, lowest, generator) -> dict[str, Tensor | None]:
+    """Of `n` adapters those of `M` rows: of sequences in turn, at random from `lowest` on `by_row`, None for n = 1."""
+    M, n, device = sizes["M"], sizes["n"], generator.device
+    adapters = cu_seqlens = None
+    if sizes.get("by_row"):
+        adapters = torch.randint(lowest, n, (M,), generator=generator, dtype=torch.int32, device=device)
+    elif n > 1:
+        sequences = min(M, 2 * n)
+        adapters = torch.arange(sequences, dtype=torch.int32, device=device) % n
+        ends = [0, *(M * (i + 1) // sequences for i in range(sequences))]
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+    return {"adapters": adapters, "cu_seqlens": cu_seqlens}
 
 
 def adapter_of_rows(x, adapters, cu_seqlens) -> Tensor:
@@ -189,7 +182,7 @@ def check(inputs, y) -> None:
         raise Mismatch(f"y: expected {x.dtype} {[M, out]}, got {y.dtype} {list(y.shape)}")
     if M == 0:
         return
-    rows = some_rows(M, CHECKED_PRODUCTS // (width * out)).to(x.device)
+    rows = some_rows(M, width * out).to(x.device)
     chosen = adapter_of_rows(x, inputs["adapters"], inputs["cu_seqlens"])[rows]
     wide_x = x[rows].double()
     expected = wide_x @ weight.double().T
@@ -261,34 +254,6 @@ def _work(case, inputs):
     return least
 
 
-SPEC = Spec(
-    lora_linear,
-    make,
-    samples=(
-        {"M": 6, "in": 4, "out": 5, "r": 2, "n": 1},
-        {"M": 7, "in": 12, "out": 9, "r": 2, "n": 3, "bias": True},
-        {"M": 37, "in": 65, "out": 100, "r": 17, "n": 3, "bias": True, "by_row": True},
-        {"M": 1, "in": 33, "out": 17, "r": 5, "n": 1, "bias": True},
-        {"M": 0, "in": 8, "out": 3, "r": 1, "n": 2, "bias": True, "by_row": True},
-        {"M": 1, "in": 1, "out": 1, "r": 1, "n": 1, "by_row": True},
-        {"M": 5, "in": 40, "out": 24, "r": 4, "n": 2, "by_row": True, "wide": True},
-        {"M": 64, "in": 16, "out": 31, "r": 8, "n": 3},
-        {"M": 3, "in": 15, "out": 17, "r": 9, "n": 3, "bias": True},
-        {"M": 37, "in": 17, "out": 100, "r": 2, "n": 3},
-        {"M": 37, "in": 3, "out": 17, "r": 9, "n": 2, "by_row": True},
-        {"M": 3, "in": 65, "out": 17, "r": 33, "n": 1, "bias": True},
-        {"M": 100, "in": 33, "out": 65, "r": 15, "n": 3, "by_row": True},
-    ),
-    check=check,
-    differentiable=("x", "weight", "bias", "A", "B"),
-    leaves=("x", "A", "B"),
-    tolerance=2,
-    cases=_cases(),
-    work=_work,
-)
-
-_HOST = "ztok_fast.ops.lora.triton"
-
 LORA_LINEAR = Op(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor scaling, Tensor? adapters,"
     " Tensor? cu_seqlens) -> Tensor",
@@ -300,13 +265,37 @@ LORA_LINEAR = Op(
             UP_TO_FLOAT32,
             condition=("x has at most 64 rows and the weight's inputs lie closer together than its outputs", _few_rows),
         ),
-        triton(f"{_HOST}:lora_linear"),
+        triton("lora.triton:lora_linear", contiguous=False),
     ),
     backward=_backward,
     keeps_outputs=False,
     check=_check,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        lora_linear,
+        make,
+        samples=(
+            {"M": 6, "in": 4, "out": 5, "r": 2, "n": 1},
+            {"M": 7, "in": 12, "out": 9, "r": 2, "n": 3, "bias": True},
+            {"M": 37, "in": 65, "out": 100, "r": 17, "n": 3, "bias": True, "by_row": True},
+            {"M": 1, "in": 33, "out": 17, "r": 5, "n": 1, "bias": True},
+            {"M": 0, "in": 8, "out": 3, "r": 1, "n": 2, "bias": True, "by_row": True},
+            {"M": 1, "in": 1, "out": 1, "r": 1, "n": 1, "by_row": True},
+            {"M": 5, "in": 40, "out": 24, "r": 4, "n": 2, "by_row": True, "wide": True},
+            {"M": 64, "in": 16, "out": 31, "r": 8, "n": 3},
+            {"M": 3, "in": 15, "out": 17, "r": 9, "n": 3, "bias": True},
+            {"M": 37, "in": 17, "out": 100, "r": 2, "n": 3},
+            {"M": 37, "in": 3, "out": 17, "r": 9, "n": 2, "by_row": True},
+            {"M": 3, "in": 65, "out": 17, "r": 33, "n": 1, "bias": True},
+            {"M": 100, "in": 33, "out": 65, "r": 15, "n": 3, "by_row": True},
+        ),
+        check=check,
+        differentiable=("x", "weight", "bias", "A", "B"),
+        leaves=("x", "A", "B"),
+        tolerance=2,
+        cases=_cases(),
+        work=_work,
+    ),
 )
 
 LORA_LINEAR_BACKWARD = Op(
@@ -314,5 +303,5 @@ LORA_LINEAR_BACKWARD = Op(
     " Tensor? cu_seqlens, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.lora_linear_backward,
     fake=_fake_backward,
-    backends=(cpp(UP_TO_FLOAT32), triton(f"{_HOST}:lora_linear_backward")),
+    backends=(cpp(UP_TO_FLOAT32), triton("lora.triton:lora_linear_backward", contiguous=False)),
 )

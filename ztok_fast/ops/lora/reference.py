@@ -13,16 +13,14 @@ from torch import Tensor
 
 from ztok_fast.ops.checks import compute_dtype
 from ztok_fast.ops.op import vjp
-from ztok_fast.ops.segments import sequence_of
+from ztok_fast.ops.segments import adapters_of_rows
 
 
 def _rows_of_adapters(num_rows, num_adapters, adapters, cu_seqlens) -> list[Tensor | None]:
     """For each adapter the rows that use it, bool [M, 1]; None stands for all rows."""
     if adapters is None:
         return [None]
-    if cu_seqlens is not None:
-        rows = torch.arange(num_rows, device=adapters.device)
-        adapters = adapters.index_select(0, sequence_of(cu_seqlens, rows))
+    adapters = adapters_of_rows(num_rows, adapters, cu_seqlens)
     return [(adapters == adapter)[:, None] for adapter in range(num_adapters)]
 
 

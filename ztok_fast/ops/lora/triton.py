@@ -119,11 +119,10 @@ def lora_linear(x, weight, bias, A, B, scaling, adapters, cu_seqlens) -> Tensor:
     """As `ztok_fast.ops.lora_linear`: two launches (three with `cu_seqlens`), y written once."""
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(x.shape[0], weight.shape[0])
-    with torch.cuda.device_of(x):
-        x = _dense_rows(x)
-        chosen = row_adapters(x, A.shape[0], adapters, cu_seqlens)
-        low_rank = _shrink(x, A, scaling, chosen)
-        return _linear(x, weight.T, None if bias is None else bias.contiguous(), low_rank, B.mT, chosen)
+    x = _dense_rows(x)
+    chosen = row_adapters(x, A.shape[0], adapters, cu_seqlens)
+    low_rank = _shrink(x, A, scaling, chosen)
+    return _linear(x, weight.T, None if bias is None else bias.contiguous(), low_rank, B.mT, chosen)
 
 
 def lora_linear_backward(grad, x, weight, A, B, scaling, adapters, cu_seqlens, needs) -> tuple[Tensor, ...]:
@@ -143,18 +142,17 @@ def lora_linear_backward(grad, x, weight, A, B, scaling, adapters, cu_seqlens, n
         d_A = torch.zeros_like(A) if need_A else d_A
         d_B = torch.zeros_like(B) if need_B else d_B
         return d_x, d_weight, d_bias, d_A, d_B
-    with torch.cuda.device_of(x):
-        grad, x = _dense_rows(grad), _dense_rows(x)
-        chosen = row_adapters(x, A.shape[0], adapters, cu_seqlens)
-        room = weight.numel() // 4  # floats of partial sums, for dA and for dB
-        if need_x or need_A:
-            d_low_rank = _shrink(grad, B.mT, scaling, chosen)
-            if need_x:
-                d_x = _linear(grad, weight, None, d_low_rank, A, chosen)
-            if need_A:
-                d_A = torch.empty(A.shape, dtype=A.dtype, device=A.device)
-                _outer(d_low_rank, x, chosen, d_A, room)
-        if need_B:
-            d_B = torch.empty(B.shape, dtype=B.dtype, device=B.device)
-            _outer(_shrink(x, A, scaling, chosen), grad, chosen, d_B.mT, room)
+    grad, x = _dense_rows(grad), _dense_rows(x)
+    chosen = row_adapters(x, A.shape[0], adapters, cu_seqlens)
+    room = weight.numel() // 4  # floats of partial sums, for dA and for dB
+    if need_x or need_A:
+        d_low_rank = _shrink(grad, B.mT, scaling, chosen)
+        if need_x:
+            d_x = _linear(grad, weight, None, d_low_rank, A, chosen)
+        if need_A:
+            d_A = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+            _outer(d_low_rank, x, chosen, d_A, room)
+    if need_B:
+        d_B = torch.empty(B.shape, dtype=B.dtype, device=B.device)
+        _outer(_shrink(x, A, scaling, chosen), grad, chosen, d_B.mT, room)
     return d_x, d_weight, d_bias, d_A, d_B

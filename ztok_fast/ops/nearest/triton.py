@@ -109,36 +109,24 @@ def search(x: Tensor, codebook: Tensor, metric: str, row_levels: Tensor | None, 
     step = max(16, triton.next_power_of_2(width))
     lanes = width <= LANES and prepared.code_terms == 1
     tiles = (SEARCH_LANES if lanes else SEARCH).at_most(BK=step)
-    if triton.cdiv(rows, tiles.BM) >= FULL_BLOCKS:
-        sums = _new_sums(found, triton.cdiv(rows, tiles.BM))
-        _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, bound, tiles, lanes)
-    else:
+    fills_device = triton.cdiv(rows, tiles.BM) >= FULL_BLOCKS
+    if not fills_device:
         tiles = RERANK.at_most(BK=step)
-        sums = _new_sums(found, triton.cdiv(rows, tiles.BM))
+    blocks = triton.cdiv(rows, tiles.BM)
+    # where every block of rows leaves its part of the loss at each level
+    sums = torch.empty((2, levels, blocks), dtype=torch.float64, device=x.device) if quantize else None
+    if fills_device:  # all levels in one launch
+        tiles[(blocks,)](
+            source, codebook, prepared.terms, prepared.offsets, prepared.longest, row_levels, source,
+            codes, distances, usage, quantized, sums, rows, size, levels,
+            BOUND=bound, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
+            UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=quantize, LANES=lanes,
+        )  # fmt: skip
+    else:
         _by_level(source, codebook, prepared, metric, row_levels, found, sums, bound, tiles)
-    if sums is not None:
-        MEAN_ERROR[(1,)](sums, *losses, levels * sums.shape[2], D=width)
+    if quantize:
+        MEAN_ERROR[(1,)](sums, *losses, levels * blocks, D=width)
     return found
-
-
-def _new_sums(found: Found, blocks: int) -> Tensor | None:
-    """Where every block of rows leaves its part of the loss at each level, float64 [2, L, blocks]."""
-    if found.usage is None:
-        return None
-    return torch.empty((2, found.codes.shape[1], blocks), dtype=torch.float64, device=found.codes.device)
-
-
-def _in_one_launch(source, codebook, prepared, metric, row_levels, found, sums, bound, tiles, lanes):
-    """All levels in one launch, for enough rows to fill the device. `lanes`: a tile covers the width."""
-    rows, width = source.shape
-    levels, size, _ = codebook.shape
-    tiles[(triton.cdiv(rows, tiles.BM),)](
-        source, codebook, prepared.terms, prepared.offsets, prepared.longest, row_levels, source,
-        found.codes, found.distances, found.usage, found.quantized, sums, rows, size, levels,
-        BOUND=bound, D=width, METRIC=metric, ROW_TERMS=prepared.row_terms, CODE_TERMS=prepared.code_terms,
-        UPCAST=triton_is_interpreted(), LEVELS=row_levels is not None, QUANTIZE=found.usage is not None,
-        LANES=lanes,
-    )  # fmt: skip
 
 
 def _part_scores(parts: int, source: Tensor) -> tuple[Tensor, Tensor]:

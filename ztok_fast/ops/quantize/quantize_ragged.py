@@ -8,12 +8,7 @@ from torch import Tensor
 from ztok_fast.ops import checks
 from ztok_fast.ops.backends import UP_TO_FLOAT32, cpp, triton
 from ztok_fast.ops.halting import reference as halting_reference
-from ztok_fast.ops.halting.halting_units import (
-    HaltingUnits,
-    check_units_found,
-    halting_units,
-    some_mass,
-)
+from ztok_fast.ops.halting.halting_units import HaltingUnits, check_units_found, halting_units, some_mass
 from ztok_fast.ops.halting.integrate_units import check_unit_values, check_units
 from ztok_fast.ops.op import Op
 from ztok_fast.ops.quantize import reference
@@ -209,41 +204,37 @@ def _work(case, inputs):
     return Work(flops, moved)
 
 
-SPEC = Spec(
-    quantize_ragged,
-    make,
-    samples=(
-        {"lengths": (5, 0, 1, 7), "D": 6, "d": 3, "L": 2, "V": 7, "spare": 3, "levels": torch.int32},
-        {"lengths": (5, 9), "D": 6, "d": 3, "L": 2, "V": 7},
-        {"lengths": (5, 0, 9, 2), "D": 17, "d": 5, "L": 3, "V": 11, "mode": "stop", "levels": torch.int64},
-        {"lengths": (), "D": 4, "d": 3, "L": 1, "V": 5, "spare": 2},
-        {"lengths": (0, 0), "D": 4, "d": 3, "L": 2, "V": 5},
-        {"lengths": (33, 1, 5), "D": 37, "d": 20, "L": 3, "V": 13, "mass": 1.0},
-        {"lengths": (5, 0, 30), "D": 65, "d": 33, "L": 1, "V": 40, "mass": 0.0},
-        {"lengths": (3, 4), "D": 9, "d": 130, "L": 1, "V": 6},  # latents wider than a tile of the projection
-    ),
-    check=check,
-    differentiable=DIFFERENTIABLE,
-    outputs=lambda result: (result.quantized, result.latents, result.commitment, result.codebook_loss),
-    # sums over rows of products with the factors that normalise the latents
-    tolerance=20,
-    cases=_cases(),
-    work=_work,
-    flops_of_reference=3.0,
-)
-
-_HOST = "ztok_fast.ops.quantize.triton"
-
 QUANTIZE_RAGGED = Op(
     "quantize_ragged(Tensor hidden, Tensor weights, Tensor unit, Tensor ends, Tensor cu_units, Tensor end_weight,"
     " Tensor mean_weight, Tensor codebooks, Tensor? levels, SymInt total_units)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.quantize_ragged,
     fake=_fake,
-    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton(f"{_HOST}:quantize_ragged", contiguous=True)),
+    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton("quantize.triton:quantize_ragged")),
     backward=_backward,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        quantize_ragged,
+        make,
+        samples=(
+            {"lengths": (5, 0, 1, 7), "D": 6, "d": 3, "L": 2, "V": 7, "spare": 3, "levels": torch.int32},
+            {"lengths": (5, 9), "D": 6, "d": 3, "L": 2, "V": 7},
+            {"lengths": (5, 0, 9, 2), "D": 17, "d": 5, "L": 3, "V": 11, "mode": "stop", "levels": torch.int64},
+            {"lengths": (), "D": 4, "d": 3, "L": 1, "V": 5, "spare": 2},
+            {"lengths": (0, 0), "D": 4, "d": 3, "L": 2, "V": 5},
+            {"lengths": (33, 1, 5), "D": 37, "d": 20, "L": 3, "V": 13, "mass": 1.0},
+            {"lengths": (5, 0, 30), "D": 65, "d": 33, "L": 1, "V": 40, "mass": 0.0},
+            {"lengths": (3, 4), "D": 9, "d": 130, "L": 1, "V": 6},  # latents wider than a tile of the projection
+        ),
+        check=check,
+        differentiable=DIFFERENTIABLE,
+        outputs=lambda result: (result.quantized, result.latents, result.commitment, result.codebook_loss),
+        # sums over rows of products with the factors that normalise the latents
+        tolerance=20,
+        cases=_cases(),
+        work=_work,
+        flops_of_reference=3.0,
+    ),
 )
 
 QUANTIZE_RAGGED_BACKWARD = Op(
@@ -255,5 +246,5 @@ QUANTIZE_RAGGED_BACKWARD = Op(
     fake=lambda hidden, weights, unit, ends, cu_units, end_weight, mean_weight, codebooks, *_: tuple(
         t.new_empty(t.shape) for t in (hidden, weights, end_weight, mean_weight, codebooks)
     ),
-    backends=(cpp(UP_TO_FLOAT32), triton(f"{_HOST}:quantize_ragged_backward", contiguous=True)),
+    backends=(cpp(UP_TO_FLOAT32), triton("quantize.triton:quantize_ragged_backward")),
 )

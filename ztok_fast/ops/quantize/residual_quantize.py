@@ -185,35 +185,31 @@ def _work(case, inputs):
     return least
 
 
-SPEC = Spec(
-    residual_quantize,
-    make,
-    samples=(
-        {"M": 1, "L": 1, "V": 1, "d": 1},
-        {"M": 0, "L": 2, "V": 5, "d": 8},
-        {"M": 3, "L": 2, "V": 17, "d": 3, "levels": torch.int32},
-        {"M": 37, "L": 3, "V": 100, "d": 17, "levels": torch.int64},
-        {"M": 20, "L": 2, "V": 131, "d": 65},
-    ),
-    check=check,
-    differentiable=("latents", "codebooks"),
-    outputs=lambda result: (result.quantized, result.commitment, result.codebook_loss),
-    tolerance=5,
-    cases=_cases(),
-    work=_work,
-    flops_of_reference=3.0,
-)
-
-_HOST = "ztok_fast.ops.quantize.triton"
-
 RESIDUAL_QUANTIZE = Op(
     "residual_quantize(Tensor latents, Tensor codebooks, Tensor? levels) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.residual_quantize,
     fake=lambda latents, codebooks, levels: fake_codes(latents, codebooks),
-    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton(f"{_HOST}:residual_quantize", contiguous=True)),
+    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton("quantize.triton:residual_quantize")),
     backward=_backward,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        residual_quantize,
+        make,
+        samples=(
+            {"M": 1, "L": 1, "V": 1, "d": 1},
+            {"M": 0, "L": 2, "V": 5, "d": 8},
+            {"M": 3, "L": 2, "V": 17, "d": 3, "levels": torch.int32},
+            {"M": 37, "L": 3, "V": 100, "d": 17, "levels": torch.int64},
+            {"M": 20, "L": 2, "V": 131, "d": 65},
+        ),
+        check=check,
+        differentiable=("latents", "codebooks"),
+        outputs=lambda result: (result.quantized, result.commitment, result.codebook_loss),
+        tolerance=5,
+        cases=_cases(),
+        work=_work,
+        flops_of_reference=3.0,
+    ),
 )
 
 RESIDUAL_QUANTIZE_BACKWARD = Op(
@@ -221,5 +217,5 @@ RESIDUAL_QUANTIZE_BACKWARD = Op(
     " Tensor grad_commitment, Tensor grad_codebook_loss) -> (Tensor, Tensor)",
     reference=reference.residual_quantize_backward,
     fake=lambda latents, codebooks, *_: (latents.new_empty(latents.shape), codebooks.new_empty(codebooks.shape)),
-    backends=(cpp(UP_TO_FLOAT32), triton(f"{_HOST}:residual_quantize_backward", contiguous=True)),
+    backends=(cpp(UP_TO_FLOAT32), triton("quantize.triton:residual_quantize_backward")),
 )

@@ -185,27 +185,6 @@ def _work(case, inputs):
     return Work(0.0, moved)
 
 
-SPEC = Spec(
-    ragged_gather,
-    make,
-    samples=(
-        {"lengths": ((), ()), "D": 2},
-        {"lengths": ((1, 0, 2), (0, 2, 1), (3, 3, 0)), "D": 5, "spare": 2},
-        {"lengths": ((2, 0, 3), (0, 4, 1)), "D": 3},
-        {"lengths": ((1,),), "D": 1},
-        {"lengths": ((0, 0), (1, 2)), "D": 16},
-        {"lengths": ((3, 2), (1, 0)), "D": 0},
-        {"lengths": ((17, 1, 2, 30), (3, 0, 5, 9), (1, 1, 1, 1)), "D": 65},
-        {"lengths": tuple((i % 3, (i + 1) % 3, i % 2) for i in range(20)), "D": 8},  # one CUDA launch takes 8
-    ),
-    check=check,
-    differentiable=("tables",),
-    outputs=lambda result: (result.values,),
-    tolerance=4,
-    cases=_cases(),
-    work=_work,
-)
-
 RAGGED_GATHER = Op(
     "ragged_gather(Tensor[] tables, Tensor?[] indices, Tensor[] cu_seqlens, bool exact) -> (Tensor, Tensor, Tensor)",
     reference=reference.ragged_gather,
@@ -215,7 +194,26 @@ RAGGED_GATHER = Op(
     linear=True,
     check=_check,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        ragged_gather,
+        make,
+        samples=(
+            {"lengths": ((), ()), "D": 2},
+            {"lengths": ((1, 0, 2), (0, 2, 1), (3, 3, 0)), "D": 5, "spare": 2},
+            {"lengths": ((2, 0, 3), (0, 4, 1)), "D": 3},
+            {"lengths": ((1,),), "D": 1},
+            {"lengths": ((0, 0), (1, 2)), "D": 16},
+            {"lengths": ((3, 2), (1, 0)), "D": 0},
+            {"lengths": ((17, 1, 2, 30), (3, 0, 5, 9), (1, 1, 1, 1)), "D": 65},
+            {"lengths": tuple((i % 3, (i + 1) % 3, i % 2) for i in range(20)), "D": 8},  # one CUDA launch takes 8
+        ),
+        check=check,
+        differentiable=("tables",),
+        outputs=lambda result: (result.values,),
+        tolerance=4,
+        cases=_cases(),
+        work=_work,
+    ),
 )
 
 RAGGED_GATHER_BACKWARD = Op(

@@ -128,27 +128,25 @@ def check(inputs, result) -> None:
         equal(found, rows, f"destinations[{i}]")
 
 
-SPEC = Spec(
-    ragged_layout,
-    make,
-    samples=(
-        {"lengths": ((), ())},
-        {"lengths": ((1, 0, 2), (0, 2, 1), (3, 3, 0)), "spare": 2},
-        {"lengths": ((2, 0, 3), (0, 4, 1))},
-        {"lengths": ((1,),)},
-        {"lengths": ((0, 0),)},
-        {"lengths": tuple((i % 3, (i + 1) % 3, i % 2) for i in range(20)), "spare": 1},  # one CUDA launch takes 8
-    ),
-    check=check,
-    outputs=lambda result: (result.cu_seqlens, result.position_ids, *result.destinations),
-    dtypes=(torch.float32,),  # it has no floating-point tensor
-)
-
 RAGGED_LAYOUT = Op(
     "ragged_layout(Tensor[] cu_seqlens, SymInt[] totals, bool exact) -> (Tensor, Tensor, Tensor)",
     reference=reference.ragged_layout,
     fake=_fake,
     backends=(cpp(checks_values=True), cuda()),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        ragged_layout,
+        make,
+        samples=(
+            {"lengths": ((), ())},
+            {"lengths": ((1, 0, 2), (0, 2, 1), (3, 3, 0)), "spare": 2},
+            {"lengths": ((2, 0, 3), (0, 4, 1))},
+            {"lengths": ((1,),)},
+            {"lengths": ((0, 0),)},
+            {"lengths": tuple((i % 3, (i + 1) % 3, i % 2) for i in range(20)), "spare": 1},  # one CUDA launch takes 8
+        ),
+        check=check,
+        outputs=lambda result: (result.cu_seqlens, result.position_ids, *result.destinations),
+        dtypes=(torch.float32,),  # it has no floating-point tensor
+    ),
 )

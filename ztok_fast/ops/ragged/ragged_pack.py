@@ -182,26 +182,6 @@ _SAMPLES = (
     {"lengths": (9, 0, 4), "S": 9, "D": 16, "offsets": torch.int64},
 )
 
-PACK_SPEC = Spec(
-    ragged_pack,
-    make_pack,
-    samples=_SAMPLES,
-    check=check_pack,
-    differentiable=("padded",),
-    cases=_cases(),
-    work=lambda case, inputs: _work(case, inputs, packs=True),
-)
-
-UNPACK_SPEC = Spec(
-    ragged_unpack,
-    make_unpack,
-    samples=(*_SAMPLES, {"lengths": (2, 5), "S": 6, "D": 3, "fill": float("-inf")}),
-    check=check_unpack,
-    differentiable=("packed",),
-    cases=_cases(),
-    work=lambda case, inputs: _work(case, inputs, packs=False),
-)
-
 RAGGED_PACK = Op(
     "ragged_pack(Tensor padded, Tensor cu_seqlens, SymInt total, bool exact) -> Tensor",
     reference=reference.ragged_pack,
@@ -210,7 +190,15 @@ RAGGED_PACK = Op(
     backward=_pack_backward,
     linear=True,
     check_values=_check_pack_values,
-    spec=PACK_SPEC,
+    spec=Spec(
+        ragged_pack,
+        make_pack,
+        samples=_SAMPLES,
+        check=check_pack,
+        differentiable=("padded",),
+        cases=_cases(),
+        work=lambda case, inputs: _work(case, inputs, packs=True),
+    ),
 )
 
 RAGGED_UNPACK = Op(
@@ -223,5 +211,13 @@ RAGGED_UNPACK = Op(
     backward=_unpack_backward,
     linear=True,
     check_values=_check_unpack_values,
-    spec=UNPACK_SPEC,
+    spec=Spec(
+        ragged_unpack,
+        make_unpack,
+        samples=(*_SAMPLES, {"lengths": (2, 5), "S": 6, "D": 3, "fill": float("-inf")}),
+        check=check_unpack,
+        differentiable=("packed",),
+        cases=_cases(),
+        work=lambda case, inputs: _work(case, inputs, packs=False),
+    ),
 )

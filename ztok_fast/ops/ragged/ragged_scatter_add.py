@@ -13,12 +13,12 @@ from ztok_fast.ops.spec import Spec, close, randn
 
 
 def ragged_scatter_add(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Add rows into a zero table, in a fixed order: the transpose of `table[index]`.
+    """Sum rows into a table of zeros by index, in a fixed order: the transpose of `table[index]`.
 
     Args:
         rows: [T, D], float16, bfloat16, float32 or float64.
         index: int32 or int64 [T] with values in [0, num_rows).
-        num_rows: rows R of the result.
+        num_rows: number of rows R of the result.
 
     Returns:
         [R, D], dtype of `rows`, summed in fp32 (float64 for float64); the same bits every time. Differentiable in
@@ -71,24 +71,6 @@ def check(inputs, result) -> None:
     close(result.detach(), sums.index_add(0, index, rows.double()), rows.dtype, 4, "sums")
 
 
-SPEC = Spec(
-    ragged_scatter_add,
-    make,
-    samples=(
-        {"T": 5, "R": 4, "D": 3},
-        {"T": 33, "R": 7, "D": 17, "index": torch.int32},
-        {"T": 1, "R": 1, "D": 1},
-        {"T": 0, "R": 3, "D": 2},
-        {"T": 0, "R": 0, "D": 2},
-        {"T": 4, "R": 2, "D": 0},
-        {"T": 300, "R": 1, "D": 65},
-        {"T": 300, "R": 4000, "D": 8},
-    ),
-    check=check,
-    differentiable=("rows",),
-    tolerance=4,
-)
-
 RAGGED_SCATTER_ADD = Op(
     "ragged_scatter_add(Tensor rows, Tensor index, SymInt num_rows) -> Tensor",
     reference=reference.ragged_scatter_add,
@@ -97,5 +79,21 @@ RAGGED_SCATTER_ADD = Op(
     backward=_backward,
     linear=True,
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        ragged_scatter_add,
+        make,
+        samples=(
+            {"T": 5, "R": 4, "D": 3},
+            {"T": 33, "R": 7, "D": 17, "index": torch.int32},
+            {"T": 1, "R": 1, "D": 1},
+            {"T": 0, "R": 3, "D": 2},
+            {"T": 0, "R": 0, "D": 2},
+            {"T": 4, "R": 2, "D": 0},
+            {"T": 300, "R": 1, "D": 65},
+            {"T": 300, "R": 4000, "D": 8},
+        ),
+        check=check,
+        differentiable=("rows",),
+        tolerance=4,
+    ),
 )

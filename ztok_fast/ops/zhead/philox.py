@@ -26,11 +26,6 @@ def split_64(value: Any) -> tuple[Any, Any]:
     return value & MASK_32, (value >> 32) & MASK_32
 
 
-def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    # The 64-bit product may set the sign bit; its bits are right all the same, and the mask undoes the sign extension.
-    return split_64(multiplier * word)
-
-
 def philox_4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Four 32-bit random words for every counter of four words, by a key of two.
 
@@ -38,8 +33,9 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tens
     """
     words = torch.broadcast_tensors(*counter)
     for i in range(ROUNDS):
-        low_0, high_0 = _multiply(MULTIPLIER_0, words[0])
-        low_1, high_1 = _multiply(MULTIPLIER_1, words[2])
+        # a product may set the sign bit: its bits are right all the same, and `split_64` undoes the sign extension
+        low_0, high_0 = split_64(MULTIPLIER_0 * words[0])
+        low_1, high_1 = split_64(MULTIPLIER_1 * words[2])
         key_0, key_1 = (key[0] + i * WEYL_0) & MASK_32, (key[1] + i * WEYL_1) & MASK_32
         words = high_1 ^ words[1] ^ key_0, low_1, high_0 ^ words[3] ^ key_1, low_0
     return words

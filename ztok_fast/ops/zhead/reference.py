@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ztok_fast.ops.zhead.philox import MASK_32, philox_4x32, split_64
+from ztok_fast.ops.zhead.philox import philox_4x32, split_64
 
 
 def z_logits(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -26,8 +26,7 @@ def gumbel_noise(num_codes: int, row_ids: Tensor, seed: int, step: int) -> Tenso
     come from small w, where w is fine-grained in floating point.
     """
     blocks = torch.arange((num_codes + 3) // 4, device=row_ids.device)
-    row_low, row_high = row_ids & MASK_32, (row_ids >> 32) & MASK_32
-    counter = (blocks, row_low[:, None], row_high[:, None], torch.full_like(blocks, step))
+    counter = (blocks, *split_64(row_ids[:, None]), torch.full_like(blocks, step))
     words = torch.stack(philox_4x32(counter, split_64(seed)), dim=-1)  # [B, blocks, 4]
     uniform = (words.flatten(1)[:, :num_codes].double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-uniform))

@@ -119,37 +119,33 @@ def _work(case, inputs):
     return Work(2.0 * T * V * D, (T + V) * D * size + 16 * T)
 
 
-SPEC = Spec(
-    token_scores,
-    make,
-    samples=(
-        {"T": 1, "V": 1, "D": 1},
-        {"T": 7, "V": 31, "D": 5},
-        {"T": 0, "V": 5, "D": 8},
-        {"T": 13, "V": 130, "D": 33},
-        {"T": 37, "V": 300, "D": 17, "scale": 30.0},
-        {"T": 9, "V": 129, "D": 300},
-    ),
-    check=check,
-    outputs=tuple,
-    cases=(
-        Case({"T": 9, "V": 50, "D": 12}, set="tiny"),
-        Case({"T": 2048, "V": 2048, "D": 256}, set="quick"),  # ztok-mini
-        Case({"T": 512, "V": 49152, "D": 576}),  # SmolLM2
-        Case({"T": 64, "V": 2048, "D": 256}),
-        Case({"T": 4096, "V": 49152, "D": 576}, torch.bfloat16, devices=("cuda",)),
-    ),
-    work=_work,
-    flops_of_reference=3.0,
-)
-
-_HOST = "ztok_fast.ops.zhead.triton_token_scores"
-
 TOKEN_SCORES = Op(
     "token_scores(Tensor hidden, Tensor rows, Tensor targets) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton(f"{_HOST}:token_scores", contiguous=True)),
+    backends=(cpp(UP_TO_FLOAT32, checks_values=True), triton("zhead.triton_token_scores:token_scores")),
     check_values=_check_values,
-    spec=SPEC,
+    spec=Spec(
+        token_scores,
+        make,
+        samples=(
+            {"T": 1, "V": 1, "D": 1},
+            {"T": 7, "V": 31, "D": 5},
+            {"T": 0, "V": 5, "D": 8},
+            {"T": 13, "V": 130, "D": 33},
+            {"T": 37, "V": 300, "D": 17, "scale": 30.0},
+            {"T": 9, "V": 129, "D": 300},
+        ),
+        check=check,
+        outputs=tuple,
+        cases=(
+            Case({"T": 9, "V": 50, "D": 12}, set="tiny"),
+            Case({"T": 2048, "V": 2048, "D": 256}, set="quick"),  # ztok-mini
+            Case({"T": 512, "V": 49152, "D": 576}),  # SmolLM2
+            Case({"T": 64, "V": 2048, "D": 256}),
+            Case({"T": 4096, "V": 49152, "D": 576}, torch.bfloat16, devices=("cuda",)),
+        ),
+        work=_work,
+        flops_of_reference=3.0,
+    ),
 )

@@ -23,9 +23,9 @@ KEY = ("temperature_low", "temperature_high", "seed_low", "seed_high", "step")
 
 
 @triton.jit
-def float64_of(low, high):
-    """The float64 of these bits."""
-    return ((high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+def int64_of(low, high):
+    """The int64 of these bits."""
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
@@ -34,23 +34,8 @@ def philox_word(code, row_id, seed_low, seed_high, step):
 
     All four words are made for each code, one is used: integer units have the time while the rows are read.
     """
-    zero = tl.zeros_like(code).to(tl.uint32)
-    c0 = (code // 4).to(tl.uint32)
-    c1 = (row_id & 0xFFFFFFFF).to(tl.uint32) + zero
-    c2 = ((row_id >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero
-    c3 = step.to(tl.uint32) + zero
-    k0 = seed_low.to(tl.uint32) + zero
-    k1 = seed_high.to(tl.uint32) + zero
-    m0 = tl.full(zero.shape, 0xD2511F53, tl.uint32)
-    m1 = tl.full(zero.shape, 0xCD9E8D57, tl.uint32)
-    w0 = tl.full(zero.shape, 0x9E3779B9, tl.uint32)
-    w1 = tl.full(zero.shape, 0xBB67AE85, tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(m0, c0), m0 * c0
-        high1, low1 = tl.umulhi(m1, c2), m1 * c2
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 += w0
-        k1 += w1
+    row_low, row_high = (row_id & 0xFFFFFFFF).to(tl.uint32), ((row_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0, c1, c2, c3 = tl.philox(int64_of(seed_low, seed_high), code // 4, row_low, row_high, step)
     which = code % 4
     return tl.where(which == 0, c0, tl.where(which == 1, c1, tl.where(which == 2, c2, c3)))
 
@@ -91,7 +76,7 @@ def scan_kernel(
             ids = tl.load(row_ids + batch, mask=batch < B, other=0)
         else:
             ids = batch.to(tl.int64)
-        scale = (1 / float64_of(temperature_low, temperature_high)).to(tl.float32)
+        scale = (1 / int64_of(temperature_low, temperature_high).to(tl.float64, bitcast=True)).to(tl.float32)
     first = tl.full([BB], float("inf"), tl.float32)
     second, third = first, first
     i = tl.zeros([BB], tl.int32)
@@ -173,7 +158,7 @@ def select_kernel(
     row = tl.program_id(0)
     plane = tl.num_programs(0).to(tl.int64) * parts
     row_id = row.to(tl.int64)
-    temperature = float64_of(temperature_low, temperature_high) if SAMPLE else 1.0
+    temperature = int64_of(temperature_low, temperature_high).to(tl.float64, bitcast=True) if SAMPLE else 1.0
     if SAMPLE and ROW_IDS:
         row_id = tl.load(row_ids + row)
     # firsts and seconds of all parts side by side: 2 P candidates with distinct codes

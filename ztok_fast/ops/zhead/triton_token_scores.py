@@ -106,11 +106,10 @@ def token_scores(hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor,
     own = torch.empty(total, dtype=torch.float64, device=hidden.device)
     sums = torch.empty((3, total, parts), dtype=torch.float32, device=hidden.device)
     ranks = torch.empty((total, parts), dtype=torch.int32, device=hidden.device)
-    with torch.cuda.device_of(hidden):
-        tiles[blocks, parts](
-            hidden, rows, targets, own, sums, ranks, total, size, per_part, parts,
-            D=width, UPCAST=triton_is_interpreted(),
-        )  # fmt: skip
+    tiles[blocks, parts](
+        hidden, rows, targets, own, sums, ranks, total, size, per_part, parts,
+        D=width, UPCAST=triton_is_interpreted(),
+    )  # fmt: skip
     greatest, mass, rounded = sums.double()
     largest = greatest.amax(1)  # of NaN and a number it is NaN
     # The target takes part with its exact logit: where it has most of the mass, its error would be the result's.

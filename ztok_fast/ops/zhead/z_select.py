@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,18 +83,14 @@ def check_head(given: checks.Arguments, hidden: Tensor, rows: Tensor, layout: st
 
 def check_sampling(op: str, temperature: object, top_p: object, seed: Any, step: Any) -> None:
     """What a draw is made by."""
-    if not _is_number(temperature) or not 0 <= temperature < math.inf:
+    if not checks.is_number(temperature) or not 0 <= temperature < math.inf:
         checks.fail(op, "temperature", "a finite number of at least 0", repr(temperature))
-    if not _is_number(top_p) or not 0 < top_p <= 1:
+    if not checks.is_number(top_p) or not 0 < top_p <= 1:
         checks.fail(op, "top_p", "a number in (0, 1]", repr(top_p))
     for argument, value, bits in (("seed", seed, 63), ("step", step, 32)):
         checks.check_count(op, argument, value)
         if value >= 2**bits:
             checks.fail(op, argument, f"below 2**{bits}", value)
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _fake(hidden, *_):
@@ -186,31 +182,6 @@ def _work(case, inputs):
     return Work(2.0 * B * V * D, (B + V) * D * size + 8 * B)
 
 
-SPEC = Spec(
-    z_select,
-    make,
-    samples=(
-        {"B": 3, "V": 9, "D": 4},
-        {"B": 5, "V": 41, "D": 12, "temperature": 0.8, "ids": True},
-        {"B": 1, "V": 1, "D": 1, "temperature": 1.0},
-        {"B": 0, "V": 5, "D": 8},
-        {"B": 9, "V": 130, "D": 33},
-        {"B": 37, "V": 100, "D": 17, "temperature": 0.5},
-        {"B": 2, "V": 300, "D": 65, "temperature": 1.5},
-        {"B": 4, "V": 65, "D": 19, "tie": True},
-        {"B": 3, "V": 17, "D": 8},
-        {"B": 37, "V": 17, "D": 15, "temperature": 0.8, "top_p": 0.7},
-        {"B": 3, "V": 100, "D": 65, "temperature": 0.8, "top_p": 0.7, "ids": True},
-        {"B": 1, "V": 1, "D": 3, "temperature": 0.8, "top_p": 0.7},
-    ),
-    check=check,
-    outputs=tuple,
-    cases=_cases(),
-    work=_work,
-    flops_of_reference=3.0,
-)
-
-
 def _no_nucleus(hidden, rows, temperature, top_p, *_) -> bool:
     return top_p == 1 or temperature == 0
 
@@ -223,10 +194,31 @@ Z_SELECT = Op(
     backends=(
         cpp(UP_TO_FLOAT32),
         triton(
-            "ztok_fast.ops.zhead.triton:z_select",
+            "zhead.triton:z_select",
             condition=("top_p is 1 or the temperature 0", _no_nucleus),
-            contiguous=True,
         ),
     ),
-    spec=SPEC,
+    spec=Spec(
+        z_select,
+        make,
+        samples=(
+            {"B": 3, "V": 9, "D": 4},
+            {"B": 5, "V": 41, "D": 12, "temperature": 0.8, "ids": True},
+            {"B": 1, "V": 1, "D": 1, "temperature": 1.0},
+            {"B": 0, "V": 5, "D": 8},
+            {"B": 9, "V": 130, "D": 33},
+            {"B": 37, "V": 100, "D": 17, "temperature": 0.5},
+            {"B": 2, "V": 300, "D": 65, "temperature": 1.5},
+            {"B": 4, "V": 65, "D": 19, "tie": True},
+            {"B": 3, "V": 17, "D": 8},
+            {"B": 37, "V": 17, "D": 15, "temperature": 0.8, "top_p": 0.7},
+            {"B": 3, "V": 100, "D": 65, "temperature": 0.8, "top_p": 0.7, "ids": True},
+            {"B": 1, "V": 1, "D": 3, "temperature": 0.8, "top_p": 0.7},
+        ),
+        check=check,
+        outputs=tuple,
+        cases=_cases(),
+        work=_work,
+        flops_of_reference=3.0,
+    ),
 )
