@@ -62,8 +62,11 @@ def lora_linear(
     """
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        given = (x, weight, bias)
-        x, weight, bias = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in given)
+
+        def cast(t):
+            return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        x, weight, bias = cast(x), cast(weight), cast(bias)
     if getattr(scaling, "requires_grad", False):
         checks.fail(OP, "scaling", "a constant", "a tensor that requires a gradient")
     return LORA_LINEAR(x, weight, bias, A, B, scaling, adapters, cu_seqlens)
