@@ -25,8 +25,8 @@ MOST_PARTS = 32
 _KEY = ("D", "METRIC", "ROW_TERMS", "CODE_TERMS", "LEVELS", "QUANTIZE")
 
 
-def _search_tiles(*tiles: tuple[int, int, int, int, int]) -> Tiles:
-    rows = [(BM, BN, BD, 64, 16, warps, stages) for BM, BN, BD, warps, stages in tiles]
+def _search_tiles(BK: int, *tiles: tuple[int, int, int, int, int]) -> Tiles:
+    rows = [(BM, BN, BD, 64, BK, warps, stages) for BM, BN, BD, warps, stages in tiles]
     names = "BM BN BD BV BK"
     return Tiles(kernels.residual_search_kernel, names, *rows, key=_KEY, writes=("residual",), adds=("usage",))
 
@@ -34,8 +34,8 @@ def _search_tiles(*tiles: tuple[int, int, int, int, int]) -> Tiles:
 PREPARE = Tiles(kernels.prepare_codes_kernel, "BV BK", (32, 64, 4))
 # one tile covers rows of up to LANES numbers; wider ones, and codes of two terms, which would spill, go in steps
 LANES = 64
-SEARCH_LANES = _search_tiles((64, 32, 64, 8, 2), (64, 64, 64, 8, 2), (64, 32, 64, 4, 2))
-SEARCH = _search_tiles((128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3))
+SEARCH_LANES = _search_tiles(8, (64, 32, 64, 8, 2), (64, 64, 64, 8, 2), (64, 32, 64, 4, 2))
+SEARCH = _search_tiles(16, (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 8, 3))
 _SCANS = (64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 32, 8, 3)
 SCAN = Tiles(kernels.scan_kernel, "BM BN BK", *_SCANS, key=_KEY[:-1])
 RERANK = Tiles(kernels.rerank_kernel, "BM BK BV", (16, 64, 32, 4), maxnreg=128)
