@@ -121,27 +121,23 @@ Tensor engine_argmax(const Tensor& weights, const Tensor& layout, const Tensor& 
   return result;
 }
 
-Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& hidden,
-                     const std::optional<Tensor>& bias, double temperature, double top_p, int64_t seed,
-                     const Tensor& row_ids, const Tensor& steps) {
-  constexpr const char* kOp = "engine_sample";
-  const EngineModel model(kOp, weights, layout);
-  ZTOK_CHECK(temperature > 0 && std::isfinite(temperature), kOp, "temperature: expected a positive number, got ",
+// A choice for each row of logits, by the sampling rule; -1 as in engine_argmax.
+Tensor draw_rows(const char* op, const Tensor& logits, double temperature, double top_p, int64_t seed,
+                 const Tensor& row_ids, const Tensor& steps) {
+  ZTOK_CHECK(temperature > 0 && std::isfinite(temperature), op, "temperature: expected a positive number, got ",
              temperature);
-  ZTOK_CHECK(top_p > 0 && top_p <= 1, kOp, "top_p: expected a number in (0, 1], got ", top_p);
-  const HeadRows rows(kOp, model, hidden, bias);
+  ZTOK_CHECK(top_p > 0 && top_p <= 1, op, "top_p: expected a number in (0, 1], got ", top_p);
+  const int64_t rows = logits.size(0), count = logits.size(1);
   for (const Tensor* ids : {&row_ids, &steps}) {
     ZTOK_CHECK(
-        ids->scalar_type() == ScalarType::Long && ids->dim() == 1 && ids->size(0) == rows.count && ids->is_contiguous(),
-        kOp, "row_ids, steps: expected contiguous int64 vectors of ", rows.count, " elements");
+        ids->scalar_type() == ScalarType::Long && ids->dim() == 1 && ids->size(0) == rows && ids->is_contiguous(), op,
+        "row_ids, steps: expected contiguous int64 vectors of ", rows, " elements");
   }
-  const Tensor logits = logits_of(model, hidden, rows);
-  Tensor result = new_tensor(hidden, {rows.count}, ScalarType::Long);
+  Tensor result = new_tensor(logits, {rows}, ScalarType::Long);
   const auto* logit = logits.const_data_ptr<float>();
   const auto *ids = row_ids.const_data_ptr<int64_t>(), *step = steps.const_data_ptr<int64_t>();
   auto* out = result.mutable_data_ptr<int64_t>();
-  const int64_t count = model.vocabulary;
-  share(rows.count, 1, static_cast<double>(rows.count) * count * 10, [&](int64_t begin, int64_t end) {
+  share(rows, 1, static_cast<double>(rows) * count * 10, [&](int64_t begin, int64_t end) {
     StandardArithmetic standard;
     std::vector<int64_t> weight(count);
     std::vector<Candidate> heap;
@@ -154,6 +150,24 @@ Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& 
   return result;
 }
 
+Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& hidden,
+                     const std::optional<Tensor>& bias, double temperature, double top_p, int64_t seed,
+                     const Tensor& row_ids, const Tensor& steps) {
+  constexpr const char* kOp = "engine_sample";
+  const EngineModel model(kOp, weights, layout);
+  const HeadRows rows(kOp, model, hidden, bias);
+  return draw_rows(kOp, logits_of(model, hidden, rows), temperature, top_p, seed, row_ids, steps);
+}
+
+Tensor engine_draw(const Tensor& logits, double temperature, double top_p, int64_t seed, const Tensor& row_ids,
+                   const Tensor& steps) {
+  constexpr const char* kOp = "engine_draw";
+  ZTOK_CHECK(
+      logits.scalar_type() == ScalarType::Float && logits.dim() == 2 && logits.size(1) > 0 && logits.is_contiguous(),
+      kOp, "logits: expected a contiguous float32 matrix with columns");
+  return draw_rows(kOp, logits, temperature, top_p, seed, row_ids, steps);
+}
+
 }  // namespace
 }  // namespace ztok
 
@@ -163,10 +177,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
   m.def(
       "engine_sample(Tensor weights, Tensor layout, Tensor hidden, Tensor? bias, float temperature, float top_p, "
       "int seed, Tensor row_ids, Tensor steps) -> Tensor");
+  m.def("engine_draw(Tensor logits, float temperature, float top_p, int seed, Tensor row_ids, Tensor steps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
   m.impl("engine_logits", TORCH_BOX(&ztok::engine_logits));
   m.impl("engine_argmax", TORCH_BOX(&ztok::engine_argmax));
   m.impl("engine_sample", TORCH_BOX(&ztok::engine_sample));
+  m.impl("engine_draw", TORCH_BOX(&ztok::engine_draw));
 }

@@ -299,42 +299,19 @@ def sample(logits, temperature, top_p, seed, row_id, step):
     raise AssertionError("the draw is below the sum")
 
 
-def slots(hidden, head, longest, allow_end, temperature, top_p, seed, row_id, step):
-    """The next Z-token of one row [D]: codes, places, length, and 1 where end-of-Z was drawn or else its probability.
+def choose(logits, temperature, top_p, seed, row_id, step):
+    """One choice from the logits [n] of one row."""
+    return int(logits.argmax()) if temperature == 0 else sample(logits, temperature, top_p, seed, row_id, step)
 
-    Args:
-        head: `queries` [2 L, d, D], `gap_rows` [L, G + 2, d], `word_rows` [V, d].
-    """
-    queries, gap_rows, word_rows = head["queries"], head["gap_rows"], head["word_rows"]
-    count, none = len(gap_rows), gap_rows.shape[1] - 2
-    chosen, place, codes, places, end = np.zeros(gap_rows.shape[2], F), -1, [], [], 0.0
 
-    def choose(logits, level):
-        if temperature == 0:
-            return int(logits.argmax())
-        return sample(logits, temperature, top_p, seed, row_id, step * 2 * count + level)
-
-    for slot in range(count):
-        q = ordered_linear(hidden, queries[2 * slot]) + chosen
-        logits = ordered_linear(q, gap_rows[slot])
-        if slot == 0:
-            if not allow_end:
-                weights = np.rint(exp(logits - logits.max()).astype(D) * 2.0**30).astype(np.int64)
-                end = D(weights[-1]) / D(weights.sum())
-            gap = choose(np.concatenate([logits[:none], logits[none + 1 :]]) if allow_end else logits[:none], 0)
-            if gap == none:
-                gap, end = 0, 1.0
-            gap = min(gap, longest - 1)
-        else:
-            gap = choose(logits[: none + 1], 2 * slot)
-        if gap == none or place + gap + 1 >= longest:
-            break
-        place += gap + 1
-        chosen = chosen + gap_rows[slot][gap]
-        q = ordered_linear(hidden, queries[2 * slot + 1]) + chosen
-        code = choose(ordered_linear(q, word_rows), 2 * slot + 1)
-        chosen = chosen + word_rows[code]
-        codes.append(code)
-        places.append(place)
-    unused = [-1] * (count - len(codes))
-    return codes + unused, places + unused, place + 1, end
+def gap_of_slot(hidden, weight, bias, longest, allow_end, temperature, top_p, seed, row_id, step):
+    """The gap before the next slot of one row [D], and 1 where end-of-Z was drawn or else its probability."""
+    logits = ordered_linear(hidden, weight) + bias
+    logits = np.concatenate([logits[:longest], logits[-1:]])
+    weights = np.rint(exp(logits - logits.max()).astype(D) * 2.0**30).astype(np.int64)
+    if not allow_end:
+        end, logits = D(weights[-1]) / D(weights.sum()), logits[:-1]
+    gap = choose(logits, temperature, top_p, seed, row_id, 2 * step)
+    if allow_end:
+        end, gap = float(gap == longest), gap if gap < longest else 0
+    return gap, end

@@ -1,17 +1,14 @@
 """Z-tokens of slots in compiled code: the bits of the specification, whatever the batch and the processor."""
 
-import numpy as np
 import pytest
 import torch
 
 from tests.codec.tiny_slots import TEXTS, VOCABULARY, tiny_slot_codec
 from tests.engine import oracle
 from tests.engine.conftest import instruction_sets
-from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.slot_choices import SlotChoices
-from ztok_fast.codec.slot_space import GAPS, SlotSpaceHead
+from ztok_fast.codec.slots import slot_stream, written_tokens
 
-WIDTH, ROWS = 32, 7
+ROWS = 12
 RULES = [
     {"temperature": 0.0, "top_p": 1.0, "allow_end": True},
     {"temperature": 0.0, "top_p": 1.0, "allow_end": False},
@@ -20,113 +17,103 @@ RULES = [
 ]
 
 
-def random_head(latent: int, words: int, longest: int, sharp: float = 60.0) -> tuple[SlotSpaceHead, torch.Tensor]:
-    """A head whose choices are far from uniform and fill few slots or many, and the embeddings of its words."""
-    generator = torch.Generator().manual_seed(words)
-    sizes = {"latent_dim": latent, "max_unit_length": longest, "segment_length": longest}
-    config = ZTokConfig(emission="slots", num_codebooks=3, codebook_size=words, **sizes)
-    head = SlotSpaceHead(WIDTH, config, 1.0)
+@pytest.fixture(scope="module")
+def model():
+    """The model of a codec whose gaps are far from even, and end-of-Z likely."""
+    codec, generator = tiny_slot_codec(), torch.Generator().manual_seed(1)
+    codec._engines.use()
+    model = codec.model
+    head = model.zspace
     with torch.no_grad():
-        for own in head.parameters():
-            own.copy_(torch.randn(own.shape, generator=generator))
-        head.queries.mul_(sharp / WIDTH)
-        # Small gaps are likelier, so that several slots fit.
-        head.gap_rows[:, 4:GAPS].mul_(0.3)
-    return head, torch.randn(words, WIDTH, generator=generator) / WIDTH**0.5
+        for own, scale in ((head.gap_head.weight, 1.0), (head.gap_head.bias, 1.0), (head.gap_biases, 1.0)):
+            own.copy_(scale * torch.randn(own.shape, generator=generator))
+        head.gap_head.bias[-1] += 10
+    return model
 
 
-def choose(choices: SlotChoices, hidden, rule, ids, step=3):
-    return choices.select(hidden, seed=5, row_ids=ids, step=step, **rule)
+def states(model, count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, model.start_embedding.numel(), generator=torch.Generator().manual_seed(seed))
 
 
-def numpy_tables(choices: SlotChoices, head: SlotSpaceHead) -> dict:
-    return {
-        "queries": head.queries.detach().numpy(),
-        "gap_rows": head.gap_rows.detach().numpy(),
-        "word_rows": choices._tables[-1].numpy(),
-    }
+@torch.inference_mode()
+def next_row(model, hidden, rule, ids, step=3):
+    part, ends, rows = model.next_row(hidden, seed=5, row_ids=ids, step=step, **rule)
+    assert torch.equal(part.slot_offsets[:, 0] + 1, part.unit_lengths)
+    return part.codes[:, 0], part.slot_offsets[:, 0], ends, rows
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("latent", "words", "longest"), [(8, 41, 9), (32, 700, 64)])
-def test_choices_have_the_bits_of_the_specification(machine, rule, latent, words, longest):
-    head, embedding = random_head(latent, words, longest)
-    hidden, ids = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)), torch.arange(ROWS) * 3
+def test_slots_have_the_bits_of_the_specification(model, machine, rule):
+    head, hidden, ids = model.zspace, states(model, ROWS, 1), torch.arange(ROWS) * 3
+    table = [head.gap_head.weight.detach().numpy(), head.gap_head.bias.detach().numpy(), head.longest]
+    options = rule["temperature"], rule["top_p"], 5
     for isa in instruction_sets():
         machine(isa, 2 if isa else 1)
-        choices = SlotChoices(head, embedding)
-        tables = numpy_tables(choices, head)
-        expected_rows = oracle.ordered_linear(embedding.numpy(), head.words.weight.detach().numpy())
-        assert np.array_equal(tables["word_rows"].view(np.int32), expected_rows.view(np.int32))
-        codes, lengths, places, ends = choose(choices, hidden, rule, ids)
+        codes, gaps, ends, rows = next_row(model, hidden, rule, ids)
         for row in range(ROWS):
-            options = longest, rule["allow_end"], rule["temperature"], rule["top_p"], 5, int(ids[row]), 3
-            own = oracle.slots(hidden[row].numpy(), tables, *options)
-            assert (codes[row].tolist(), places[row].tolist(), int(lengths[row]), float(ends[row])) == own
-    filled = (codes >= 0).sum(1)
-    assert int(filled.min()) < int(filled.max()), "expected rows that fill few slots, and rows that fill many"
+            gap, end = oracle.gap_of_slot(hidden[row].numpy(), *table, rule["allow_end"], *options, int(ids[row]), 3)
+            assert (int(gaps[row]), float(ends[row])) == (gap, end)
+            with torch.inference_mode():
+                logits = model.runtime.logits(hidden[row : row + 1], head.gap_biases[gap : gap + 1])[0]
+            assert int(codes[row]) == oracle.choose(logits.numpy(), *options, int(ids[row]), 7)
+            word = model.adapted.embedding.weight[int(codes[row])]
+            assert torch.equal(rows[row], word + head.gap_rows[gap])
+    assert len(gaps.unique()) > 1 and 0 < float(ends.max()), "expected several gaps, and ends"
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_row_does_not_depend_on_the_others(rule):
-    head, embedding = random_head(32, 700, 64)
-    choices, ids = SlotChoices(head, embedding), torch.arange(150) + 2**40
-    hidden = torch.randn(150, WIDTH, generator=torch.Generator().manual_seed(2))
-    together = choose(choices, hidden, rule, ids)
+def test_a_row_does_not_depend_on_the_others(model, rule):
+    hidden, ids = states(model, 150, 2), torch.arange(150) + 2**40
+    together = next_row(model, hidden, rule, ids)
     for rows in (torch.tensor([149]), torch.arange(0, 150, 7), torch.arange(149, -1, -1)):
-        for all_rows, own in zip(together, choose(choices, hidden[rows], rule, ids[rows])):
+        for all_rows, own in zip(together, next_row(model, hidden[rows], rule, ids[rows])):
             assert torch.equal(all_rows[rows], own)
-    assert [len(own) for own in choose(choices, hidden[:0], rule, ids[:0])] == [0] * 4
 
 
-def test_draws_depend_on_row_id_and_step():
-    head, embedding = random_head(32, 700, 64, sharp=10.0)
-    choices, rule = SlotChoices(head, embedding), {**RULES[2], "temperature": 10.0}
-    hidden = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(3)).expand(40, -1)
-    codes = choose(choices, hidden, rule, torch.arange(40))[0]
-    assert len(codes.unique(dim=0)) > 20
-    assert torch.equal(codes[:1].expand(40, -1), choose(choices, hidden, rule, torch.zeros(40).long())[0])
-    assert not torch.equal(codes, choose(choices, hidden, rule, torch.arange(40), step=4)[0])
+def test_draws_depend_on_row_id_and_step(model):
+    rule, hidden = {**RULES[2], "temperature": 10.0}, states(model, 1, 3).expand(40, -1).contiguous()
+    codes = next_row(model, hidden, rule, torch.arange(40))[0]
+    assert len(codes.unique()) > 20
+    assert torch.equal(codes[:1].expand(40), next_row(model, hidden, rule, torch.zeros(40).long())[0])
+    assert not torch.equal(codes, next_row(model, hidden, rule, torch.arange(40), step=4)[0])
 
 
-def test_the_likeliest_choices_are_those_of_the_head_in_pytorch():
-    head, embedding = random_head(32, 700, 64)
-    choices = SlotChoices(head, embedding)
-    hidden = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(4))
-    rest = {"seed": 0, "row_ids": torch.arange(60), "step": 0, "temperature": 0.0, "top_p": 1.0}
-    for allow_end in (True, False):
-        codes, lengths, places, ends = choices.select(hidden, allow_end=allow_end, **rest)
-        expected = head.select(hidden, embedding, allow_end=allow_end, **rest)
-        for own, other in zip((codes, lengths, places), expected):
-            assert torch.equal(own, other)
-        if allow_end:
-            assert torch.equal(ends.bool(), expected[3])
-        else:
-            torch.testing.assert_close(ends.float(), head.end_mass(hidden), atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("rule", RULES)
+def test_transformers_modules_and_the_engine_choose_by_one_rule(model, rule):
+    logits, ids = states(model, 60, 4), torch.arange(60)
+    own = rule["temperature"], rule["top_p"], 5, ids, 3
+    with torch.inference_mode():
+        assert model.runtime.exact
+    assert torch.equal(model.engine.choose(logits, *own), model.float_runtime.choose(logits, *own))
 
 
-def test_rows_without_a_choice_and_bad_numbers_are_errors():
-    head, embedding = random_head(8, 41, 9)
-    choices = SlotChoices(head, embedding)
-    hidden = torch.zeros(3, WIDTH)
+def test_rows_without_a_choice_and_bad_numbers_are_errors(model):
+    hidden = states(model, 3, 5)
     hidden[1, 2] = torch.nan
     for rule in RULES:
-        with pytest.raises(RuntimeError, match="row 1: expected finite logits, got NaN or infinity"):
-            choose(choices, hidden, rule, torch.arange(3))
+        with pytest.raises(ValueError, match="row 1: expected finite logits, got NaN or infinity"):
+            next_row(model, hidden, rule, torch.arange(3))
     for bad, message in (({"top_p": 0.0}, "top_p must be a number in"), ({"temperature": -1.0}, "temperature must be")):
         with pytest.raises(ValueError, match=message):
-            choose(choices, hidden, {**RULES[0], **bad}, torch.arange(3))
-    with pytest.raises(RuntimeError, match=r"row_ids: expected a contiguous Long tensor \[3\]"):
-        choose(choices, hidden, RULES[0], torch.arange(4))
+            next_row(model, states(model, 3, 5), {**RULES[0], **bad}, torch.arange(3))
+    draw = torch.ops.ztok.engine_draw
+    with pytest.raises(RuntimeError, match="row_ids, steps: expected contiguous int64 vectors of 3 elements"):
+        draw(hidden, 1.0, 1.0, 0, torch.arange(4), torch.arange(3))
+    with pytest.raises(RuntimeError, match="logits: expected a contiguous float32 matrix"):
+        draw(hidden.double(), 1.0, 1.0, 0, torch.arange(3), torch.arange(3))
 
 
-def test_changed_parameters_are_packed_anew():
-    head, embedding = random_head(8, 41, 9)
-    choices = SlotChoices(head, embedding)
-    assert not choices.stale
-    with torch.no_grad():
-        head.gap_rows[0, GAPS].add_(1)
-    assert choices.stale
+def test_the_inferencer_reads_every_slot_of_a_document():
+    z = tiny_slot_codec().compress(TEXTS, ratio=2)
+    tokens, gaps, cu = slot_stream(z)
+    named = written_tokens(z)
+    start = 0
+    for document, text in enumerate(z.cu_text[z.cu_documents.long()].tolist()[1:]):
+        places = (named[start:text] >= 0).nonzero()[:, 0]
+        own = slice(int(cu[document]), int(cu[document + 1]))
+        assert torch.equal(gaps[own], places.diff(prepend=torch.tensor([-1])) - 1)
+        assert torch.equal(tokens[own], named[start:text][places])
+        start = text
 
 
 def test_input_rows_have_the_bits_of_the_sum_in_pytorch(machine):

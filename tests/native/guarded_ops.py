@@ -204,24 +204,15 @@ def run_slots_at(place, longs) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def floats(*sizes):
-        return torch.randn(*sizes, generator=generator)
+        return place(torch.randn(*sizes, generator=generator))
 
-    gap_rows, words = floats(2, 7, 9), floats(41, 9)
-    tables = [
-        ztok_fast.ops.ordered_pack(floats(36, 20)),
-        torch.stack([ztok_fast.ops.ordered_pack(own) for own in gap_rows]),
-        gap_rows,
-        ztok_fast.ops.ordered_pack(words),
-        words,
-    ]
-    hidden, tables, ids, found = place(floats(3, 20)), [place(own) for own in tables], longs(0, 1, 2), []
-    for temperature in (0.0, 0.9):
-        found += torch.ops.ztok.engine_slots(hidden, *tables, 12, True, temperature, 0.9, 3, ids, 1)
-    table, gates, places = place(floats(41, 20)), place(floats(2, 20)), place(floats(5, 20))
-    codes, offsets, empty = place(found[0].clone()), place(found[1].clone()), place(floats(20))
+    found = [torch.ops.ztok.engine_draw(floats(3, 33), 0.9, 0.9, 3, longs(0, 1, 2), longs(1, 1, 1))]
+    codes = torch.tensor([[3, 40], [7, -1], [-1, -1]], dtype=torch.int32)
+    offsets = torch.where(codes >= 0, torch.tensor([[0, 9]]), -1).int()
     index = place(codes.clamp(min=0).long())
-    found.append(torch.ops.ztok.engine_slot_rows(table, index, codes, offsets, gates, places, empty))
-    CALLED.update(("engine_slots", "engine_slot_rows"))
+    table, gates, places, empty = floats(41, 20), floats(2, 20), floats(5, 20), floats(20)
+    found.append(torch.ops.ztok.engine_slot_rows(table, index, place(codes), place(offsets), gates, places, empty))
+    CALLED.update(("engine_draw", "engine_slot_rows"))
     return [own.clone() for own in found]
 
 

@@ -25,12 +25,12 @@ def run(options: argparse.Namespace, files: Mapping[str, Path], outputs: Mapping
     from ztok_fast.evaluation.answers import answer_ways_to_run
 
     ratios = [codec.config.check_ratio(ratio) for ratio in options.ratio or codec.config.budgets]
-    ways = {ratio: answer_ways_to_run(codec, ratio, options.ways) for ratio in ratios}
+    ways = answer_ways_to_run(codec, options.ways)
     families = {name: _items(codec, path, options) for name, path in files.items()}
     reader = _reader(options)
-    total = sum(map(len, families.values())) * sum(map(len, ways.values()))
+    total = sum(map(len, families.values())) * len(ratios) * len(ways)
     with common.progress_bar(total, "answer", " questions") as progress:
-        results = evaluate_question_families(codec, families, ways, reader, progress)
+        results = evaluate_question_families(codec, families, ratios, ways, reader, progress)
     results["codec"] = {"name": Path(options.codec).name, **results["codec"]}
     results["settings"] = {
         name: getattr(options, name) for name in ("files", "documents", "tokens", "exclude", "reader")

@@ -48,19 +48,20 @@ def continue_ztokens(
     count = len(z)
     if not count:
         return no_documents(model.config.num_codebooks, z.slot_offsets is not None), []
-    check_positions(model, cu_prefix, max_new_ztokens - 1)
+    steps = max_new_ztokens * model.steps_per_ztoken
+    check_positions(model, cu_prefix, steps - 1)
     position = cu_prefix.diff().long()
     # One id for all: a document's draws depend on the seed alone, not on its place in the batch.
     row_ids = torch.zeros(count, dtype=torch.int64, device=device)
     chosen: list[ZTokens] = []
     masses = []
     ended = torch.zeros(count, dtype=torch.bool, device=device)
-    with model.runtime.session("inferencer", embeds, position_ids, cu_prefix, max_new_ztokens) as session:
-        for step in range(max_new_ztokens):
+    with model.runtime.session("inferencer", embeds, position_ids, cu_prefix, steps) as session:
+        for step in range(steps):
             if measuring():
                 count_rows(count - int(ended.sum()), count)
             with stage(HEAD):
-                following, mass = model.next_ztokens(
+                following, mass, rows = model.next_row(
                     session.last,
                     temperature=temperature,
                     top_p=top_p,
@@ -74,11 +75,11 @@ def continue_ztokens(
             ended = ended | (mass >= (end_threshold or 1.0))
             if bool(ended.all()):
                 break
-            if step + 1 < max_new_ztokens:
-                session.step(model.embed(following), position)
+            if step + 1 < steps:
+                session.step(rows, position)
                 position = position + 1
-    kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0).tolist()
-    return _as_documents(model, z, [step.to("cpu") for step in chosen], kept)
+    kept = steps_before_stop(torch.stack(masses, dim=1), end_threshold or 1.0)
+    return _as_documents(model, z, [step.to("cpu") for step in chosen], kept.cpu().long())
 
 
 def check_count(name: str, value: object) -> None:
@@ -103,17 +104,16 @@ def check_positions(model: SegmentModel, cu_prefix: torch.Tensor, new_rows: int)
         )
 
 
-def _as_documents(model, z, steps: list[ZTokens], kept: list[int]) -> tuple[ZTokens, list[DocumentInfo]]:
-    """The first ``kept`` Z-tokens of every row, cut into segments, and what is known of each document."""
+def _as_documents(model, z, steps: list[ZTokens], kept: torch.Tensor) -> tuple[ZTokens, list[DocumentInfo]]:
+    """The Z-tokens of the first ``kept`` steps of every row, cut into segments, and what is known of each document."""
     documents, infos = [], []
-    lengths = torch.stack([step.unit_lengths for step in steps], dim=1).tolist()
+    lengths = torch.stack([step.unit_lengths for step in steps], dim=1)
     codes = torch.stack([step.codes for step in steps], dim=1)
     places = None
     if steps[0].slot_offsets is not None:
-        places = torch.stack([step.slot_offsets for step in steps if step.slot_offsets is not None], dim=1)
-    for row, source in enumerate(z.documents):
-        first = slice(kept[row])
-        own_lengths = lengths[row][first]
+        codes, lengths, places, kept = _join_slots(codes[..., 0], lengths, kept, model.steps_per_ztoken)
+    for row, (source, count) in enumerate(zip(z.documents, kept.tolist())):
+        own_lengths = lengths[row, :count].tolist()
         units, filled = [], model.config.segment_length + 1
         for length in own_lengths:
             if filled + length > model.config.segment_length:
@@ -124,10 +124,35 @@ def _as_documents(model, z, steps: list[ZTokens], kept: list[int]) -> tuple[ZTok
         segments = torch.tensor([0, len(units)], dtype=torch.int32)
         cu_segments = offsets(torch.tensor(units, dtype=torch.int64))
         own = torch.tensor(own_lengths, dtype=torch.int32)
-        own_places = None if places is None else places[row, first]
-        documents.append(ZTokens(codes[row, first], own, cu_segments, segments, own_places))
+        own_places = None if places is None else places[row, :count]
+        documents.append(ZTokens(codes[row, :count], own, cu_segments, segments, own_places))
         infos.append(DocumentInfo(tokens=sum(own_lengths), budget=source.budget, levels=model.config.num_codebooks))
     return concatenate(documents), infos
+
+
+def _join_slots(codes, lengths, kept, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Z-tokens of ``slots`` slots each from steps that wrote one slot each.
+
+    Args:
+        codes, lengths: ``[B, steps]``, a slot's token, and one more than its gap; kept: int64 ``[B]``, steps to keep.
+
+    Returns:
+        codes int32 ``[B, K, slots]``, unit lengths ``[B, K]``, slot offsets int32 ``[B, K, slots]``, and int64 ``[B]``,
+        Z-tokens to keep.
+    """
+    used = torch.arange(codes.shape[1]) < kept[:, None]
+    missing = -codes.shape[1] % slots
+    codes, lengths, used = (
+        torch.nn.functional.pad(own, (0, missing)).unflatten(1, (-1, slots)) for own in (codes, lengths, used)
+    )
+    places = (lengths * used).cumsum(2)
+    unused = ~used
+    return (
+        codes.masked_fill(unused, -1),
+        places[..., -1].int(),
+        (places - 1).masked_fill(unused, -1).int(),
+        -(-kept // slots),
+    )
 
 
 @torch.inference_mode()
@@ -138,7 +163,7 @@ def answer_question(
     if not len(z):
         return []
     own = z.to(model.device)
-    return answer_from_rows(model, model.embed(own), own.cu_ztokens, questions, max_new_tokens)
+    return answer_from_rows(model, *model.inferencer_rows(own), questions, max_new_tokens)
 
 
 @torch.inference_mode()
@@ -173,8 +198,7 @@ def answer_from_rows(
 def _context(model: SegmentModel, z: ZBatch):
     """Packed inferencer inputs: the start mark and the Z-tokens of every document, at running positions."""
     device = model.device
-    embeddings = model.embed(z.to(device))
-    cu_z = z.cu_ztokens.to(device)
+    embeddings, cu_z = model.inferencer_rows(z.to(device))
     cu_start = torch.arange(len(z) + 1, dtype=torch.int32, device=device)
     once = torch.zeros(len(z), dtype=torch.int64, device=device)
     joined = ragged_gather([model.zspace.marks[:1].to(embeddings.dtype), embeddings], [once, None], [cu_start, cu_z])

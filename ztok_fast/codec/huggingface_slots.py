@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from ztok_fast.codec.selection import CASCADE, HARM, MARGIN, PRUNINGS, ROUNDS, TURNS
 from ztok_fast.codec.slot_model import AHEAD, DISTANCES
-from ztok_fast.codec.slot_space import END, GAPS, NONE
+from ztok_fast.codec.slot_space import GAPS
 
 ONE = 1 << 20
 """Halting mass is counted in 2^-20 of a unit (the definition), so that its sums are exact integers."""
@@ -283,49 +283,37 @@ class Forced(LogitsProcessor):
 
 def continue_ztokens(parts, documents, new: int) -> list[Tensor]:
     """The likeliest next Z-tokens of documents, as `huggingface.continue_ztokens`: codes and places ``[new, 2 L]``."""
-    weights, device = parts.weights, parts.model.device
-    rows = [
-        torch.cat([weights["zspace.marks"][:1], embed(parts, *(x.long().to(device) for x in own[1:]))])
-        for own in documents
-    ]
+    weights, device, config = parts.weights, parts.model.device, parts.config
+    words, head = parts.model.get_input_embeddings(), parts.model.get_output_embeddings()
+
+    def embed(tokens: Tensor, gaps: Tensor) -> Tensor:
+        return words(tokens) + weights["zspace.gap_rows"][gaps]
+
+    rows = []
+    for lengths, codes, places in documents:
+        named = named_tokens(lengths, codes, places).to(device)
+        at = (named >= 0).nonzero()[:, 0]
+        gaps = at.diff(prepend=at.new_tensor([-1])) - 1
+        rows.append(torch.cat([weights["zspace.marks"][:1], embed(named[at], gaps.clamp(max=GAPS - 1))]))
     counts = torch.tensor([len(own) for own in rows], device=device)
     inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     column = torch.arange(inputs.shape[1], device=device)
     mask = (column >= (inputs.shape[1] - counts)[:, None]).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, written = DynamicCache(), []
-    words = parts.model.get_input_embeddings().weight @ weights["zspace.words.weight"].T
-    for step in range(new):
+    # End-of-Z is not among the choices, nor gaps of which a unit could not hold one for each slot.
+    choices = min(GAPS, max(1, config.max_unit_length // config.num_codebooks))
+    cache, chosen = DynamicCache(), []
+    for step in range(new * config.num_codebooks):
         hidden = parts.model.model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        codes, places = _likeliest(parts, hidden, words)
-        written.append(torch.cat([codes, places], 1))
-        if step + 1 < new:
-            inputs = embed(parts, codes, places)[:, None]
+        logits = nn.functional.linear(hidden, weights["zspace.gap_head.weight"], weights["zspace.gap_head.bias"])
+        gap = logits[:, :choices].argmax(-1)
+        token = head(hidden + weights["zspace.gap_biases"][gap]).argmax(-1)
+        chosen.append(torch.stack([token, gap], 1))
+        if step + 1 < new * config.num_codebooks:
+            inputs = embed(token, gap)[:, None]
             mask = nn.functional.pad(mask, (0, 1), value=1)
             positions = positions[:, -1:] + 1
-    return list(torch.stack(written, 1).cpu())
-
-
-def _likeliest(parts, hidden: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and places ``[B, L]``: gap and token of one slot after another; end-of-Z is not among the choices."""
-    weights, config = parts.weights, parts.config
-    queries, gaps = weights["zspace.queries"], weights["zspace.gap_rows"]
-    chosen = hidden.new_zeros(len(hidden), words.shape[1])
-    place = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
-    going = torch.ones_like(place, dtype=torch.bool)
-    codes, places = [], []
-    for slot in range(config.num_codebooks):
-        table = gaps[slot][: GAPS if slot == 0 else END]
-        gap = ((hidden @ queries[2 * slot].T + chosen) @ table.T).argmax(-1)
-        if slot == 0:
-            gap = gap.clamp(max=config.max_unit_length - 1)
-        going = going & (gap != NONE) & (place + gap + 1 < config.max_unit_length)
-        chosen = chosen + gaps[slot][gap]
-        code = ((hidden @ queries[2 * slot + 1].T + chosen) @ words.T).argmax(-1)
-        chosen = chosen + words[code] * going[:, None]
-        place = place + torch.where(going, gap + 1, 0)
-        codes.append(torch.where(going, code, -1))
-        places.append(torch.where(going, place, -1))
-    return torch.stack(codes, 1), torch.stack(places, 1)
+    codes, gaps = torch.stack(chosen, 1).unflatten(1, (new, -1)).unbind(-1)
+    return list(torch.cat([codes, (gaps + 1).cumsum(-1) - 1], -1).cpu())

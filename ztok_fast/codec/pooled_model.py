@@ -225,10 +225,11 @@ class PooledModel(SegmentModel):
         logit_bias = self.copy_scale * self.copy_gains[0] * unbound
         return self.copy_gains[1] * unbound + self.offset_embedding(offset), logit_bias
 
-    def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
+    def next_row(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor, torch.Tensor]:
         codes, lengths, drawn = self.zspace.select(hidden, self.codebooks, **settings)
         ends = drawn if settings["allow_end"] else self.zspace.end_mass(hidden, self.codebooks)
-        return one_each(codes, lengths), ends.double()
+        z = one_each(codes, lengths)
+        return z, ends.double(), self.embed(z)
 
     def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
         codes = z.codes.new_full((len(is_end), z.num_codebooks), -1)

@@ -19,6 +19,7 @@ from ztok_fast.codec.float_session import DecodeSession
 from ztok_fast.codec.layout import offsets
 from ztok_fast.engine import Engine, Sequences, Texts, write_blocks, write_told
 from ztok_fast.engine.draft import DRAFTED_SEQUENCES, TOLD_SHARE, Choose
+from ztok_fast.engine.sampling import check_tokens, draw, greatest
 from ztok_fast.ops import ordered_linear, ordered_pack
 from ztok_fast.profiling import HEAD, MODEL, count_rows, measuring, stage
 
@@ -94,6 +95,21 @@ class FloatRuntime:
         """The likeliest tokens, int64 ``[B]``, of hidden states ``[B, D]``."""
         return self.logits(hidden, bias).argmax(-1)
 
+    def choose(self, logits: Tensor, temperature: float, top_p: float, seed: int, row_ids: Tensor, step: int) -> Tensor:
+        """One choice for each row of float32 logits ``[B, n]``, int64 ``[B]``; the arguments are those of `z_select`.
+
+        Raises:
+            ValueError: a row has no choice, because a logit is NaN or the greatest is not finite.
+        """
+        if temperature == 0:
+            return check_tokens(greatest(logits)).to(logits.device)
+        steps = torch.full((len(logits),), step)
+        return check_tokens(draw(logits, temperature, top_p, seed, row_ids.cpu(), steps)).to(logits.device)
+
+    def sample(self, hidden: Tensor, bias: Tensor, *rule) -> Tensor:
+        """A token for each row of hidden states ``[B, D]``, int64 ``[B]``; ``rule``: as in `choose`."""
+        return self.choose(self.logits(hidden, bias).float(), *rule)
+
     def linear(self, module: nn.Linear, x: Tensor) -> Tensor:
         """A linear layer of the codec's own."""
         return module(x)
@@ -156,6 +172,20 @@ class EngineRuntime:
 
     def argmax(self, hidden, bias=None) -> Tensor:
         return self.engine.argmax(hidden.contiguous(), None if bias is None else bias.contiguous())
+
+    def choose(self, logits, temperature, top_p, seed, row_ids, step) -> Tensor:
+        if temperature == 0:
+            return check_tokens(greatest(logits))
+        steps = torch.full((len(logits),), step)
+        return check_tokens(
+            torch.ops.ztok.engine_draw(logits.contiguous(), float(temperature), float(top_p), seed, row_ids, steps)
+        )
+
+    def sample(self, hidden, bias, temperature, top_p, seed, row_ids, step) -> Tensor:
+        if temperature == 0:
+            return self.argmax(hidden, bias)
+        steps = torch.full((len(hidden),), step)
+        return self.engine.sample(hidden, temperature, top_p, seed, row_ids, steps, bias)
 
     def linear(self, module: nn.Linear, x: Tensor) -> Tensor:
         version, panels = self._packed.get(module, (None, None))

@@ -97,20 +97,35 @@ class SegmentModel(nn.Module):
         """The text tokens that the Z-tokens name, int64 ``[T]``, -1 at others; ``None`` where they name none."""
         return None
 
-    def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
-        """The next Z-token of every row of hidden states ``[B, D]``, each as a document; and how far it ended instead.
+    @property
+    def steps_per_ztoken(self) -> int:
+        """Rows of the inferencer that write one Z-token."""
+        return 1
+
+    def inferencer_rows(self, z: ZTokens, embeddings: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the inferencer reads of documents: rows ``[R, D]``, and int32 ``[n_documents + 1]``, those of each.
 
         Args:
-            settings: those of `ZSpaceHead.select`, all of them.
+            embeddings: ``[K, D]``, those of the Z-tokens ``z``; ``None``: they are made.
+        """
+        return self.embed(z) if embeddings is None else embeddings, z.cu_ztokens
+
+    def next_row(
+        self, hidden: torch.Tensor, *, temperature, top_p, seed, row_ids, step, allow_end
+    ) -> tuple[ZTokens, torch.Tensor, torch.Tensor]:
+        """What comes next in every document: a Z-token, or, where they take several rows, one slot as a Z-token.
+
+        Args:
+            hidden: ``[B, D]``, states of the documents' last rows; the others are those of `ZSpaceHead.select`.
 
         Returns:
-            The Z-tokens, and fp64 ``[B]``: where ``allow_end``, 1 in rows that drew end-of-Z, else 0; without it, the
-            probability of end-of-Z.
+            The Z-tokens, each as a document; fp64 ``[B]``: where ``allow_end``, 1 in rows that drew end-of-Z, else 0,
+            without it the probability of end-of-Z; and the input rows ``[B, D]`` of what comes next.
         """
         raise NotImplementedError
 
     def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats, the mean over rows ``[N, D]``, of the Z-tokens ``z`` and of end-of-Z.
+        """Cross-entropy in nats, the mean over rows ``[N, D]``, of what comes next in Z-tokens ``z`` and of end-of-Z.
 
         Args:
             is_end: bool ``[N]``, rows whose target is end-of-Z; the others have those of ``z``, in order.

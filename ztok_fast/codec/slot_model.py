@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.draft_head import DraftHead
 from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
-from ztok_fast.codec.slot_choices import SlotChoices
-from ztok_fast.codec.slot_space import SlotSpaceHead
-from ztok_fast.codec.slots import ahead, written_tokens
+from ztok_fast.codec.slot_space import GAPS, SlotSpaceHead, last_share
+from ztok_fast.codec.slots import ahead, slot_stream, written_tokens
 from ztok_fast.codec.ztokens import ZTokens, one_each
+from ztok_fast.ops.zhead.z_select import check_sampling
 
 AHEAD = 4
 """Written tokens ahead that every row of the decompressor sees beside the text so far."""
@@ -56,10 +56,10 @@ class SlotModel(SegmentModel):
         # The base model's own prediction stays nearly as it was at first.
         self.ahead_gates = nn.Parameter(0.05 * torch.randn(AHEAD, DISTANCES + 1, width))
         self.ahead_places = nn.Parameter(0.05 * rms * torch.randn(AHEAD, DISTANCES + 1, width))
-        self.zspace = SlotSpaceHead(width, config, rms)
         start = base.config.bos_token_id
-        self.draft = DraftHead(self.start_embedding if start is None else words[start])
-        self._choices: SlotChoices | None = None
+        own = self.start_embedding if start is None else words[start]
+        self.zspace = SlotSpaceHead(width, config, own, rms)
+        self.draft = DraftHead(own)
 
     def embed(self, z: ZTokens, vectors: torch.Tensor | None = None) -> torch.Tensor:
         # Slots have no vectors beside their codes.
@@ -109,20 +109,29 @@ class SlotModel(SegmentModel):
             found.append(rows)
         return torch.cat(found), None
 
-    def next_ztokens(self, hidden: torch.Tensor, **settings) -> tuple[ZTokens, torch.Tensor]:
-        words = self.adapted.embedding.weight
-        if self.runtime.exact:
-            if self._choices is None or self._choices.stale:
-                self._choices = SlotChoices(self.zspace, words)
-            codes, lengths, places, ends = self._choices.select(hidden, **settings)
+    @property
+    def steps_per_ztoken(self) -> int:
+        return self.config.num_codebooks
+
+    def inferencer_rows(self, z: ZTokens, embeddings: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, gaps, cu_slots = slot_stream(z)
+        return self.zspace.rows(self.adapted.embedding(tokens), gaps.clamp(max=GAPS - 1)), cu_slots
+
+    def next_row(self, hidden: torch.Tensor, *, temperature, top_p, seed, row_ids, step, allow_end):
+        check_sampling("generate", temperature, top_p, seed, step)
+        head, runtime, rule = self.zspace, self.runtime, (temperature, top_p, seed, row_ids)
+        logits = head.choices(runtime.linear(head.gap_head, hidden.float()))
+        if allow_end:
+            gaps = runtime.choose(logits, *rule, 2 * step)
+            ended = gaps == head.longest
+            # What a document that has ended goes on with is not kept.
+            ends, gaps = ended.double(), gaps.masked_fill(ended, 0)
         else:
-            codes, lengths, places, drawn = self.zspace.select(hidden, words, **settings)
-            ends = (drawn if settings["allow_end"] else self.zspace.end_mass(hidden)).double()
-        return one_each(codes, lengths, places), ends
+            ends, gaps = last_share(logits), runtime.choose(logits[:, :-1], *rule, 2 * step)
+        tokens = runtime.sample(hidden, nn.functional.embedding(gaps, head.gap_biases), *rule, 2 * step + 1)
+        rows = head.rows(self.adapted.embedding(tokens), gaps)
+        return one_each(tokens[:, None].int(), gaps + 1, gaps[:, None].int()), ends, rows
 
     def zspace_loss(self, hidden: torch.Tensor, z: ZTokens, is_end: torch.Tensor) -> torch.Tensor:
-        assert z.slot_offsets is not None
-        codes = z.codes.new_full((len(is_end), z.num_codebooks), -1)
-        places = codes.clone()
-        codes[~is_end], places[~is_end] = z.codes, z.slot_offsets
-        return self.zspace.loss(hidden, codes, places, is_end, self.adapted.embedding.weight)
+        tokens, gaps, _ = slot_stream(z)
+        return self.zspace.loss(hidden, gaps.clamp(max=GAPS - 1), tokens, is_end, self.adapted.logits)

@@ -96,6 +96,23 @@ def written_tokens(z: ZTokens) -> torch.Tensor:
     return named
 
 
+def slot_stream(z: ZTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The slots of documents one after another, without the bounds of units and segments.
+
+    Returns:
+        Their tokens int64 ``[S]``; their gaps int64 ``[S]``, guessed tokens between a slot and the one before (or the
+        start of its document); and int32 ``[n_documents + 1]``, slots of every document.
+    """
+    named = written_tokens(z)
+    places = (named >= 0).nonzero()[:, 0]
+    cu_text = z.cu_text[z.cu_documents.long()]
+    cu_slots = torch.searchsorted(places, cu_text.long()).int()
+    before = torch.roll(places, 1)
+    first = cu_slots[:-1][cu_slots.diff() > 0].long()
+    before[first] = cu_text[:-1][cu_slots.diff() > 0].long() - 1
+    return named[places], places - before - 1, cu_slots
+
+
 def ahead(written: torch.Tensor, cu_segments: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The next written tokens after every text row of its segment.
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def evaluate_question_families(
     codec: ZTokCodec,
     families: Mapping[str, Sequence[Item]],
-    ways: Mapping[float, Sequence[str]],
+    ratios: Sequence[float],
+    ways: Sequence[str] | None = None,
     reader: str | BaseModel | ZTokCodec | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
-    """`evaluate_answers` of every family, at every ratio that ``ways`` has ways for.
+    """`evaluate_answers` of every family at every ratio.
 
     Returns:
         What a JSON file holds: ``codec`` and, for every family, ``families[name]``, a list of rows (`AnswerScore`).
@@ -32,8 +33,8 @@ def evaluate_question_families(
     found = {
         name: [
             score.to_dict()
-            for ratio, own in ways.items()
-            for score in evaluate_answers(codec, items, ratio, reader=asked, ways=own, progress=progress)
+            for ratio in ratios
+            for score in evaluate_answers(codec, items, ratio, reader=asked, ways=ways, progress=progress)
         ]
         for name, items in families.items()
     }

@@ -91,14 +91,14 @@ def evaluate_answers(
     found = items_of(items)
     check_count("max_new_tokens", max_new_tokens)
     ratio = codec.config.check_ratio(ratio)
-    wanted = answer_ways_to_run(codec, ratio, ways)
+    wanted = answer_ways_to_run(codec, ways)
     own, other = InferencerReader(codec), reader_of(reader, codec)
     texts = [item.text for item in found]
     sample = Sample.of_texts(codec, texts)
     done: dict[str, AnswerScore] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossyTextWarning)
-        contexts = Contexts(sample, codec.compress(texts, ratio), ratio, other)
+        contexts = Contexts(sample, codec.compress(texts, ratio), other)
         for way in wanted:
             used: Reader = own if way == ZTOKENS else other
             rows = contexts.rows(way)
@@ -165,13 +165,13 @@ def _f1_of(items: Sequence[Item], answers: Sequence[str]) -> torch.Tensor:
     return torch.tensor([token_f1(a, item.answers) for a, item in zip(answers, items)], dtype=torch.float64)
 
 
-def answer_ways_to_run(codec: ZTokCodec, ratio: float, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def answer_ways_to_run(codec: ZTokCodec, wanted: Sequence[str] | None) -> tuple[str, ...]:
     """The ways that are asked for, in the order of `ANSWER_WAYS`; ``None`` for all that the codec has.
 
     Raises:
-        ValueError: a way that the codec does not have at this ratio.
+        ValueError: a way that the codec does not have.
     """
-    have = answer_ways_of(codec, ratio)
+    have = answer_ways_of(codec)
     for way in wanted or ():
         if way not in have:
             raise ValueError(f"ways: expected some of {', '.join(have)}, got {way!r}")

@@ -1,4 +1,4 @@
-"""What a reader reads of a text, by way: the whole of it, or as many positions as there are Z-tokens."""
+"""What a reader reads of a text, by way: the whole of it, or as many positions as its Z-tokens take."""
 
 from __future__ import annotations
 
@@ -30,35 +30,31 @@ ANSWER_WAYS = (FULL, DECOMPRESSED, ZTOKENS, WRITTEN, SURPRISING, RARE, POOLED, T
 _WORD = re.compile(r"\S+")
 
 
-def answer_ways_of(codec: ZTokCodec, ratio: float) -> tuple[str, ...]:
-    """Those of `ANSWER_WAYS` that a codec has at a ratio."""
-    named = isinstance(codec.model, SlotModel) and _ratio_of_tokens(codec, ratio) <= codec.config.max_unit_length
-    return tuple(way for way in ANSWER_WAYS if way != WRITTEN or named)
-
-
-def _ratio_of_tokens(codec: ZTokCodec, ratio: float) -> float:
-    """The ratio at which Z-tokens name as many tokens as there are Z-tokens at ``ratio``."""
-    return codec.config.num_codebooks * ratio
+def answer_ways_of(codec: ZTokCodec) -> tuple[str, ...]:
+    """Those of `ANSWER_WAYS` that a codec has."""
+    return tuple(way for way in ANSWER_WAYS if way != WRITTEN or isinstance(codec.model, SlotModel))
 
 
 class Contexts:
-    """What a reader reads of each text, at one ratio.
+    """What a reader reads of each text.
 
     Args:
         sample: the texts as the codec sees them; each must have a token.
         z: their Z-tokens.
     """
 
-    def __init__(self, sample: Sample, z: ZBatch, ratio: float, reader: Reader) -> None:
-        self.sample, self.z, self.ratio, self.reader = sample, z, ratio, reader
-        self.positions = z.cu_ztokens.diff().tolist()
+    def __init__(self, sample: Sample, z: ZBatch, reader: Reader) -> None:
+        self.sample, self.z, self.reader = sample, z, reader
+        model = sample.codec.model
+        with torch.inference_mode():
+            self._rows, cu = model.inferencer_rows(z.to(model.device))
+        self.positions = cu.diff().tolist()
+        """Rows that the codec's inferencer reads of every text; the other ways have no more."""
 
     def rows(self, way: str) -> list[torch.Tensor]:
         """Input embeddings ``[k, D]`` of every text; of `ZTOKENS` those that the codec's inferencer reads."""
         if way == ZTOKENS:
-            model = self.sample.codec.model
-            with torch.inference_mode():
-                return list(model.embed(self.z.to(model.device)).split(self.positions))
+            return list(self._rows.split(self.positions))
         if way == POOLED:
             return [mean_pooled(self.reader.embed(_ids(tokens)), k) for tokens, k in zip(self._tokens, self.positions)]
         return [self.reader.embed(_ids(tokens)) for tokens in self.tokens(way)]
@@ -90,8 +86,7 @@ class Contexts:
 
     def _written_texts(self) -> list[str]:
         codec = self.sample.codec
-        z = codec.compress(self.sample.texts, _ratio_of_tokens(codec, self.ratio))
-        named = written_tokens(z).split([len(d) for d in self.sample.documents])
+        named = written_tokens(self.z).split([len(d) for d in self.sample.documents])
         return [detokenize(codec.tokenizer, own[own >= 0].tolist()).decode("utf-8", "replace").strip() for own in named]
 
     def _chosen(self, prices: list[list[float]]) -> list[Sequence[int]]:

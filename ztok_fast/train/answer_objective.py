@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from ztok_fast.codec.layout import offsets
-from ztok_fast.codec.selection import close
+from ztok_fast.codec.selection import choose_ztokens
 from ztok_fast.codec.slot_model import SlotModel
-from ztok_fast.codec.slots import fill_slots, slot_mass
-from ztok_fast.codec.ztokens import ZTokens
 from ztok_fast.train.batches import Batch, Section, make_batch
 from ztok_fast.train.inferencer import answer_loss
+from ztok_fast.train.slot_objective import READ_RATIOS, draw_ratios
 
 
 class AnswerObjective(nn.Module):
@@ -30,8 +29,7 @@ class AnswerObjective(nn.Module):
         """The loss terms, 0-d: ``answer`` in nats a token of the answers, and ``total``, the same.
 
         Args:
-            seed: of the ratio that is drawn, one of the codec's budgets; where an exact copy takes fewer Z-tokens than
-                it asks for, it has as few as it can.
+            seed: of the draw of ratios.
         """
         model = self.model
         asked = [section for section in batch.sections if section.answer]
@@ -41,20 +39,12 @@ class AnswerObjective(nn.Module):
         if self.from_text:
             rows, cu_rows = model.adapted.embedding(batch.tokens), _text_offsets(asked).to(model.device)
         else:
-            z = self._ztokens(batch, seed)
-            rows, cu_rows = model.embed(z).detach(), z.cu_ztokens
+            ratios = draw_ratios(READ_RATIOS, len(asked), seed).to(model.device)
+            with torch.no_grad():
+                z = choose_ztokens(model, batch.tokens, batch.cu_segments, batch.cu_sections, ratios)
+            rows, cu_rows = model.inferencer_rows(z)
         loss = answer_loss(model, asked, rows, cu_rows)
         return {"answer": loss, "total": loss, "ztokens": torch.tensor(len(rows))}
-
-    @torch.no_grad()
-    def _ztokens(self, batch: Batch, seed: int) -> ZTokens:
-        model, cu, slots = self.model, batch.cu_segments, self.model.config.num_codebooks
-        budgets = model.config.budgets
-        ratio = budgets[int(torch.randint(len(budgets), (1,), generator=torch.Generator().manual_seed(seed)))]
-        written, _ = close(model, batch.tokens, cu, prunings=0)
-        held = offsets(written.long())[cu.long()].long().diff()
-        units = torch.maximum(-(-held // slots), (cu.diff() / ratio).round().long()).clamp(min=1)
-        return fill_slots(batch.tokens, written, cu, batch.cu_sections, slots, slot_mass(written, cu, slots, units))
 
 
 def _text_offsets(sections: list[Section]) -> torch.Tensor:

@@ -16,16 +16,17 @@ from ztok_fast.train.batches import Batch, Section
 def inferencer_losses(
     model: SegmentModel, batch: Batch, z: ZTokens, embeddings: torch.Tensor, answers: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy of the next Z-token over every section's Z-tokens, and of the answers where there are some.
+    """Cross-entropy of what comes next in every section's Z-tokens, and of the answers where there are some.
+
+    The first is the mean over the rows that predict: the start row, and those that the inferencer reads of Z-tokens.
 
     Args:
         embeddings: ``[K, D]`` of the Z-tokens ``z``; no gradient flows into them. answers: whether to ask.
     """
     device = batch.tokens.device
     marks = model.zspace.marks
-    cu_z = z.cu_ztokens
-    sections, total = len(cu_z) - 1, z.ztokens
-    table = embeddings.detach()
+    table, cu_z = model.inferencer_rows(z, embeddings.detach())
+    sections, total = len(cu_z) - 1, len(table)
     one_each = torch.arange(sections + 1, dtype=torch.int32, device=device)
     texts = [
         (s.question, [*s.answer, *model.adapted.end_tokens[:1]]) if s.answer and answers else ([], [])
@@ -50,7 +51,7 @@ def inferencer_losses(
         [s[2] for s in sources], [sections, total, mark_count, len(question), mark_count, len(answer)]
     ).destinations
     hidden = _hidden(model, joined)
-    # The start row and every Z row predict: the next Z-token, and after the last one the end.
+    # The start row and every Z row predict what comes next, and after the last one the end.
     order = ragged_layout([one_each, cu_z], [sections, total])
     predict = order.place(rows[:2])
     is_end = torch.zeros(sections + total, dtype=torch.bool, device=device)

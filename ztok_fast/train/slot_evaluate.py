@@ -99,7 +99,8 @@ def evaluate_inferencer(codec, documents: list[list[int]]) -> dict:
         chosen, _ = close(model, batch.tokens, batch.cu_segments, prunings=0)
         z = fill_slots(batch.tokens, chosen, batch.cu_segments, batch.cu_sections, config.num_codebooks)
         loss, _ = inferencer_losses(model, batch, z, model.embed(z), answers=False)
-        count = z.ztokens + len(z)  # every document ends
-        bits, rows = bits + float(loss) * count / LN2, rows + count
-        uniform += int((z.codes >= 0).sum()) * math.log2(config.codebook_size * GAPS)
+        slots = int((z.codes >= 0).sum())
+        rows += z.ztokens + len(z)  # every document ends
+        bits += float(loss) * (slots + len(z)) / LN2
+        uniform += slots * math.log2(config.codebook_size * GAPS)
     return {"bits_per_ztoken": bits / rows, "uniform_bits": uniform / rows}

@@ -12,7 +12,7 @@ from ztok_fast.codec.draft import draft, symbol_losses
 from ztok_fast.codec.draft_head import share_of
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.layout import sequence_of_row
-from ztok_fast.codec.selection import choose_ztokens, close, guess
+from ztok_fast.codec.selection import choose_ztokens, guess
 from ztok_fast.codec.slot_model import SlotModel
 from ztok_fast.codec.slots import fill_slots, slot_mass, written_tokens
 from ztok_fast.train.batches import Batch
@@ -38,11 +38,20 @@ LOOSE = 0.25
 RATIOS = (4.0, 24.0)
 """Between which the ratios are drawn that the compressor learns from, evenly in their logarithm."""
 
+READ_RATIOS = (3.0, 12.0)
+"""The same for the inferencer; about half of these Z-tokens give the text back exactly."""
+
 REFRESHED = 8
 """Steps after which drafts are written by the compressor as it is then."""
 
 DRAFTED = 0.3
 """Weight of the loss of the guessed tokens: a better draft prices what follows better."""
+
+
+def draw_ratios(bounds: tuple[float, float], count: int, seed: int) -> torch.Tensor:
+    """fp32 ``[count]``, drawn evenly in their logarithm."""
+    low, high = (math.log(ratio) for ratio in bounds)
+    return (low + (high - low) * torch.rand(count, generator=torch.Generator().manual_seed(seed))).exp()
 
 
 class CompressorObjective(nn.Module):
@@ -60,14 +69,12 @@ class CompressorObjective(nn.Module):
             seed: of the draw of ratios.
         """
         model, tokens, cu = self.model, batch.tokens, batch.cu_segments
-        generator = torch.Generator(device=tokens.device).manual_seed(seed)
-        low, high = (math.log(ratio) for ratio in RATIOS)
-        drawn = torch.rand(len(batch.sections), generator=generator, device=tokens.device)
+        ratios = draw_ratios(RATIOS, len(batch.sections), seed).to(tokens.device)
         if self._steps % REFRESHED == 0:
             self._engines.use()
         self._steps += 1
         with torch.no_grad():
-            z = choose_ztokens(model, tokens, cu, batch.cu_sections, (low + (high - low) * drawn).exp())
+            z = choose_ztokens(model, tokens, cu, batch.cu_sections, ratios)
             named = written_tokens(z)
             section = sequence_of_row(batch.cu_sections, len(cu) - 1)
             share = share_of(named >= 0, section[sequence_of_row(cu, len(tokens))], len(batch.sections))[section]
@@ -91,11 +98,15 @@ class InferencerObjective(nn.Module):
         self.model, self.answer = model, answer
 
     def forward(self, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
-        """The loss terms, 0-d; ``zspace`` is in nats a Z-token. There are no random draws."""
+        """The loss terms, 0-d; ``zspace`` is in nats a slot.
+
+        Args:
+            seed: of the draw of ratios.
+        """
         model, tokens, cu = self.model, batch.tokens, batch.cu_segments
+        ratios = draw_ratios(READ_RATIOS, len(batch.sections), seed).to(tokens.device)
         with torch.no_grad():
-            written, _ = close(model, tokens, cu, prunings=0)
-            z = fill_slots(tokens, written, cu, batch.cu_sections, model.config.num_codebooks)
+            z = choose_ztokens(model, tokens, cu, batch.cu_sections, ratios)
             embeddings = model.embed(z)
         zspace, answer = inferencer_losses(model, batch, z, embeddings, bool(self.answer))
         terms = {"zspace": zspace, "total": zspace}
