@@ -159,13 +159,37 @@ Tensor engine_sample(const Tensor& weights, const Tensor& layout, const Tensor& 
   return draw_rows(kOp, logits_of(model, hidden, rows), temperature, top_p, seed, row_ids, steps);
 }
 
+void check_logits(const char* op, const Tensor& logits) {
+  ZTOK_CHECK(
+      logits.scalar_type() == ScalarType::Float && logits.dim() == 2 && logits.size(1) > 0 && logits.is_contiguous(),
+      op, "logits: expected a contiguous float32 matrix with columns");
+}
+
 Tensor engine_draw(const Tensor& logits, double temperature, double top_p, int64_t seed, const Tensor& row_ids,
                    const Tensor& steps) {
   constexpr const char* kOp = "engine_draw";
-  ZTOK_CHECK(
-      logits.scalar_type() == ScalarType::Float && logits.dim() == 2 && logits.size(1) > 0 && logits.is_contiguous(),
-      kOp, "logits: expected a contiguous float32 matrix with columns");
+  check_logits(kOp, logits);
   return draw_rows(kOp, logits, temperature, top_p, seed, row_ids, steps);
+}
+
+// The integer weights of the sampling rule, int64 [r, n]; zeros in a row that has no choice.
+Tensor engine_weights_of(const Tensor& logits, double temperature) {
+  constexpr const char* kOp = "engine_weights";
+  check_logits(kOp, logits);
+  ZTOK_CHECK(temperature > 0 && std::isfinite(temperature), kOp, "temperature: expected a positive number, got ",
+             temperature);
+  const int64_t rows = logits.size(0), count = logits.size(1);
+  Tensor result = new_tensor(logits, {rows, count}, ScalarType::Long);
+  const auto* logit = logits.const_data_ptr<float>();
+  auto* out = result.mutable_data_ptr<int64_t>();
+  StandardArithmetic standard;
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t* own = out + row * count;
+    if (!ZTOK_SELECT(engine_weights)(logit + row * count, count, static_cast<float>(temperature), own)) {
+      std::fill_n(own, count, 0);
+    }
+  }
+  return result;
 }
 
 }  // namespace
@@ -177,6 +201,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ztok, m) {
   m.def(
       "engine_sample(Tensor weights, Tensor layout, Tensor hidden, Tensor? bias, float temperature, float top_p, "
       "int seed, Tensor row_ids, Tensor steps) -> Tensor");
+  m.def("engine_weights(Tensor logits, float temperature) -> Tensor");
   m.def("engine_draw(Tensor logits, float temperature, float top_p, int seed, Tensor row_ids, Tensor steps) -> Tensor");
 }
 
@@ -184,5 +209,6 @@ STABLE_TORCH_LIBRARY_IMPL(ztok, CPU, m) {
   m.impl("engine_logits", TORCH_BOX(&ztok::engine_logits));
   m.impl("engine_argmax", TORCH_BOX(&ztok::engine_argmax));
   m.impl("engine_sample", TORCH_BOX(&ztok::engine_sample));
+  m.impl("engine_weights", TORCH_BOX(&ztok::engine_weights_of));
   m.impl("engine_draw", TORCH_BOX(&ztok::engine_draw));
 }

@@ -85,6 +85,7 @@ def test_transformers_modules_and_the_engine_choose_by_one_rule(model, rule):
     with torch.inference_mode():
         assert model.runtime.exact
     assert torch.equal(model.engine.choose(logits, *own), model.float_runtime.choose(logits, *own))
+    torch.testing.assert_close(model.engine.last_share(logits), model.float_runtime.last_share(logits))
 
 
 def test_rows_without_a_choice_and_bad_numbers_are_errors(model):

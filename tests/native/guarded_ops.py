@@ -207,12 +207,13 @@ def run_slots_at(place, longs) -> list[torch.Tensor]:
         return place(torch.randn(*sizes, generator=generator))
 
     found = [torch.ops.ztok.engine_draw(floats(3, 33), 0.9, 0.9, 3, longs(0, 1, 2), longs(1, 1, 1))]
+    found.append(torch.ops.ztok.engine_weights(floats(3, 33), 1.0))
     codes = torch.tensor([[3, 40], [7, -1], [-1, -1]], dtype=torch.int32)
     offsets = torch.where(codes >= 0, torch.tensor([[0, 9]]), -1).int()
     index = place(codes.clamp(min=0).long())
     table, gates, places, empty = floats(41, 20), floats(2, 20), floats(5, 20), floats(20)
     found.append(torch.ops.ztok.engine_slot_rows(table, index, place(codes), place(offsets), gates, places, empty))
-    CALLED.update(("engine_draw", "engine_slot_rows"))
+    CALLED.update(("engine_draw", "engine_weights", "engine_slot_rows"))
     return [own.clone() for own in found]
 
 

@@ -106,6 +106,10 @@ class FloatRuntime:
         steps = torch.full((len(logits),), step)
         return check_tokens(draw(logits, temperature, top_p, seed, row_ids.cpu(), steps)).to(logits.device)
 
+    def last_share(self, logits: Tensor) -> Tensor:
+        """The share of the last choice in the softmax of float32 logits ``[B, n]``, fp64 ``[B]``."""
+        return logits.double().softmax(-1)[:, -1]
+
     def sample(self, hidden: Tensor, bias: Tensor, *rule) -> Tensor:
         """A token for each row of hidden states ``[B, D]``, int64 ``[B]``; ``rule``: as in `choose`."""
         return self.choose(self.logits(hidden, bias).float(), *rule)
@@ -180,6 +184,10 @@ class EngineRuntime:
         return check_tokens(
             torch.ops.ztok.engine_draw(logits.contiguous(), float(temperature), float(top_p), seed, row_ids, steps)
         )
+
+    def last_share(self, logits: Tensor) -> Tensor:
+        weights = torch.ops.ztok.engine_weights(logits.contiguous(), 1.0)
+        return weights[:, -1].double() / weights.sum(-1).double()
 
     def sample(self, hidden, bias, temperature, top_p, seed, row_ids, step) -> Tensor:
         if temperature == 0:

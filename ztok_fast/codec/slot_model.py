@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ztok_fast.codec.config import ConfigError, ZTokConfig
 from ztok_fast.codec.draft_head import DraftHead
 from ztok_fast.codec.segment_model import SegmentModel, root_mean_square
-from ztok_fast.codec.slot_space import GAPS, SlotSpaceHead, last_share
+from ztok_fast.codec.slot_space import GAPS, SlotSpaceHead
 from ztok_fast.codec.slots import ahead, slot_stream, written_tokens
 from ztok_fast.codec.ztokens import ZTokens, one_each
 from ztok_fast.ops.zhead.z_select import check_sampling
@@ -127,7 +127,7 @@ class SlotModel(SegmentModel):
             # What a document that has ended goes on with is not kept.
             ends, gaps = ended.double(), gaps.masked_fill(ended, 0)
         else:
-            ends, gaps = last_share(logits), runtime.choose(logits[:, :-1], *rule, 2 * step)
+            ends, gaps = runtime.last_share(logits), runtime.choose(logits[:, :-1], *rule, 2 * step)
         tokens = runtime.sample(hidden, nn.functional.embedding(gaps, head.gap_biases), *rule, 2 * step + 1)
         rows = head.rows(self.adapted.embedding(tokens), gaps)
         return one_each(tokens[:, None].int(), gaps + 1, gaps[:, None].int()), ends, rows

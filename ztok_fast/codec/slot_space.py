@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.ops import arithmetic
 
 GAPS = 32
 """Gaps that are told apart; longer ones count as the longest."""
@@ -62,9 +61,3 @@ class SlotSpaceHead(nn.Module):
         total = cross_entropy(self.gap_head(hidden.float()), chosen, reduction="sum")
         asked = hidden[~is_end] + nn.functional.embedding(gaps, self.gap_biases).to(hidden.dtype)
         return (total + cross_entropy(logits(asked).float(), tokens, reduction="sum")) / len(hidden)
-
-
-def last_share(logits: torch.Tensor) -> torch.Tensor:
-    """The share of the last choice in the softmax of logits ``[B, n]``, fp64 ``[B]``; the same on every machine."""
-    weights = (arithmetic.exp(logits - logits.amax(-1, keepdim=True)).double() * 2.0**30).round().long()
-    return weights[:, -1].double() / weights.sum(-1).double()
