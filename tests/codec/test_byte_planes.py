@@ -5,7 +5,7 @@ import zlib
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from ztok_fast.codec.byte_planes import pack, unpack
 from ztok_fast.codec.weights import PACKED_WEIGHTS, WeightsError, load_weights
@@ -24,6 +24,21 @@ def test_round_trip(tmp_path):
 def test_trained_weights_take_less():
     original = save({"a": (torch.randn(1 << 16) * 0.02).bfloat16()})
     assert len(pack(original)) < 0.75 * len(original)
+
+
+def test_rounded_mantissas_take_less_still():
+    weights = torch.randn(1 << 14) * 0.02
+    original = save({"a": weights.bfloat16(), "b": torch.zeros(2).bfloat16()})
+    packed = pack(original, 5)
+    found = load(unpack(packed))["a"].float()
+    assert len(packed) < len(pack(original)) - 0.11 * len(original)
+    # Half of the last place of five bits, and the rounding to bfloat16 before.
+    assert float(((found - weights).abs() / weights.abs()).max()) <= 2**-6 + 2**-8
+    assert pack(original, 7) == pack(original)
+    with pytest.raises(ValueError, match="mantissa_bits: expected 1 to 7, got 8"):
+        pack(original, 8)
+    with pytest.raises(ValueError, match=r"expected weights in bfloat16, got \['BF16', 'F16'\]"):
+        pack(save(STATE), 5)
 
 
 def test_odd_data_is_refused():
