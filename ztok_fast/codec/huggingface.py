@@ -223,7 +223,8 @@ def _slot_rows(parts: Parts, segments: Sequence[Coded]) -> tuple[Tensor, Tensor,
     bounds = _bounds([int(own[0].sum()) for own in segments])
     named = slots.named_tokens(lengths, codes, places)
     padded = nn.utils.rnn.pad_sequence([named[a:b] for a, b in bounds], batch_first=True, padding_value=-1)
-    return slots.embed(parts, codes, places), slots.conditioning(parts, padded >= 0, slots.said(parts, padded.clamp(min=0))), padded
+    conditioning = slots.conditioning(parts, padded >= 0, slots.said(parts, padded.clamp(min=0)))
+    return slots.embed(parts, codes, places), conditioning, padded
 
 
 def _pooled_rows(parts: Parts, segments: Sequence[Coded]) -> tuple[Tensor, Tensor, Tensor | None]:
