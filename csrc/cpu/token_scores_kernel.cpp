@@ -67,9 +67,7 @@ void score_block(const float* tiles, TokenRow* rows, int64_t count, int64_t widt
   }
 }
 
-double token_logit(const float* hidden, const Matrix& codes, int64_t code) {
-  return exact_dot(hidden, codes, code);
-}
+double token_logit(const float* hidden, const Matrix& codes, int64_t code) { return exact_dot(hidden, codes, code); }
 
 }  // namespace ZTOK_ISA
 }  // namespace ztok
