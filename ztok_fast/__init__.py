@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
-    from ztok_fast.codec.coded_documents import CodedFile
+    from ztok_fast.codec.coded_file import CodedFile
     from ztok_fast.codec.config import ZTokConfig
     from ztok_fast.codec.corpus import compress_corpus, read_corpus, write_corpus
+    from ztok_fast.codec.learned_file import LearnedFile
     from ztok_fast.codec.zbatch import ZBatch
     from ztok_fast.evaluation.answers import evaluate_answers
     from ztok_fast.evaluation.evaluate import evaluate
@@ -21,7 +22,8 @@ __version__ = "0.1.0"
 
 # name -> module that defines it
 _EXPORTS = {
-    "CodedFile": "ztok_fast.codec.coded_documents",
+    "CodedFile": "ztok_fast.codec.coded_file",
+    "LearnedFile": "ztok_fast.codec.learned_file",
     "ZBatch": "ztok_fast.codec.zbatch",
     "ZTokCodec": "ztok_fast.codec.codec",
     "ZTokConfig": "ztok_fast.codec.config",
@@ -36,6 +38,7 @@ _EXPORTS = {
 
 __all__ = [
     "CodedFile",
+    "LearnedFile",
     "ZBatch",
     "ZTokCodec",
     "ZTokConfig",

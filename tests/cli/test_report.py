@@ -1,6 +1,7 @@
 """How results are printed: alignment, marks, and the text of each token."""
 
 import math
+from collections import Counter
 
 import pytest
 from transformers import AutoTokenizer
@@ -79,5 +80,5 @@ def test_no_colour_where_it_is_not_wanted(monkeypatch):
 
 
 def test_length_histogram():
-    assert report.length_histogram([1, 3, 1, 2, 1]) == "1: 3  2: 1  3: 1"
-    assert report.length_histogram([]) == "-"
+    assert report.length_histogram(Counter([1, 3, 1, 2, 1])) == "1: 3  2: 1  3: 1"
+    assert report.length_histogram(Counter()) == "-"

@@ -1,4 +1,4 @@
-"""A tiny coder, documents of every kind for it, and files of them."""
+"""A tiny coder, documents of every kind for it, files of them, and what damages a file of any form."""
 
 import io
 import random
@@ -6,8 +6,11 @@ import random
 from tests.codec.tiny_base import tiny_model, tiny_tokenizer
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.coded import TextCoder
-from ztok_fast.codec.coded_file import parts_of, read_coded
+from ztok_fast.codec.coded_file import read_coded
 from ztok_fast.codec.coded_writer import write_coded
+from ztok_fast.codec.container import HEADER_BYTES, Head, Index, form_of, read_records
+from ztok_fast.codec.container_writer import parts_of
+from ztok_fast.codec.varint import varint
 
 WORDS = "a small text to learn a few merges from, as small texts go; the text is small".split()
 """What the tiny tokenizer has tokens for: such texts are coded."""
@@ -46,3 +49,57 @@ def read(path, coder) -> list[bytes]:
         found.append((found.pop() if going else b"") + text)
         going = goes_on
     return found
+
+
+def records_of(path) -> list[tuple[int, int, Head]]:
+    """Begin, end and head of each record of a file of any form."""
+    index, found = Index(), []
+    with open(path, "rb") as stream:
+        stream.seek(HEADER_BYTES)
+        for head in read_records(stream, index, path.stat().st_size, form_of(path)):
+            found.append((index.at, head))
+    begins = [HEADER_BYTES, *(end for end, _ in found)]
+    return [(begin, end, head) for begin, (end, head) in zip(begins, found)]
+
+
+def bounds_of(path, data: bytes) -> list[tuple[int, int]]:
+    """Begin and end of each record of a file's bytes, which are written there."""
+    path.write_bytes(data)
+    return [(begin, end) for begin, end, _ in records_of(path)]
+
+
+def altered(draw: random.Random, data: bytes, records: list[tuple[int, int]], foreign: bytes) -> bytes:
+    """A file with one or two faults."""
+    found = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2))):
+        kind = draw.randrange(9)
+        size = len(found)
+        at = draw.randrange(size)
+        if kind == 0:  # a bit, anywhere or in the first bytes of a record
+            at = draw.choice((at, min(size - 1, draw.choice(records)[0] + draw.randrange(12))))
+            found[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del found[at:]
+        elif kind == 2:  # lengths
+            at = min(size - 1, draw.choice(records)[0] + 1)
+            value = draw.choice((0, 1, 127, 1 << 14, 1 << 20, (1 << 20) + 1, 1 << 40, (1 << 62) + 5))
+            found[at : at + draw.randrange(4)] = varint(value)
+        elif kind == 3:  # records change places
+            (a, b), (c, d) = sorted((draw.choice(records), draw.choice(records)))
+            if b <= c:
+                found[a:d] = found[c:d] + found[b:c] + found[a:b]
+        elif kind == 4:  # one is left out, or doubled
+            begin, end = draw.choice(records)
+            found[begin:end] = found[begin:end] * draw.choice((0, 2))
+        elif kind == 5:  # another coder's, another version
+            found[:HEADER_BYTES] = draw.choice((foreign[:HEADER_BYTES], draw.randbytes(HEADER_BYTES)))
+        elif kind == 6:
+            found[at : at + draw.randrange(9)] = draw.randbytes(draw.randrange(9))
+        elif kind == 7:  # a stretch from elsewhere in the file
+            begin = draw.randrange(size)
+            found[at : at + 16] = found[begin : begin + 16]
+        else:
+            found += draw.choice((b"\0", draw.randbytes(20), bytes(found[-20:])))
+        if not found:
+            break
+    return bytes(found)

@@ -10,7 +10,8 @@ from ztok_fast.codec.corrections import Corrections
 from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.exact_patch import Patch
-from ztok_fast.codec.learned_file import load_units, save_units
+from ztok_fast.codec.learned_file import Reading, load_units
+from ztok_fast.codec.learned_writer import save_units
 from ztok_fast.codec.zbatch import ZBatch
 
 SEGMENT = 12
@@ -93,4 +94,4 @@ def save(z: ZBatch, path, config: ZTokConfig, prior=None) -> bytes:
 
 
 def load(path, config: ZTokConfig, read_prior=no_prior) -> ZBatch:
-    return load_units(path, config, FINGERPRINT, VOCABULARY, read_prior)
+    return load_units(path, Reading(config, FINGERPRINT, VOCABULARY, read_prior))

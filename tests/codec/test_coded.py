@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from ztok_fast.cli.profile_files import general_compressors
-from ztok_fast.codec import coded, coded_file
+from ztok_fast.codec import coded, coded_file, container_writer
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.coded import CODED, DEFAULT_BASE, LZMA, RAW, TextCoder
-from ztok_fast.codec.coded_documents import stored_length
-from ztok_fast.codec.coded_file import coder_for, is_coded_file, parts_of, read_coded
+from ztok_fast.codec.coded_file import coder_for, read_coded
 from ztok_fast.codec.coded_writer import coded_bytes, write_coded
+from ztok_fast.codec.container import CODED_FORM, form_of
+from ztok_fast.codec.container_file import stored_length
+from ztok_fast.codec.container_writer import parts_of
 from ztok_fast.codec.errors import CodecError, ZFileError
 from ztok_fast.codec.varint import read_varint, varint
 
@@ -60,8 +62,8 @@ def test_every_byte_comes_back(tmp_path, coder):
     size = as_file(tmp_path / "x.ztok", DOCUMENTS, coder)
     assert size == (tmp_path / "x.ztok").stat().st_size
     assert from_file(tmp_path / "x.ztok", coder) == DOCUMENTS
-    assert stored_length(tmp_path / "x.ztok") == (len(DOCUMENTS), sum(map(len, DOCUMENTS)))
-    assert is_coded_file(tmp_path / "x.ztok")
+    assert stored_length(tmp_path / "x.ztok", CODED_FORM) == (len(DOCUMENTS), sum(map(len, DOCUMENTS)))
+    assert form_of(tmp_path / "x.ztok") is CODED_FORM
 
 
 def test_prose_takes_less_than_a_third_and_nothing_grows(tmp_path, coder):
@@ -150,7 +152,7 @@ def test_damage_is_an_error_or_changes_nothing(tmp_path, coder):
 
 
 def test_an_interrupted_run_is_gone_on_from(tmp_path, coder, monkeypatch):
-    monkeypatch.setattr(coded_file, "BATCH_BYTES", 300)
+    monkeypatch.setattr(coded_file, "BLOCK_BYTES", 300)
     as_file(tmp_path / "whole.ztok", DOCUMENTS, coder)
     whole = (tmp_path / "whole.ztok").read_bytes()
     partial = tmp_path / "x.ztok.partial"
@@ -186,7 +188,7 @@ def test_many_empty_documents(tmp_path, coder):
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 1000])
 def test_parts_cut_between_characters(monkeypatch, size):
-    monkeypatch.setattr(coded_file, "PART_BYTES", 100)
+    monkeypatch.setattr(container_writer, "PART_BYTES", 100)
     for text in (("é" * size).encode(), ("x東" * size).encode(), b"\x80" * size, b"a" * size):
         parts = list(parts_of(io.BytesIO(text)))
         assert b"".join(part for part, _ in parts) == text

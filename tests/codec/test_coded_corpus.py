@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.codec.coded_files import documents, tiny_coder, words
-from ztok_fast.codec import coded_file, coded_records
+from ztok_fast.codec import container, container_writer
 from ztok_fast.codec.coded_corpus import (
     CodedBatches,
     batches,
@@ -39,7 +39,7 @@ def source(tmp_path, texts):
 
 
 def wrong_hash(file: bytes) -> bytes:
-    at = coded_records.HEADER_BYTES + 4
+    at = container.HEADER_BYTES + 4
     return file[:at] + bytes([file[at] ^ 1]) + file[at + 1 :]
 
 
@@ -62,7 +62,7 @@ def test_every_text_comes_back(tmp_path, coder, source, texts):
 
 
 def test_files_in_memory_of_any_length(coder, monkeypatch):
-    for module in (coded_file, coded_records):
+    for module in (container, container_writer):
         monkeypatch.setattr(module, "PART_BYTES", 100)
     own = [*documents(30), random.Random(1).randbytes(350), words(random.Random(2), 90)]
     files = coded_bytes(own, coder)

@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-from tests.codec.coded_files import documents, read, tiny_coder, words, write
+from tests.codec.coded_files import altered, bounds_of, documents, read, tiny_coder, words, write
 from ztok_fast.cli.profile_machine import memory, reset_peak
-from ztok_fast.codec import coded_records
+from ztok_fast.codec import container
 from ztok_fast.codec.base_model import load_base
 from ztok_fast.codec.coded import TextCoder
-from ztok_fast.codec.coded_documents import CodedFile
-from ztok_fast.codec.coded_records import HEADER_BYTES, RUN, walk
+from ztok_fast.codec.coded_file import CodedFile
+from ztok_fast.codec.container import HEADER_BYTES, RUN
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.varint import varint
 
@@ -50,52 +50,6 @@ def samples(folder, coder) -> list[tuple[bytes, list[bytes]]]:
         write(folder / "sample.ztok", texts, coder, verify=False)
         found.append(((folder / "sample.ztok").read_bytes(), texts))
     return found
-
-
-def records_of(path, data: bytes) -> list[tuple[int, int]]:
-    """Begin and end of each record."""
-    path.write_bytes(data)
-    with open(path, "rb") as stream:
-        stream.seek(HEADER_BYTES)
-        begins = [(start, stream.tell() + head.stored) for _, start, head in walk(stream, 0, 0, len(data))]
-    return begins
-
-
-def altered(draw: random.Random, data: bytes, records: list[tuple[int, int]], foreign: bytes) -> bytes:
-    """A file with one or two faults."""
-    found = bytearray(data)
-    for _ in range(draw.choice((1, 1, 1, 2))):
-        kind = draw.randrange(9)
-        size = len(found)
-        at = draw.randrange(size)
-        if kind == 0:  # a bit, anywhere or in the first bytes of a record
-            at = draw.choice((at, min(size - 1, draw.choice(records)[0] + draw.randrange(12))))
-            found[at] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            del found[at:]
-        elif kind == 2:  # lengths
-            at = min(size - 1, draw.choice(records)[0] + 1)
-            value = draw.choice((0, 1, 127, 1 << 14, 1 << 20, (1 << 20) + 1, 1 << 40, (1 << 62) + 5))
-            found[at : at + draw.randrange(4)] = varint(value)
-        elif kind == 3:  # records change places
-            (a, b), (c, d) = sorted((draw.choice(records), draw.choice(records)))
-            if b <= c:
-                found[a:d] = found[c:d] + found[b:c] + found[a:b]
-        elif kind == 4:  # one is left out, or doubled
-            begin, end = draw.choice(records)
-            found[begin:end] = found[begin:end] * draw.choice((0, 2))
-        elif kind == 5:  # another coder's, another version
-            found[:HEADER_BYTES] = draw.choice((foreign[:HEADER_BYTES], draw.randbytes(HEADER_BYTES)))
-        elif kind == 6:
-            found[at : at + draw.randrange(9)] = draw.randbytes(draw.randrange(9))
-        elif kind == 7:  # a stretch from elsewhere in the file
-            begin = draw.randrange(size)
-            found[at : at + 16] = found[begin : begin + 16]
-        else:
-            found += draw.choice((b"\0", draw.randbytes(20), bytes(found[-20:])))
-        if not found:
-            break
-    return bytes(found)
 
 
 def outcome(path, coder, texts: list[bytes], data: bytes, seed: int) -> bool:
@@ -133,7 +87,7 @@ def test_an_altered_file_is_an_error_or_the_same(tmp_path, folder, coder, other,
     write(tmp_path / "foreign", [b"text"], other)
     foreign = (tmp_path / "foreign").read_bytes()
     found = samples(folder, coder)
-    records = [records_of(tmp_path / "sample", data) for data, _ in found]
+    records = [bounds_of(tmp_path / "sample", data) for data, _ in found]
     # Files of a megabyte take longest: fewer of them.
     chances = [8 if len(data) < 10_000 else 1 for data, _ in found]
     right = 0
@@ -153,7 +107,7 @@ def test_each_kind_of_damage_has_its_message(tmp_path, coder, other):
     path = tmp_path / "x.ztok"
     write(path, [b"", b"\xff raw", b"abc" * 50, b"the small text is a text"], coder)
     data = path.read_bytes()
-    records = records_of(path, data)
+    records = bounds_of(path, data)
 
     def message(changed: bytes, own=coder) -> str:
         path.write_bytes(changed)
@@ -194,10 +148,10 @@ def test_an_altered_index_is_an_error(tmp_path, coder):
         with pytest.raises(ZFileError, match="expected the end of the file"):
             read(tmp_path / "y.ztok", coder)
     # A forged index, with a right hash, that says that documents are elsewhere.
-    header = coded_records.header_with_index(data[:HEADER_BYTES])
+    header = container.header_with_index(data[:HEADER_BYTES])
     for numbers in ((255, 9, 99), (1 << 62, 9, 99), (255, 9, 1 << 62), (255, 1 << 62, 4), ()):
         entries = b"".join(map(varint, numbers))
-        tail = entries + coded_records.digest_of(header + entries) + len(entries).to_bytes(4, "little")
+        tail = entries + container.digest_of(header + entries) + len(entries).to_bytes(4, "little")
         (tmp_path / "y.ztok").write_bytes(data[:index] + tail)
         with pytest.raises(ZFileError, match=r"y.ztok: (index|record)"):
             CodedFile(tmp_path / "y.ztok", coder)

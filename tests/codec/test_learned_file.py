@@ -1,20 +1,19 @@
 """Files of learned units: what is saved comes back, in few bytes, and nothing else does."""
 
-import io
 import random
 from dataclasses import replace
 
 import pytest
 
+from tests.codec.coded_files import altered, bounds_of
 from tests.codec.documents import FINGERPRINT
 from tests.codec.learned_files import POOLED, SLOTS, load, random_batch, save
 from ztok_fast.codec import learned_records
-from ztok_fast.codec.coded_file import is_coded_file
-from ztok_fast.codec.coded_records import HEADER_BYTES, walk
+from ztok_fast.codec.container import HEADER_BYTES, LEARNED_FORM, form_of
 from ztok_fast.codec.corrections import Corrections
 from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.errors import ZBatchError, ZFileError
-from ztok_fast.codec.learned_file import identity_of, is_learned_file
+from ztok_fast.codec.learned_file import identity_of
 from ztok_fast.codec.varint import join_parts, split_parts, varint
 
 CONFIGS = pytest.mark.parametrize("config", [POOLED, SLOTS], ids=["pooled", "slots"])
@@ -28,7 +27,7 @@ def test_documents_survive_a_file(tmp_path, config):
         data = save(z, tmp_path / "x.ztok", config)
         assert load(tmp_path / "x.ztok", config) == z, seed
         assert save(z, tmp_path / "y.ztok", config) == data
-    assert is_learned_file(tmp_path / "x.ztok") and not is_coded_file(tmp_path / "x.ztok")
+    assert form_of(tmp_path / "x.ztok") is LEARNED_FORM
 
 
 @CONFIGS
@@ -122,7 +121,7 @@ def test_each_kind_of_damage_has_its_message(tmp_path):
         load(tmp_path / "none.ztok", POOLED)
     assert "expected a whole file of learned units" in message(b"") + message(b"text") and "x.ztok" in message(b"")
     assert "coded units are text for storage" in message(b"ZC" + data[2:])
-    assert "expected version 1 of learned units, got 3" in message(data[:2] + b"\x30" + data[3:])
+    assert "expected version 2 of learned units, got 1" in message(data[:2] + b"\x10" + data[3:])
     assert "the hash" in message(data[:-1]) + message(data + b"\0")
     assert "kind" in message(data[:HEADER_BYTES] + b"\x01" + data[HEADER_BYTES + 1 :])
     assert "another one" in message(data[:5] + bytes([data[5] ^ 1]) + data[6:])
@@ -164,18 +163,6 @@ def test_parts_that_are_joined():
             split_parts(data, count)
 
 
-def altered(draw: random.Random, data: bytes, records: list[tuple[int, int]], foreign: bytes) -> bytes:
-    from tests.codec.test_hostile_files import altered as change
-
-    return change(draw, data, records, foreign)
-
-
-def records_of(data: bytes) -> list[tuple[int, int]]:
-    stream = io.BytesIO(data)
-    stream.seek(HEADER_BYTES)
-    return [(start, stream.tell() + head.stored) for _, start, head in walk(stream, 0, 0, len(data), learned=True)]
-
-
 @CONFIGS
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_an_altered_file_is_an_error_or_the_same(tmp_path, config, count):
@@ -184,7 +171,7 @@ def test_an_altered_file_is_an_error_or_the_same(tmp_path, config, count):
     for seed in range(9):
         z = random_batch(random.Random(seed), config, (1, 2, 5)[seed % 3])
         data = save(z, path, config)
-        files.append((z, data, records_of(data)))
+        files.append((z, data, bounds_of(path, data)))
     foreign = save(replace(z, codec_fingerprint="0" * 64), path, config)
     same = 0
     for seed in range(count):

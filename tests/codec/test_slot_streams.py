@@ -5,9 +5,8 @@ import random
 import pytest
 import torch
 
-from tests.codec.coded_files import words
+from tests.codec.coded_files import altered, bounds_of, records_of, words
 from tests.codec.conftest import shared_codec
-from tests.codec.test_learned_file import altered, records_of
 from tests.codec.tiny_slots import TEXTS, tiny_slot_codec
 from ztok_fast.codec import learned_records
 from ztok_fast.codec.errors import CodecError, ExactMismatchError, ZBatchError, ZFileError
@@ -41,8 +40,7 @@ def prior(request, monkeypatch):
 
 
 def coding_of(path) -> set[int]:
-    data = path.read_bytes()
-    return {data[begin] >> 4 & 3 for begin, _ in records_of(data)}
+    return {head.kind >> 4 for _, _, head in records_of(path)}
 
 
 @pytest.mark.parametrize("engine", ["int8", "float32", "float"])
@@ -114,7 +112,7 @@ def test_an_altered_file_is_an_error_or_the_exact_text(codec, prior, tmp_path, c
         draw = random.Random(seed)
         index = draw.randrange(len(files))
         data = files[index]
-        changed = altered(draw, data, records_of(data), files[index - 1])
+        changed = altered(draw, data, bounds_of(path, data), files[index - 1])
         path.write_bytes(changed)
         try:
             assert codec.decompress_bytes(codec.load(path)) == texts[index], f"seed {seed}: another text"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import ztok_fast
+from tests.codec.coded_files import records_of
 from tests.codec.tiny_codec import packed_documents, tiny_causal_lm, tiny_codec
 from tests.codec.tiny_slots import SLOTS, VOCABULARY, tiny_slot_codec
-from ztok_fast.codec import learned_file, learned_records
+from ztok_fast.codec import learned_records
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.passes import compress_documents, decompress_documents, pack_tokens, teacher_forced
 from ztok_fast.codec.slots import fill_slots
@@ -91,7 +92,9 @@ def test_stored_bits_are_those_of_the_file(slots, tmp_path, monkeypatch, coding)
             monkeypatch.setattr(module, "encode_slots", lambda *settings, codes=True: bytes(1 << 12))
     one = slots.compress(TEXTS[:1], 2)
     slots.save(one, tmp_path / "x.ztok")
-    _, (stored,) = learned_file._read(tmp_path / "x.ztok", slots.config, slots.fingerprint)
+    ((_, _, head),) = records_of(tmp_path / "x.ztok")
+    payload = (tmp_path / "x.ztok").read_bytes()[-head.stored :]
+    stored = learned_records.read_document(head.kind, head.length, payload, head.digest, slots.config)
     assert stored.coding == (learned_records.PRIOR if coding == "prior" else learned_records.ADAPTIVE)
     assert ways.stored_bits(slots, one)[0] == 8 * len(stored.stream)
 

@@ -193,6 +193,14 @@ def check_batch_name(path: str) -> Path:
     return check_input(path)
 
 
+def form_name(path: str) -> str | None:
+    """What units a file holds by how it begins: "coded" or "learned"; ``None`` for another file, or none."""
+    from ztok_fast.codec.container import form_of
+
+    form = form_of(path) if Path(path).is_file() else None
+    return None if form is None else form.units
+
+
 # Codec
 
 

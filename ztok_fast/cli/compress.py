@@ -21,8 +21,7 @@ def add_commands(commands) -> None:
     inputs.add_argument(
         "--corpus",
         metavar="DOCS.parquet",
-        help="a Parquet file with a text in each row, to a Parquet file of codes "
-        "(or, with --units coded, to one .ztok file)",
+        help="a Parquet file with a text in each row, to a Parquet file of codes or to one .ztok file",
     )
     parser.add_argument("-o", "--output", metavar="OUT.ztok", help="default: FILE.ztok beside a single FILE")
     parser.add_argument(
@@ -93,64 +92,16 @@ def run(options: argparse.Namespace) -> int:
     if options.no_verify and not options.exact:
         raise common.UsageError("--no-verify: expected --exact or --units coded with it, got neither")
     options.ratio = 4.0 if options.ratio is None else options.ratio
-    if options.corpus is not None:
+    if options.corpus is not None and not (options.output or "").endswith(".ztok"):
         return _run_corpus(options)
-    spans = _spans(options)
-    output = common.check_output(_output_name(options), suffix=".ztok", inputs=options.files)
-    documents = [common.read_bytes(name) for name in options.files]
-    codec = common.load_codec(options)
-    total = 0
-    if common.shows_progress():
-        total = sum(map(len, codec.tokenize([d.decode("utf-8", "replace") for d in documents])))
-    # Exact mode decodes, or encodes once more, all that it has compressed.
-    with (
-        common.progress_bar(2 * total if options.exact else total, "compress") as progress,
-        common.collected_warnings(LossyTextWarning) as losses,
-    ):
-        z = codec.compress(
-            documents,
-            options.ratio,
-            options.exact,
-            levels=options.levels,
-            fixed_units=options.fixed_units,
-            keep=spans,
-            question=options.question,
-            verify=not options.no_verify,
-            progress=progress,
-        )
-    codec.save(z, output)
-    from ztok_fast.cli.report import number
+    from ztok_fast.cli import learned
 
-    rate = f"{number(z.rate)} bits per token"
-    if options.exact:
-        rate += f", {number(z.rate_exact)} exact"
-    print(
-        f"{output}: {z.tokens:,} tokens -> {z.ztokens:,} Z-tokens, ratio {number(z.achieved_ratio)}, {rate}; "
-        f"{sum(map(len, documents)):,} bytes -> {output.stat().st_size:,}"
-    )
-    sys.stdout.flush()
-    for loss in losses:
-        streams.say(_describe_loss(loss, options.files))
-    return 0
-
-
-def _spans(options: argparse.Namespace) -> list[list[tuple[int, int]]] | None:
-    if options.keep is None:
-        return None
-    if len(options.files) != 1:
-        raise common.UsageError(f"--keep: expected a single FILE with it, got {len(options.files)}")
-    found = []
-    for span in options.keep:
-        start, colon, end = span.partition(":")
-        if not (colon and start.isascii() and start.isdigit() and end.isascii() and end.isdigit()):
-            raise common.UsageError(f"--keep: expected START:END in characters, such as 120:180, got {span!r}")
-        found.append((int(start), int(end)))
-    return [found]
+    return learned.compress(options, _output_name(options))
 
 
 def _run_corpus(options: argparse.Namespace) -> int:
     if options.output is None:
-        raise common.UsageError("-o: expected a file name ending in .parquet for the Z-tokens of a corpus, got none")
+        raise common.UsageError("-o: expected a file name ending in .parquet or .ztok for a corpus, got none")
     output = common.check_output(options.output, suffix=".parquet", inputs=[options.corpus])
     common.check_input(options.corpus)
     from ztok_fast.cli.report import number
@@ -199,12 +150,3 @@ def _output_name(options: argparse.Namespace) -> str:
         what = "stdin" if options.files == ["-"] else "several files"
         raise common.UsageError(f"-o: expected a file name ending in .ztok for the Z-tokens of {what}, got none")
     return options.files[0] + ".ztok"
-
-
-def _describe_loss(loss: LossyTextWarning, names: list[str]) -> str:
-    first, others = names[loss.documents[0]], len(loss.documents) - 1
-    which = f"{first} and {others} more" if others else first
-    return (
-        f"ztok: warning: {which}: bytes that are not text, from byte {loss.first_byte} on, are lost; "
-        "--exact keeps every byte"
-    )

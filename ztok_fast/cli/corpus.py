@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,16 +30,6 @@ def or_usage_error(call: Callable[[], Result]) -> Result:
         return call()
     except ImportError as error:
         raise common.UsageError(str(error)) from error
-
-
-def parts(options: argparse.Namespace) -> Iterator[tuple[bytes, bool]]:
-    """The texts of ``--corpus`` as parts of documents."""
-    from ztok_fast.codec.coded_file import parts_of
-    from ztok_fast.codec.corpus import read_texts
-
-    for _, texts in read_texts(options.corpus, options.text_column):
-        for text in texts:
-            yield from parts_of(io.BytesIO(text.encode()))
 
 
 def decompress(options: argparse.Namespace) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ztok_fast.cli import common, report
 
 if TYPE_CHECKING:
-    from ztok_fast.codec.codec import ZTokCodec
     from ztok_fast.codec.documents import DocumentInfo
     from ztok_fast.codec.zbatch import ZBatch
 
@@ -47,39 +47,82 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _describe_file(options: argparse.Namespace) -> int:
-    z = common.load_batch(options.target, options)
-    size = Path(options.target).stat().st_size
-    originals = [document.byte_length for document in z.documents if document.byte_length is not None]
-    rows: list[tuple[str, object]] = [
-        ("documents", f"{len(z):,}"),
-        ("text tokens", f"{z.tokens:,}"),
-        ("Z-tokens", f"{z.ztokens:,} of up to {z.num_codebooks} codes from {z.codebook_size:,}"),
-        ("achieved ratio", f"{report.number(z.achieved_ratio)} text tokens per Z-token"),
-        ("rate", f"{report.number(z.rate)} bits per text token"),
-    ]
-    if any(document.corrections is not None for document in z.documents):
-        rows.append(("exact", f"{report.number(z.rate_exact)} bits per text token"))
-    if len(originals) == len(z):
-        rows.append(("original", f"{sum(originals):,} bytes"))
-    rows += [
-        ("this file", f"{size:,} bytes"),
-        ("unit lengths", report.length_histogram(z.unit_lengths.tolist())),
-        ("codec", z.codec_fingerprint),
-    ]
-    print(report.pairs(rows))
-    if len(z):
+    path = common.check_batch_name(options.target)
+    if common.form_name(options.target) == "coded":
+        from ztok_fast.cli import coded
+
+        return coded.describe(options)
+    from ztok_fast.codec.learned_file import Reading, read_units
+
+    codec = common.load_codec(options)
+    totals, rows, shown = _Totals(), [], []
+    for block, goes_on in read_units(path, Reading.of(codec)):
+        totals.add(block, goes_on)
+        for one in block if len(rows) < MOST_ROWS else ():
+            rows.append(_document_row(len(rows), one))
+            if options.units:
+                shown.append(one)
+    print(report.pairs(totals.lines(path.stat().st_size)))
+    if rows:
         print()
-        print(report.table(_DOCUMENT_COLUMNS, [_document_row(index, one) for index, one in enumerate(z)]))
-    if options.units:
-        codec = common.load_codec(options)
-        for index, tokens in enumerate(codec.decompress_tokens(z)):
-            print(f"\ndocument {index}:")
-            corrections = z.documents[index].corrections
-            if corrections is not None and corrections.raw is not None:
-                print("  stored as it is, since that is smaller than what exact mode adds")
-            else:
-                _show_units(codec, tokens, z[index].unit_lengths.tolist(), options.tokens)
+        print(report.table(_DOCUMENT_COLUMNS, rows[:MOST_ROWS]))
+    if totals.parts > MOST_ROWS:
+        print(f"... and {totals.parts - MOST_ROWS:,} more")
+    for index, one in enumerate(shown):
+        corrections = one.documents[0].corrections
+        print(f"\ndocument {index}:")
+        if corrections is not None and corrections.raw is not None:
+            print("  stored as it is, since that is smaller than what exact mode adds")
+        else:
+            show_units(codec.tokenizer, codec.decompress_tokens(one)[0], one.unit_lengths.tolist(), options.tokens)
     return 0
+
+
+MOST_ROWS = 1000
+"""Documents that get a line of their own; a file may have millions."""
+
+
+class _Totals:
+    """What the blocks of a file hold together."""
+
+    def __init__(self) -> None:
+        self.parts = self.documents = self.tokens = self.ztokens = self.originals = 0
+        self.bits = self.bits_exact = 0.0
+        self.is_exact, self.is_original, self.lengths = False, True, Counter[int]()
+
+    def add(self, block: ZBatch, goes_on: list[bool]) -> None:
+        self.parts, self.documents = self.parts + len(block), self.documents + goes_on.count(False)
+        self.tokens, self.ztokens = self.tokens + block.tokens, self.ztokens + block.ztokens
+        if block.tokens:
+            self.bits += block.rate * block.tokens
+            self.bits_exact += block.rate_exact * block.tokens
+        for own in block.documents:
+            self.is_exact |= own.corrections is not None
+            self.is_original &= own.byte_length is not None
+            self.originals += own.byte_length or 0
+        self.lengths.update(block.unit_lengths.tolist())
+        self.last = block
+
+    def lines(self, size: int) -> list[tuple[str, object]]:
+        own, tokens = self.last, self.tokens
+        ratio = tokens / self.ztokens if self.ztokens else None
+        rows: list[tuple[str, object]] = [
+            ("documents", f"{self.documents:,}"),
+            ("text tokens", f"{tokens:,}"),
+            ("Z-tokens", f"{self.ztokens:,} of up to {own.num_codebooks} codes from {own.codebook_size:,}"),
+            ("achieved ratio", f"{report.number(ratio)} text tokens per Z-token"),
+            ("rate", f"{report.number(self.bits / tokens if tokens else None)} bits per text token"),
+        ]
+        if self.is_exact:
+            rows.append(("exact", f"{report.number(self.bits_exact / tokens if tokens else None)} bits per text token"))
+        if self.is_original:
+            rows.append(("original", f"{self.originals:,} bytes"))
+        return [
+            *rows,
+            ("this file", f"{size:,} bytes"),
+            ("unit lengths", report.length_histogram(self.lengths)),
+            ("codec", own.codec_fingerprint),
+        ]
 
 
 _DOCUMENT_COLUMNS = ("document", "tokens", "Z-tokens", "budget", "ratio", "levels", "rate", "bytes", "exact")
@@ -154,23 +197,24 @@ def _describe_text(options: argparse.Namespace) -> int:
                 ("Z-tokens", f"{z.ztokens:,}"),
                 ("achieved ratio", f"{report.number(z.achieved_ratio)} text tokens per Z-token"),
                 ("rate", f"{report.number(z.rate)} bits per text token"),
-                ("unit lengths", report.length_histogram(z.unit_lengths.tolist())),
+                ("unit lengths", report.length_histogram(Counter(z.unit_lengths.tolist()))),
             ]
         )
     )
     print()
-    _show_units(codec, tokens, z.unit_lengths.tolist(), options.tokens)
+    show_units(codec.tokenizer, tokens, z.unit_lengths.tolist(), options.tokens)
     return 0
 
 
-def _show_units(codec: ZTokCodec, tokens: list[int], unit_lengths: list[int], most: int) -> None:
+def show_units(tokenizer, tokens: list[int], unit_lengths: list[int], most: int) -> None:
+    """Print a text with its units told apart, its first ``most`` tokens."""
     shown, covered = 0, 0
     for length in unit_lengths:
         if most and covered + length > most:
             break
         shown, covered = shown + 1, covered + length
     colour = report.use_colour()
-    texts = report.token_texts(codec.tokenizer, tokens[:covered])
+    texts = report.token_texts(tokenizer, tokens[:covered])
     print(report.fold(report.mark_units(texts, unit_lengths[:shown], colour), colour))
     if covered < len(tokens):
         print(f"  ... and {len(tokens) - covered:,} more tokens (--tokens 0 shows all)")

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 
 WIDTH = 96
@@ -115,9 +116,6 @@ def fold(text: str, colour: bool, indent: str = "  ") -> str:
     return "\n".join(lines)
 
 
-def length_histogram(unit_lengths: Sequence[int]) -> str:
+def length_histogram(lengths: Counter[int]) -> str:
     """How many units there are of every length, such as ``1: 40  2: 12``."""
-    counts: dict[int, int] = {}
-    for length in unit_lengths:
-        counts[length] = counts.get(length, 0) + 1
-    return "  ".join(f"{length}: {counts[length]:,}" for length in sorted(counts)) or "-"
+    return "  ".join(f"{length}: {lengths[length]:,}" for length in sorted(lengths)) or "-"

@@ -75,7 +75,7 @@ def answer(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace, what: str) -> tuple[ZBatch, ZTokCodec]:
     """The Z-tokens of a file, or of the text of one that holds coded units."""
-    if coded.is_coded(options.file):
+    if common.form_name(options.file) == "coded":
         codec = common.load_codec(options)
         return coded.learned(options, codec, what), codec
     z = common.load_batch(options.file, options)

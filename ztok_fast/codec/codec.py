@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, overload
 
@@ -24,11 +24,12 @@ from ztok_fast.codec.documents import DocumentInfo, digest_of
 from ztok_fast.codec.engines import AUTO, Engines
 from ztok_fast.codec.errors import CodecError, CodedUnitsWarning
 from ztok_fast.codec.focus import Span, token_weights
-from ztok_fast.codec.learned_file import load_units, save_units
+from ztok_fast.codec.learned_file import Reading, load_units
+from ztok_fast.codec.learned_writer import save_units
 from ztok_fast.codec.models import make_model
 from ztok_fast.codec.passes import BATCH_SEGMENTS, BATCH_TOKENS, Progress, compress_documents
 from ztok_fast.codec.shipped import codec_folder, shipped_codecs
-from ztok_fast.codec.slot_streams import read_streams, write_streams
+from ztok_fast.codec.slot_streams import SlotStreams
 from ztok_fast.codec.text import as_text, detokenize, originals_and_texts, tokenize
 from ztok_fast.codec.weights import codec_fingerprint, copy_state, load_weights, save_weights
 from ztok_fast.codec.zbatch import ZBatch
@@ -58,6 +59,7 @@ class ZTokCodec:
         self.tokenizer = base.tokenizer
         self.model = make_model(base.model, config).eval()
         self._engines = Engines(self.model, engine)
+        self.streams = SlotStreams(self.model, self._engines)
         self._fingerprint: str | None = None
 
     # Files
@@ -112,14 +114,11 @@ class ZTokCodec:
     def save(self, z: ZBatch, path: str | Path) -> None:
         """Write a ``.ztok`` file (docs/file-format.md), which this codec alone reads."""
         self._check_batch(z)
-        save_units(z, path, self.config, write_streams(self.model, self._engines, z))
+        save_units(z, path, self.config, self.streams.write(z))
 
     def load(self, path: str | Path) -> ZBatch:
-        """Read a ``.ztok`` file that `save` of this codec wrote; `ZFileError` says what is wrong with another."""
-        vocabulary = self.model.adapted.embedding.weight.shape[0]
-        return load_units(
-            path, self.config, self.fingerprint, vocabulary, partial(read_streams, self.model, self._engines)
-        )
+        """Read a ``.ztok`` file of this codec whole (`LearnedFile` reads one document); `ZFileError` says what is wrong."""
+        return load_units(path, Reading.of(self))
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ztok_fast.codec.base_model import BaseModel, load_base
 from ztok_fast.codec.coded import DEFAULT_BASE, Progress, TextCoder
-from ztok_fast.codec.coded_file import batch_bytes, coder_of, texts_of
+from ztok_fast.codec.coded_file import block_bytes, coder_of, texts_of
 from ztok_fast.codec.coded_writer import coded_bytes
 from ztok_fast.codec.corpus import arrow_modules, read_texts
 from ztok_fast.codec.errors import CodecError, ZFileError
@@ -63,7 +63,7 @@ def compress_coded_corpus(
         for ids, read in read_texts(source, text_column, id_column, ROWS_AT_ONCE):
             texts = [text.encode() for text in read]
             files: list[bytes] = []
-            for begin, end in batches(list(map(len, texts)), batch_bytes(coder)):
+            for begin, end in batches(list(map(len, texts)), block_bytes(coder)):
                 files += coded_bytes(texts[begin:end], coder, verify)
                 if progress:
                     progress(sum(map(len, texts[begin:end])))
@@ -105,7 +105,7 @@ def read_coded_corpus(
                     coder = coder or coder_of(files[0], base, precision)
                 except ZFileError as error:
                     raise ZFileError(f"{path}, row {number}: {error}") from error
-                for begin, end in batches(sizes, batch_bytes(coder)):
+                for begin, end in batches(sizes, block_bytes(coder)):
                     try:
                         texts = texts_of(files[begin:end], coder)
                     except ZFileError as error:
@@ -146,12 +146,12 @@ class CodedBatches:
         if self.decode:
             texts: list[bytes] = []
             files = list(batch["coded"])
-            for begin, end in batches(list(map(len, files)), batch_bytes(self.coder) // 4):
+            for begin, end in batches(list(map(len, files)), block_bytes(self.coder) // 4):
                 texts += texts_of(files[begin:end], self.coder)
             return rest | {self.text_column: [text.decode() for text in texts]}
         read = [str(text).encode() for text in batch[wanted]]
         found: list[bytes] = []
-        for begin, end in batches(list(map(len, read)), batch_bytes(self.coder)):
+        for begin, end in batches(list(map(len, read)), block_bytes(self.coder)):
             found += coded_bytes(read[begin:end], self.coder, self.verify)
         return rest | {"bytes": list(map(len, read)), "coded": found}
 

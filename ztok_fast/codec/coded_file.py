@@ -1,7 +1,7 @@
-"""Files of coded units, read part by part in constant memory.
+"""Files of coded units, read part by part in constant memory, or one document of many.
 
-docs/file-format.md specifies the layout, `ztok_fast.codec.coded_records` has its records,
-`ztok_fast.codec.coded_writer` writes it, and `CodedFile` reads one document of many.
+docs/file-format.md specifies the layout, `ztok_fast.codec.container` has its records, `ztok_fast.codec.coded_writer`
+writes it.
 """
 
 from __future__ import annotations
@@ -13,48 +13,87 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ztok_fast.codec.base_model import BaseModel
-from ztok_fast.codec.coded import PART_BYTES, Part, Progress, TextCoder, identity_of
-from ztok_fast.codec.coded_records import (
-    CODED_MAGIC,
+from ztok_fast.codec.base_model import BaseModel, load_base
+from ztok_fast.codec.coded import DEFAULT_BASE, PART_BYTES, Part, Progress, TextCoder, identity_of
+from ztok_fast.codec.container import (
+    CODED_FORM,
     HEADER_BYTES,
     IDENTITY_BYTES,
     INDEXED,
     RUN,
-    VERSION,
     Head,
     Index,
-    begins_as_coded,
     check_end,
     header_with_index,
     read_head,
     read_header,
+    read_records,
 )
+from ztok_fast.codec.container_file import DocumentFile
+from ztok_fast.codec.container_writer import BLOCK_BYTES, BLOCK_PARTS
 from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZFileError
-
-BATCH_BYTES, BATCH_PARTS = 192 << 10, 4096
-"""Bytes of text, and parts of it, that are coded side by side at most; more bytes where that many do not fill all rows
-with segments."""
 
 _BYTES_PER_TOKEN = 3
 
 PRECISIONS = ("int8", "float32")
 
 
-def batch_bytes(coder: TextCoder) -> int:
-    return max(BATCH_BYTES, _BYTES_PER_TOKEN * coder.rows * coder.context)
+class CodedFile(DocumentFile[bytes]):
+    """A sequence of the documents of a file of coded units; use it in a ``with`` statement, or close it.
+
+    Opening reads the index and the heads of the last records. A document takes the heads of at most 256 records and the
+    decoding of its own. `parts` gives a document in parts of at most 1 MiB.
+
+    Args:
+        path: the file.
+        coder: that reads it; ``None`` makes the one that the file names, with the base model that ships.
+
+    Raises:
+        ZFileError: the file is truncated, damaged, of another kind or of another coder.
+    """
+
+    form = CODED_FORM
+
+    def __init__(self, path: str | Path, coder: TextCoder | None = None) -> None:
+        self.coder = coder_for(path, load_base(str(DEFAULT_BASE))) if coder is None else coder
+        super().__init__(path)
+
+    @classmethod
+    def from_base(cls, path: str | Path, base: BaseModel | str | Path, precision: str | None = None) -> CodedFile:
+        """With the coder that the file names, of another base model than the one that ships."""
+        loaded = base if isinstance(base, BaseModel) else load_base(str(base))
+        return cls(path, coder_for(path, loaded, precision))
+
+    def __getitem__(self, number: int) -> bytes:
+        """Document ``number``, from 0; negative ones count from the end."""
+        return b"".join(self.parts(number))
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All documents in order, many of them decoded side by side."""
+        own: list[bytes] = []
+        for text, goes_on in read_coded(self.path, self.coder):
+            own.append(text)
+            if not goes_on:
+                yield b"".join(own)
+                own = []
+
+    def _check_header(self, stream: BinaryIO) -> None:
+        check_header(stream, self.coder)
+
+    def _read(self, stream: BinaryIO, index: Index, end: int) -> Iterator[bytes]:
+        for text, _ in decode_records(stream, self.coder, index, end, whole=False):
+            yield text
+
+
+def block_bytes(coder: TextCoder) -> int:
+    """Bytes of text in a block: more than usual where that many do not fill all rows with segments."""
+    return max(BLOCK_BYTES, _BYTES_PER_TOKEN * coder.rows * coder.context)
 
 
 def header_of(coder: TextCoder) -> bytes:
     """What a coder's file begins with: the magic, a byte of version and context, and the coder's identity."""
-    return CODED_MAGIC + bytes([VERSION << 4 | coder.context.bit_length() - 1]) + coder.identity
-
-
-def is_coded_file(path: str | Path) -> bool:
-    """Whether a file begins as one of coded units does."""
-    with open(path, "rb") as stream:
-        return begins_as_coded(stream.read(HEADER_BYTES))
+    return CODED_FORM.magic + bytes([CODED_FORM.version << 4 | coder.context.bit_length() - 1]) + coder.identity
 
 
 def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, rows: int = 128) -> TextCoder:
@@ -72,8 +111,8 @@ def coder_for(path: str | Path, base: BaseModel, precision: str | None = None, r
 
 def coder_of(header: bytes, base: BaseModel, precision: str | None = None, rows: int = 128) -> TextCoder:
     """As `coder_for`, from what a file begins with."""
-    head, context = read_header(io.BytesIO(header))
-    identity = head[-IDENTITY_BYTES:]
+    head = read_header(io.BytesIO(header), CODED_FORM)
+    context, identity = 1 << (head[2] & 15), head[-IDENTITY_BYTES:]
     for own in PRECISIONS if precision is None else (precision,):
         for window in (1 << log for log in range(context.bit_length())):
             if identity_of(base, own, context, window) == identity:
@@ -83,27 +122,6 @@ def coder_of(header: bytes, base: BaseModel, precision: str | None = None, rows:
         f"expected a file coded with base model {base.name} in {wanted}, got one of another base model or precision "
         f"(identity {identity.hex()})"
     )
-
-
-def parts_of(stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """The parts of a document, each with whether it goes on; cut between UTF-8 characters where there are any."""
-    rest = stream.read(PART_BYTES)
-    while True:
-        more = stream.read(PART_BYTES - len(rest)) if len(rest) < PART_BYTES else b""
-        rest += more
-        if len(rest) < PART_BYTES:
-            yield rest, False
-            return
-        cut = len(rest)
-        while cut > len(rest) - 4 and rest[cut - 1] & 0xC0 == 0x80:
-            cut -= 1
-        # A character that is begun and not ended goes to the next part; four bytes that end none are no UTF-8.
-        cut = cut - 1 if rest[cut - 1] >= 0xC0 else len(rest)
-        after = stream.read(PART_BYTES - len(rest) + cut)
-        yield rest[:cut], bool(rest[cut:] or after)
-        if not rest[cut:] and not after:
-            return
-        rest = rest[cut:] + after
 
 
 def read_coded(path: str | Path, coder: TextCoder, progress: Progress | None = None) -> Iterator[tuple[bytes, bool]]:
@@ -134,7 +152,7 @@ def texts_of(files: Sequence[bytes], coder: TextCoder) -> list[bytes]:
         stream, index = io.BytesIO(data), Index()
         try:
             header = check_header(stream, coder)
-            head = read_head(stream, 0, 0, len(data))
+            head = read_head(stream, 0, 0, len(data), CODED_FORM)
             if not head.follows and head.kind != RUN:
                 payload = stream.read(head.stored)
                 index.add(head, len(data) - HEADER_BYTES)
@@ -160,7 +178,7 @@ def texts_of(files: Sequence[bytes], coder: TextCoder) -> list[bytes]:
 
 def check_header(stream: BinaryIO, coder: TextCoder) -> bytes:
     """The header of a file; `ZFileError` unless a file of this coder begins here."""
-    head, _ = read_header(stream)
+    head = read_header(stream, CODED_FORM)
     own = header_of(coder)
     if head not in (own, header_with_index(own)):
         got = head[2:3].hex() if not head[2] & INDEXED else bytes([head[2] & ~INDEXED]).hex()
@@ -181,28 +199,23 @@ def decode_records(
         end: bytes of the file.
         whole: to the last record, and not only to the end of this document.
     """
-    batch: list[tuple[Head, bytes]] = []
+    block: list[tuple[Head, bytes]] = []
     size = 0
-    while True:
-        start = stream.tell()
-        head = read_head(stream, index.records, index.documents, end)
-        if batch and (head.kind == RUN or size + head.length > batch_bytes(coder) or len(batch) == BATCH_PARTS):
-            yield from _decode_batch(batch, coder, progress)
-            batch, size = [], 0
+    for head in read_records(stream, index, end, CODED_FORM, whole):
+        if block and (head.kind == RUN or size + head.length > block_bytes(coder) or len(block) == BLOCK_PARTS):
+            yield from _decode_block(block, coder, progress)
+            block, size = [], 0
         if head.kind == RUN:
             yield from _read_run(stream, head, progress)
         else:
-            batch.append((head, stream.read(head.stored)))
+            block.append((head, stream.read(head.stored)))
             size += head.length
-        index.add(head, stream.tell() - start)
-        if not head.follows or not (whole or head.goes_on):
-            yield from _decode_batch(batch, coder, progress)
-            return
+    yield from _decode_block(block, coder, progress)
 
 
-def _decode_batch(batch: list[tuple[Head, bytes]], coder: TextCoder, progress) -> Iterator[tuple[bytes, bool]]:
-    parts = [Part(head.kind, payload) for head, payload in batch]
-    for (head, _), text in zip(batch, coder.decode(parts, [head.length for head, _ in batch], progress)):
+def _decode_block(block: list[tuple[Head, bytes]], coder: TextCoder, progress) -> Iterator[tuple[bytes, bool]]:
+    parts = [Part(head.kind, payload) for head, payload in block]
+    for (head, _), text in zip(block, coder.decode(parts, [head.length for head, _ in block], progress)):
         _check_digest(digest_of(text), head)
         yield text, head.goes_on
 

@@ -1,7 +1,7 @@
-"""Files of learned units: documents as Z-tokens, each in a record, with the header, hashes and index of coded units.
+"""Files of learned units, read block by block in constant memory, or one document of many.
 
 docs/file-format.md lays out the bytes. Only the codec that made a file reads it: the file has no settings beside the
-codec's identity. What a record holds is `ztok_fast.codec.learned_records`.
+codec's identity. What a record holds is `ztok_fast.codec.learned_records`; `ztok_fast.codec.learned_writer` writes it.
 """
 
 from __future__ import annotations
@@ -9,36 +9,130 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ztok_fast.codec import learned_records as records
 from ztok_fast.codec.batch_checks import check_fits
-from ztok_fast.codec.coded_records import (
+from ztok_fast.codec.config import ZTokConfig
+from ztok_fast.codec.container import (
     IDENTITY_BYTES,
-    LEARNED_MAGIC,
-    LEARNED_VERSION,
+    LEARNED_FORM,
     Head,
     Index,
     check_end,
-    header_with_index,
+    has_documents,
     read_header,
-    walk,
+    read_records,
 )
-from ztok_fast.codec.config import ZTokConfig
-from ztok_fast.codec.documents import DocumentInfo, digest_of
+from ztok_fast.codec.container_file import DocumentFile, open_file
+from ztok_fast.codec.container_writer import BLOCK_BYTES, BLOCK_PARTS
+from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZBatchError, ZFileError
 from ztok_fast.codec.varint import varint
 from ztok_fast.codec.zbatch import PRECISIONS, ZBatch
 from ztok_fast.codec.ztokens import ZTokens, concatenate, no_documents
-from ztok_fast.files import replace_atomically
 
-ReadPrior = Callable[[str, Sequence[bytes], Sequence[int]], ZTokens]
-"""(precision, streams of documents, their text tokens) -> their Z-tokens, as `slot_prior.decode`"""
+if TYPE_CHECKING:
+    from ztok_fast.codec.codec import ZTokCodec
 
 _FORMAT = b"ztok learned 1"
-NO_DOCUMENT = 1
-"""In the header's third byte: a file that was cut off is not to look like one without documents."""
+_HALF = HASH_BYTES // 2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reads the files of a codec.
+
+    Attributes:
+        config, fingerprint: the codec's; vocabulary: tokens of its base model.
+        read_prior: (precision, streams of documents, their text tokens) -> their Z-tokens, as `slot_prior.decode`.
+    """
+
+    config: ZTokConfig
+    fingerprint: str
+    vocabulary: int
+    read_prior: Callable[[str, Sequence[bytes], Sequence[int]], ZTokens]
+
+    @classmethod
+    def of(cls, codec: ZTokCodec) -> Reading:
+        """What reads the files of a loaded codec."""
+        vocabulary = codec.model.adapted.embedding.weight.shape[0]
+        return cls(codec.config, codec.fingerprint, vocabulary, codec.streams.read)
+
+    def precision_of(self, header: bytes) -> str:
+        """That of the file with this header; `ZFileError` unless it is this codec's."""
+        identity = header[-IDENTITY_BYTES:]
+        for precision in PRECISIONS:
+            if identity_of(self.fingerprint, precision) == identity:
+                return precision
+        raise ZFileError(
+            f"expected Z-tokens of the codec with fingerprint {self.fingerprint[:16]}..., got those of another one "
+            f"(identity {identity.hex()})"
+        )
+
+    def batch(self, ztokens: ZTokens, stored: Sequence[records.Stored], precision: str) -> ZBatch:
+        """Documents that have been read, once all of them are checked."""
+        batch = ZBatch(
+            **vars(ztokens),
+            documents=[own.info for own in stored],
+            codec_fingerprint=self.fingerprint,
+            codebook_size=self.config.codebook_size,
+            max_unit_length=self.config.max_unit_length,
+            precision=precision,
+        ).validate()
+        check_fits(batch, self.config, self.vocabulary)
+        return batch
+
+
+class LearnedFile(DocumentFile[ZBatch]):
+    """A sequence of the documents of a file of learned units; use it in a ``with`` statement, or close it.
+
+    Opening reads the index and the heads of the last records. A document takes the heads of at most 256 records and the
+    decoding of its own. `parts` gives a document in parts, a batch of one document each: a text that a stream wrote
+    has one for each MiB, any other text has one.
+
+    Args:
+        path: the file; codec: that made it.
+
+    Raises:
+        ZFileError: the file is truncated, damaged, of another kind or of another codec.
+    """
+
+    form = LEARNED_FORM
+
+    def __init__(self, path: str | Path, codec: ZTokCodec) -> None:
+        self.codec, self._reading = codec, Reading.of(codec)
+        super().__init__(path)
+
+    def __getitem__(self, number: int) -> ZBatch:
+        """The Z-tokens of document ``number``, from 0; negative ones count from the end.
+
+        Raises:
+            IndexError: there is no such document.
+            ZFileError: it is damaged, or it has several `parts`.
+        """
+        parts = list(self.parts(number))
+        if len(parts) > 1:
+            raise ZFileError(f"{self.path}, document {number}: {_several(len(parts))}")
+        return parts[0]
+
+    def text(self, number: int) -> Iterator[bytes]:
+        """The text of a document, part by part.
+
+        Raises:
+            IndexError, ZFileError: as of `parts`. ExactMismatchError: as of `ZTokCodec.decompress`.
+        """
+        for part in self.parts(number):
+            yield from self.codec.decompress_bytes(part)
+
+    def _check_header(self, stream: BinaryIO) -> None:
+        self._precision = self._reading.precision_of(read_header(stream, LEARNED_FORM))
+
+    def _read(self, stream: BinaryIO, index: Index, end: int) -> Iterator[ZBatch]:
+        for block, _ in _read_blocks(stream, self._reading, self._precision, index, end, whole=False):
+            yield from block
 
 
 def identity_of(fingerprint: str, precision: str) -> bytes:
@@ -46,149 +140,121 @@ def identity_of(fingerprint: str, precision: str) -> bytes:
     return hashlib.sha256(_FORMAT + f"{fingerprint} {precision}".encode()).digest()[:IDENTITY_BYTES]
 
 
-def is_learned_file(path: str | Path) -> bool:
-    """Whether a file begins as one of learned units does."""
-    with open(path, "rb") as stream:
-        return stream.read(len(LEARNED_MAGIC)) == LEARNED_MAGIC
-
-
-def save_units(z: ZBatch, path: str | Path, config: ZTokConfig, prior: Sequence[bytes] | None = None) -> None:
-    """Write a valid batch of a codec of these settings; an older file is replaced only once the new one is whole.
-
-    Args:
-        prior: of each document the stream of `slot_prior`, stored where that is smaller.
-
-    Raises:
-        ZBatchError: the batch does not fit the codec.
-        ZFileError: the path does not end in ``.ztok``.
-    """
-    path = Path(path)
-    if path.suffix != ".ztok":
-        raise ZFileError(f"path: expected a file name that ends in .ztok, got {path}")
-    check_fits(z.validate(), config)
-    header = (
-        LEARNED_MAGIC
-        + bytes([LEARNED_VERSION << 4 | NO_DOCUMENT * (not len(z))])
-        + identity_of(z.codec_fingerprint, z.precision)
-    )
-    index, data = Index(), [header]
-    for number, one in enumerate(z):
-        info = one.documents[0]
-        kind, payload = records.write_document(one, config, None if prior is None else prior[number])
-        digest, follows = _digest(kind, info, payload), number < len(z) - 1
-        head = Head(kind, info.byte_length or 0, len(payload), digest, False, follows)
-        data.append(head.to_bytes(number, number) + payload)
-        index.add(head, len(data[-1]))
-    if tail := index.to_bytes(header):
-        data = [header_with_index(header), *data[1:], tail]
-    with replace_atomically(path) as temporary:
-        temporary.write_bytes(b"".join(data))
-
-
-def load_units(
-    path: str | Path, config: ZTokConfig, fingerprint: str, vocabulary: int, read_prior: ReadPrior
-) -> ZBatch:
-    """Read and check a file of a codec.
-
-    Args:
-        config, fingerprint: the codec's; vocabulary: tokens of its base model.
-        read_prior: reads Z-tokens that are coded under the codec's model.
+def read_units(path: str | Path, reading: Reading) -> Iterator[tuple[ZBatch, list[bool]]]:
+    """The parts of all documents in order, block by block: a document each, and whether it goes on in the next.
 
     Raises:
         ZFileError: the file is missing, truncated, foreign, of another codec, altered or inconsistent; the message
             names the file and says which.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ZFileError(f"{path}: expected an existing .ztok file, got none")
-    try:
-        precision, stored = _read(path, config, fingerprint)
-        batch = ZBatch(
-            **vars(_ztokens(stored, config, precision, read_prior)),
-            documents=[own.info for own in stored],
-            codec_fingerprint=fingerprint,
-            codebook_size=config.codebook_size,
-            max_unit_length=config.max_unit_length,
-            precision=precision,
-        ).validate()
-        check_fits(batch, config, vocabulary)
-        return batch
-    except (ZFileError, ZBatchError) as error:
-        raise ZFileError(f"{path}: {error}") from error
-
-
-def stated_documents(path: str | Path) -> int:
-    """How many documents a file states, which is known without its codec.
-
-    Raises:
-        ZFileError: it is no whole file of learned units.
-    """
-    with open(path, "rb") as stream:
+    with open_file(path) as stream:
         try:
-            header, _ = read_header(stream, LEARNED_MAGIC)
-            return sum(1 for _ in _heads(stream, header))
+            header, index = read_header(stream, LEARNED_FORM), Index()
+            precision = reading.precision_of(header)
+            if has_documents(header):
+                end = os.fstat(stream.fileno()).st_size
+                yield from _read_blocks(stream, reading, precision, index, end, whole=True)
+            else:
+                nothing = no_documents(reading.config.num_codebooks, reading.config.emission == "slots")
+                yield reading.batch(nothing, [], precision), []
+            check_end(stream, header, index)
         except ZFileError as error:
             raise ZFileError(f"{path}: {error}") from error
 
 
-def _heads(stream: BinaryIO, header: bytes) -> Iterator[Head]:
-    """The heads of a file's records, the stream each time behind one; then the end is checked."""
-    end, index = os.fstat(stream.fileno()).st_size, Index()
-    if not header[2] & NO_DOCUMENT:
-        for _, start, head in walk(stream, 0, 0, end, learned=True):
-            index.add(head, stream.tell() + head.stored - start)
-            yield head
-    check_end(stream, header, index)
+def load_units(path: str | Path, reading: Reading) -> ZBatch:
+    """All documents of a file.
+
+    Raises:
+        ZFileError: as of `read_units`; or a document has several parts, which `LearnedFile` reads.
+    """
+    blocks, going = [], 0
+    for block, goes_on in read_units(path, reading):
+        going += sum(goes_on)
+        blocks.append(block)
+    if going:
+        raise ZFileError(f"{path}: {_several(going + 1)}")
+    return ZBatch.concatenate(blocks)
 
 
-def _digest(kind: int, info: DocumentInfo, payload: bytes) -> bytes:
-    """The original's hash where it comes back, else that of what is stored."""
-    if records.is_exact(kind):
-        return bytes.fromhex(info.digest or "")
-    return digest_of(bytes([kind]) + varint(info.byte_length or 0) + payload)
+def _several(parts: int) -> str:
+    return (
+        f"expected documents of one part, got {parts} parts of one: a text of so many MiB is read part by part "
+        "(LearnedFile, ztok decompress)"
+    )
 
 
-def _read(path: Path, config: ZTokConfig, fingerprint: str) -> tuple[str, list[records.Stored]]:
-    with open(path, "rb") as stream:
-        header, _ = read_header(stream, LEARNED_MAGIC)
-        identity = header[-IDENTITY_BYTES:]
-        precision = next((own for own in PRECISIONS if identity_of(fingerprint, own) == identity), None)
-        if precision is None:
-            raise ZFileError(
-                f"expected Z-tokens of the codec with fingerprint {fingerprint[:16]}..., got those of another one "
-                f"(identity {identity.hex()})"
-            )
-        found: list[records.Stored] = []
-        for number, head in enumerate(_heads(stream, header)):
-            payload = stream.read(head.stored)
-            try:
-                own = records.read_document(head.kind, head.length, payload, head.digest, config)
-            except (ZFileError, ZBatchError) as error:
-                raise ZFileError(f"document {number}: {error}") from error
-            if not records.is_exact(head.kind) and _digest(head.kind, own.info, payload) != head.digest:
-                raise ZFileError(
-                    f"document {number}: expected the hash that the file states, got another: it is damaged"
-                )
-            found.append(own)
-    return precision, found
+def digest_for(kind: int, length: int, payload: bytes, text: bytes) -> bytes:
+    """The hash of a record: the original's where it comes back, else half of it behind half a hash of the record.
+
+    Args:
+        text: the original; ``b""`` where nothing is known of it.
+    """
+    digest = digest_of(text)
+    return digest if records.is_exact(kind) else _check(kind, length, payload, digest[:_HALF]) + digest[:_HALF]
 
 
-def _ztokens(stored: list[records.Stored], config: ZTokConfig, precision: str, read_prior: ReadPrior) -> ZTokens:
-    parts: list[ZTokens | None] = [None] * len(stored)
-    under = [i for i, own in enumerate(stored) if own.coding == records.PRIOR]
-    for i in under:
-        own, most = stored[i], records.MOST_TOKENS_OF_A_BYTE * len(stored[i].stream)
-        if own.info.tokens > most:
-            raise ZFileError(f"document {i}: expected at most {most} tokens, got {own.info.tokens}: it is damaged")
+def is_of(head: Head, text: bytes) -> bool:
+    """Whether a record is one of a text."""
+    digest = digest_of(text)
+    return head.digest == digest if records.is_exact(head.kind) else head.digest[_HALF:] == digest[:_HALF]
+
+
+def _check(kind: int, length: int, payload: bytes, text: bytes) -> bytes:
+    return digest_of(bytes([kind]) + varint(length) + text + payload)[:_HALF]
+
+
+def _read_blocks(
+    stream: BinaryIO, reading: Reading, precision: str, index: Index, end: int, whole: bool
+) -> Iterator[tuple[ZBatch, list[bool]]]:
+    """The blocks of the records from here on, as of `read_units`; other arguments as of `read_records`."""
+    block: list[records.Stored] = []
+    goes_on: list[bool] = []
+    size = first = 0
+    for head in read_records(stream, index, end, LEARNED_FORM, whole):
+        number = index.records - 1
+        own = _read_record(stream, number, head, reading.config)
+        # Generated Z-tokens have no text, and a damaged file may state little of it.
+        own_size = max(head.length, own.info.tokens)
+        if block and (size + own_size > BLOCK_BYTES or len(block) == BLOCK_PARTS):
+            yield _decode(block, first, precision, reading), goes_on
+            block, goes_on, size, first = [], [], 0, number
+        block.append(own)
+        goes_on.append(head.goes_on)
+        size += own_size
+    yield _decode(block, first, precision, reading), goes_on
+
+
+def _read_record(stream: BinaryIO, number: int, head: Head, config: ZTokConfig) -> records.Stored:
+    payload = stream.read(head.stored)
+    try:
+        own = records.read_document(head.kind, head.length, payload, head.digest, config)
+    except (ZFileError, ZBatchError) as error:
+        raise ZFileError(f"record {number}: {error}") from error
+    half = head.digest[:_HALF]
+    if not records.is_exact(head.kind) and _check(head.kind, head.length, payload, head.digest[_HALF:]) != half:
+        raise ZFileError(f"record {number}: expected the hash that the file states, got another: it is damaged")
+    return own
+
+
+def _decode(block: Sequence[records.Stored], first: int, precision: str, reading: Reading) -> ZBatch:
+    """The documents of a block whose records are from number ``first`` on."""
+    parts: list[ZTokens | None] = [None] * len(block)
+    under = [i for i, own in enumerate(block) if own.coding == records.PRIOR]
     if under:
-        together = read_prior(precision, [stored[i].stream for i in under], [stored[i].info.tokens for i in under])
+        together = reading.read_prior(
+            precision, [block[i].stream for i in under], [block[i].info.tokens for i in under]
+        )
         for place, i in enumerate(under):
             parts[i] = together.part(place)
-    for i, own in enumerate(stored):
+    for i, own in enumerate(block):
         if own.coding != records.PRIOR:
             try:
-                parts[i] = records.read_ztokens(own, config)
+                parts[i] = records.read_ztokens(own, reading.config)
             except ZFileError as error:
-                raise ZFileError(f"document {i}: {error}") from error
-    nothing = no_documents(config.num_codebooks, config.emission == "slots")
-    return concatenate([nothing, *(own for own in parts if own is not None)])
+                raise ZFileError(f"record {first + i}: {error}") from error
+    try:
+        return reading.batch(concatenate([own for own in parts if own is not None]), block, precision)
+    except ZBatchError as error:
+        raise ZFileError(f"records from {first} on: {error}") from error

@@ -128,6 +128,8 @@ def read_document(kind: int, length: int, payload: bytes, digest: bytes, config:
         corrections,
     )
     info.validate(config.num_codebooks)
+    if coding == PRIOR and tokens > MOST_TOKENS_OF_A_BYTE * len(stream):
+        raise ZFileError(f"expected at most {MOST_TOKENS_OF_A_BYTE * len(stream)} tokens, got {tokens}: it is damaged")
     return Stored(info, coding, stream, ztokens, rows)
 
 

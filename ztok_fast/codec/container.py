@@ -1,12 +1,14 @@
-"""Records of a file of coded units, a part of a document each, and the index over them.
+"""The container of `.ztok` files: a header, records, a part of a document each, and the index over them.
 
-docs/file-format.md lays out the bytes. Every count is checked against the file's size before memory is taken for it.
+Coded units and learned units are in it, each a `Form` of its own. docs/file-format.md lays out the bytes. Every count
+is checked against the file's size before memory is taken for it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW
@@ -14,15 +16,25 @@ from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
 
-CODED_MAGIC, LEARNED_MAGIC = b"ZC", b"ZL"
-"""How files of coded units begin, and those of learned units (`ztok_fast.codec.learned_file`)."""
 
-VERSION, LEARNED_VERSION = 2, 1
+class Form(NamedTuple):
+    """A kind of file: what it holds, how it begins, and the version of its layout."""
+
+    units: str
+    magic: bytes
+    version: int
+
+
+CODED_FORM, LEARNED_FORM = Form("coded", b"ZC", 2), Form("learned", b"ZL", 2)
+
 INDEXED = 128
 """In the header's third byte: the file ends with an index."""
 
+NO_DOCUMENT = 1
+"""There too, of learned units: a file that was cut off is not to look like one without documents."""
+
 IDENTITY_BYTES = 8
-HEADER_BYTES = len(CODED_MAGIC) + 1 + IDENTITY_BYTES
+HEADER_BYTES = 2 + 1 + IDENTITY_BYTES
 
 LEAST_LEARNED = 16
 """The kinds of learned units' records (`ztok_fast.codec.learned_records`) begin here."""
@@ -45,9 +57,9 @@ class Head(NamedTuple):
     """What stands before the bytes of a record.
 
     Attributes:
-        kind: how it is stored, `CODED`, `RAW`, `LZMA` or `RUN`.
+        kind: how it is stored: `CODED`, `RAW`, `LZMA` or `RUN`, or a kind of learned units.
         length: bytes of text; stored: bytes of the record after this head.
-        digest: 8 bytes, `digest_of` the text.
+        digest: 8 bytes, of coded units `digest_of` the text.
         goes_on: the document has another record; follows: the file has another record.
     """
 
@@ -81,11 +93,11 @@ def _bound(digest: bytes, number: int, document: int, goes_on: bool, follows: bo
     return (int.from_bytes(digest, "little") ^ mask).to_bytes(HASH_BYTES, "little")
 
 
-def read_head(stream: BinaryIO, number: int, document: int, end: int, learned: bool = False) -> Head:
+def read_head(stream: BinaryIO, number: int, document: int, end: int, form: Form) -> Head:
     """The head of record ``number``, of document ``document``; the stream is left where what is stored begins.
 
     Args:
-        end: bytes of the file; learned: the file is one of learned units.
+        end: bytes of the file.
 
     Raises:
         ZFileError: the file ends, or there is no record.
@@ -95,7 +107,8 @@ def read_head(stream: BinaryIO, number: int, document: int, end: int, learned: b
     if not data:
         raise ZFileError(f"record {number}: expected a record, got the end: the file is truncated")
     kind, goes_on, follows = data[0] & _KIND, bool(data[0] & _GOES_ON), bool(data[0] & _FOLLOWS)
-    if learned and (kind < LEAST_LEARNED or goes_on):
+    learned = form is LEARNED_FORM
+    if learned and kind < LEAST_LEARNED:
         raise ZFileError(f"record {number}: expected a document of learned units, got kind {kind}: it is damaged")
     if not learned and kind not in (CODED, RAW, LZMA, RUN):
         raise ZFileError(f"record {number}: expected a kind of storage of 0, 1, 2 or 15, got {kind}: it is damaged")
@@ -126,22 +139,6 @@ def read_head(stream: BinaryIO, number: int, document: int, end: int, learned: b
     return Head(kind, length, stored, _bound(digest, number, document, goes_on, follows), goes_on, follows)
 
 
-def walk(
-    stream: BinaryIO, number: int, document: int, end: int, learned: bool = False
-) -> Iterator[tuple[int, int, Head]]:
-    """Number, first byte and head of the records from here to the last; the payloads are passed over."""
-    while True:
-        start = stream.tell()
-        head = read_head(stream, number, document, end, learned)
-        after = stream.tell() + head.stored
-        yield number, start, head
-        if not head.follows:
-            stream.seek(after)
-            return
-        stream.seek(after)
-        number, document = number + 1, document + (not head.goes_on)
-
-
 class Index:
     """Where the records of a file begin: one entry for `STRETCH` of them.
 
@@ -164,6 +161,17 @@ class Index:
         if self.records % STRETCH == 0:
             self.before.append((self.documents, self.text, self.at))
 
+    def go_back(self, to: Index) -> None:
+        """Forget the records after those of an earlier `copy`."""
+        self.records, self.documents, self.text, self.at = to.records, to.documents, to.text, to.at
+        del self.before[1 + self.records // STRETCH :]
+
+    def copy(self) -> Index:
+        """The counts so far, without the list of stretches."""
+        found = Index()
+        found.records, found.documents, found.text, found.at = self.records, self.documents, self.text, self.at
+        return found
+
     def to_bytes(self, header: bytes) -> bytes:
         """What a file with this header ends with; nothing where there are few records."""
         if self.records <= STRETCH:
@@ -175,6 +183,13 @@ class Index:
         )
         digest = digest_of(header_with_index(header) + entries)
         return entries + digest + len(entries).to_bytes(_LENGTH_BYTES, "little")
+
+    def at_stretch(self, number: int) -> Index:
+        """As it was before a stretch, without the list of those before."""
+        found = Index()
+        found.documents, found.text, found.at = self.before[number]
+        found.records = number * STRETCH
+        return found
 
     def stretch_of(self, ended: int) -> int:
         """The stretch in which so many documents have ended."""
@@ -214,26 +229,51 @@ def header_with_index(header: bytes) -> bytes:
     return header[:2] + bytes([header[2] | INDEXED]) + header[3:]
 
 
-def begins_as_coded(head: bytes) -> bool:
-    """Whether a file begins as one of coded units."""
-    return head.startswith(CODED_MAGIC)
+def has_documents(header: bytes) -> bool:
+    """Whether a file with this header has any; one of coded units always has."""
+    return not (header.startswith(LEARNED_FORM.magic) and header[2] & NO_DOCUMENT)
 
 
-def read_header(stream: BinaryIO, magic: bytes = CODED_MAGIC) -> tuple[bytes, int]:
-    """The header at the begin of a file, and the context that it states (nothing of learned units).
+def form_of(path: str | Path) -> Form | None:
+    """The form of an existing file by how it begins; ``None`` if it is no `.ztok` file."""
+    with open(path, "rb") as stream:
+        begin = stream.read(HEADER_BYTES)
+    return next((form for form in (CODED_FORM, LEARNED_FORM) if begin.startswith(form.magic)), None)
+
+
+def read_header(stream: BinaryIO, form: Form) -> bytes:
+    """The header at the beginning of a file.
 
     Raises:
         ZFileError: the file is of another kind or version.
     """
     head = stream.read(HEADER_BYTES)
-    what, expected = ("coded", VERSION) if magic == CODED_MAGIC else ("learned", LEARNED_VERSION)
-    if not head.startswith(magic) or len(head) < HEADER_BYTES:
-        other = " (coded units are text for storage: decompress the file)" if begins_as_coded(head) else ""
-        raise ZFileError(f"expected a whole file of {what} units, got another kind{other}")
+    if not head.startswith(form.magic) or len(head) < HEADER_BYTES:
+        other = " (coded units are text for storage: decompress the file)" if head.startswith(CODED_FORM.magic) else ""
+        raise ZFileError(f"expected a whole file of {form.units} units, got another kind{other}")
     version = head[2] >> 4 & 7
-    if version != expected or (magic == LEARNED_MAGIC and head[2] & 14):
-        raise ZFileError(f"expected version {expected} of {what} units, got {version}")
-    return head, 1 << (head[2] & 15)
+    if version != form.version or (form is LEARNED_FORM and head[2] & 15 & ~NO_DOCUMENT):
+        raise ZFileError(f"expected version {form.version} of {form.units} units, got {version}")
+    return head
+
+
+def read_records(stream: BinaryIO, index: Index, end: int, form: Form, whole: bool = True) -> Iterator[Head]:
+    """The heads of the records from here on. The stream is behind each; whoever wants what is stored reads it.
+
+    Args:
+        index: of the records before; each is counted in it before its head is given.
+        end: bytes of the file.
+        whole: to the last record, and not only to the end of this document.
+    """
+    while True:
+        start = stream.tell()
+        head = read_head(stream, index.records, index.documents, end, form)
+        after = stream.tell() + head.stored
+        index.add(head, after - start)
+        yield head
+        stream.seek(after)
+        if not head.follows or not (whole or head.goes_on):
+            return
 
 
 def check_end(stream: BinaryIO, header: bytes, index: Index) -> None:
