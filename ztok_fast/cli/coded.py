@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ztok_fast.cli import common, corpus, documents, streams
+from ztok_fast.cli import common, corpus, documents, report, streams
 
 if TYPE_CHECKING:
     from ztok_fast.codec.codec import ZTokCodec
+    from ztok_fast.codec.coded_units import UnitCoder
     from ztok_fast.codec.zbatch import ZBatch
 
 
 def compress(options: argparse.Namespace, output_name: str) -> int:
     """Files or stdin to one file of coded units."""
+    from ztok_fast.codec.aligned_parts import ZTokenSize
     from ztok_fast.codec.coded import TextCoder
     from ztok_fast.codec.coded_file import PRECISIONS
     from ztok_fast.codec.coded_writer import write_coded
@@ -35,6 +39,8 @@ def compress(options: argparse.Namespace, output_name: str) -> int:
     base, precision = common.base_of(options)
     sizes = {name: getattr(options, name) for name in ("context", "window") if getattr(options, name) is not None}
     coder = TextCoder(base, precision or PRECISIONS[0], **sizes)
+    if options.aligned:
+        coder = coder.aligned(ZTokenSize())
     with common.progress_bar(documents.input_bytes(options), "compress", unit="B") as progress:
 
         def count(size: int) -> None:
@@ -83,6 +89,58 @@ def decompress(options: argparse.Namespace) -> int:
             parts = read_coded(options.file, coder, progress)
         documents.write_parts(options, output, parts, count, started)
     return 0
+
+
+def describe(options: argparse.Namespace) -> int:
+    """Say what a file of coded units holds; with ``--units`` also its texts, Z-token by Z-token."""
+    from ztok_fast.cli.info import show_units
+    from ztok_fast.codec.coded_file import CodedFile, coder_for
+    from ztok_fast.codec.coded_units import unit_coder_of
+
+    coder, aligned = unit_coder_of(options.target, coder_for(options.target, *common.base_of(options)))
+    print(report.pairs(_facts(options.target, coder, aligned)))
+    if options.units:
+        with CodedFile(options.target, coder.coder) as file:
+            for number, text in enumerate(file):
+                print(f"\ndocument {number}:")
+                (tokens,) = coder.coder.tokens([text])
+                if text and not tokens:
+                    print("  no text that the model's tokens can represent: stored without them")
+                    continue
+                lengths = coder.compress([text], aligned).unit_lengths.tolist()
+                show_units(coder.coder.base.tokenizer, tokens, lengths, options.tokens)
+    return 0
+
+
+def _facts(path: str, coder: UnitCoder, aligned: bool) -> list[tuple[str, object]]:
+    from ztok_fast.codec.coded import ALIGNED, CODED
+    from ztok_fast.codec.coded_file import stored_parts
+
+    own, size, bits = coder.coder, coder.size, math.log2(coder.size.values)
+    count = text = parts = other = tokens = ztokens = 0
+    for head, payload in stored_parts(path):
+        count, text, parts = count + (not head.goes_on), text + head.length, parts + 1
+        if head.kind == ALIGNED:
+            part = own.read_aligned(payload, head.length)
+            tokens, ztokens = tokens + part.tokens, ztokens + sum(map(len, part.windows))
+        elif head.kind == CODED:
+            for length, stream in own.read_segments(payload, head.length):
+                tokens, ztokens = tokens + length, ztokens + max(1, math.ceil(8 * len(stream) / bits))
+        else:
+            other += 1
+    stored = Path(path).stat().st_size
+    return [
+        ("documents", f"{count:,}"),
+        ("original", f"{text:,} bytes"),
+        ("this file", f"{stored:,} bytes, {documents.bits_per_byte(stored, text)}"),
+        ("parts", f"{parts:,}, {other:,} of them stored without the model"),
+        ("text tokens", f"{tokens:,}"),
+        ("Z-tokens", f"{ztokens:,} of {size.levels} codes from {size.codebook_size:,}"),
+        ("form", "aligned: each Z-token ends with a token" if aligned else "stream"),
+        ("achieved ratio", f"{report.number(tokens / ztokens if ztokens else None)} text tokens per Z-token"),
+        ("rate", f"{report.number(ztokens * bits / tokens if tokens else None)} bits per text token"),
+        ("coder", f"{own.base.name}, {own.engine.precision}, context {own.context}, window {own.window}"),
+    ]
 
 
 def learned(options: argparse.Namespace, codec: ZTokCodec, what: str) -> ZBatch:

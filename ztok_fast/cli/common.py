@@ -180,6 +180,11 @@ def check_parent(path: Path) -> None:
         raise UsageError(f"output {path}: cannot be written, no permission to make files in the folder {folder}")
 
 
+def shown_name(path: str) -> str:
+    """The name without its folders, which are nobody's business where a page is shown; bytes may be no UTF-8."""
+    return os.fsencode(Path(path).name).decode("utf-8", "replace")
+
+
 def load_batch(path: str, options: argparse.Namespace) -> ZBatch:
     """The Z-tokens of a file, read by the codec of ``options``."""
     check_batch_name(path)

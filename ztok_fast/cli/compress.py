@@ -70,6 +70,12 @@ def add_commands(commands) -> None:
         help="with --units coded: tokens that the model sees at once, a power of two (default: 512)",
     )
     parser.add_argument(
+        "--aligned",
+        action="store_true",
+        help="with --units coded: each Z-token ends with a token, so that the first ones give the text's beginning; "
+        "larger",
+    )
+    parser.add_argument(
         "--no-verify",
         action="store_true",
         help="with --exact or --units coded: do not decode what was encoded to compare it",
@@ -86,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
         from ztok_fast.cli import coded
 
         return coded.compress(options, _output_name(options))
-    for name in ("context", "window"):
-        if getattr(options, name) is not None:
+    for name in ("context", "window", "aligned"):
+        if getattr(options, name):
             raise common.UsageError(f"--{name}: expected --units coded with it, got learned units")
     if options.no_verify and not options.exact:
         raise common.UsageError("--no-verify: expected --exact or --units coded with it, got neither")

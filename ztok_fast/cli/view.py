@@ -8,7 +8,6 @@ import hashlib
 import html
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -36,7 +35,10 @@ def add_commands(commands) -> None:
         description="Compress a text at several ratios, decompress it, and write one HTML page that needs nothing "
         "else. It shows tokens coloured by surprisal, units, the tokens that Z-tokens name, and wrong guesses.",
     )
-    parser.add_argument("file", metavar="FILE", help="a text; - reads stdin")
+    parser.add_argument("file", metavar="FILE", help="a text (- reads stdin), or a .ztok file of coded units")
+    parser.add_argument(
+        "--document", type=int, metavar="N", help="of a file of coded units: the document, counted from 0 (default: 0)"
+    )
     parser.add_argument("-o", "--output", metavar="VIEW.html", help="default: FILE.html beside FILE")
     parser.add_argument(
         "-r",
@@ -64,6 +66,15 @@ def run(options: argparse.Namespace) -> int:
         raise common.UsageError("-o: expected a file name ending in .html for the page of stdin, got none")
     inputs = [] if options.file == "-" else [options.file]
     output = common.check_output(options.output or f"{options.file}.html", suffix=".html", inputs=inputs)
+    form = common.form_name(options.file)
+    if form == "coded":
+        from ztok_fast.cli import view_coded
+
+        return _write(output, view_coded.page_data(options), options.file)
+    if form == "learned":
+        raise common.UsageError(f"{options.file}: expected a text or a file of coded units, got learned units")
+    if options.document is not None:
+        raise common.UsageError("--document: expected a file of coded units with it, got a text")
     data = common.read_bytes(options.file)
     if not data:
         raise common.UsageError(f"{options.file}: expected a text to show, got an empty file")
@@ -78,21 +89,21 @@ def run(options: argparse.Namespace) -> int:
         for ratio in ratios:
             measurements.append(measure(codec, text, ratio))
             progress(tokens)
-    name = "standard input" if options.file == "-" else _last_part(options.file)
-    page = render(page_data(codec, name, _last_part(options.codec), measurements, notices))
+    name = "standard input" if options.file == "-" else common.shown_name(options.file)
+    data = page_data(codec, name, common.shown_name(options.codec), measurements, notices)
+    return _write(output, data, options.file)
+
+
+def _write(output: Path, data: dict, source: str) -> int:
+    page = render(data).encode()
     with replace_atomically(output) as temporary:
-        temporary.write_bytes(page.encode())
-    at = ", ".join(f"{ratio:g}" for ratio in ratios)
-    print(f"{output}: {len(measurements[0].tokens):,} tokens at r = {at}; {len(page.encode()):,} bytes")
+        temporary.write_bytes(page)
+    at = ", ".join(f"{own['ratio']:g}" for own in data["ratios"])
+    print(f"{output}: {len(data['tokens']):,} tokens at r = {at}; {len(page):,} bytes")
     sys.stdout.flush()
-    for notice in notices:
-        streams.say(f"ztok: {options.file}: {notice}")
+    for notice in data["notices"]:
+        streams.say(f"ztok: {source}: {notice}")
     return 0
-
-
-def _last_part(path: str) -> str:
-    """The name without its folders, which are nobody's business where the page is shown; bytes may be no UTF-8."""
-    return os.fsencode(Path(path).name).decode("utf-8", "replace")
 
 
 def _ratios(codec: ZTokCodec, asked: Sequence[float] | None) -> list[float]:
@@ -138,7 +149,7 @@ def page_data(
     return {
         "name": name,
         "codec": codec_name,
-        "base": _last_part(codec.config.base_model or codec.base.name),
+        "base": common.shown_name(codec.config.base_model or codec.base.name),
         "kind": "slots" if slots else "pooled",
         "segment": codec.config.segment_length,
         "notices": list(notices),

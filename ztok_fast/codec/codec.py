@@ -111,14 +111,21 @@ class ZTokCodec:
         copy_state(self.model.codec_state(), state)
         self._fingerprint = None
 
-    def save(self, z: ZBatch, path: str | Path) -> None:
-        """Write a ``.ztok`` file (docs/file-format.md), which this codec alone reads."""
-        self._check_batch(z)
-        save_units(z, path, self.config, self.streams.write(z))
+    def save(self, z: ZBatch | CodedUnits, path: str | Path) -> None:
+        """Write a ``.ztok`` file (docs/file-format.md); learned units are for this codec alone to read."""
+        if isinstance(z, CodedUnits):
+            self._coded_units.save(z, path)
+        else:
+            self._check_batch(z)
+            save_units(z, path, self.config, self.streams.write(z))
 
     def load(self, path: str | Path) -> ZBatch:
-        """Read a ``.ztok`` file of this codec whole (`LearnedFile` reads one document); `ZFileError` says what is wrong."""
+        """Read a whole file of learned units (`LearnedFile` reads one document); `ZFileError` says what is wrong."""
         return load_units(path, Reading.of(self))
+
+    def load_coded(self, path: str | Path) -> CodedUnits:
+        """Read a whole file of coded units that `save` wrote (`CodedFile` reads one document, of any coder)."""
+        return self._coded_units.load(path)
 
     @property
     def fingerprint(self) -> str:
@@ -220,7 +227,7 @@ class ZTokCodec:
         precision = self._engines.use()
         documents = self.tokenize(contents)
         if not exact:
-            warn_of_lost_bytes(originals, map(self._text_bytes, documents))
+            warn_of_lost_bytes(originals, (detokenize(self.tokenizer, tokens) for tokens in documents))
         limit = self.config.section_tokens
         sections = [d[i : i + limit] for d in documents for i in range(0, len(d), limit)]
         counts = [-(-len(d) // limit) for d in documents]
@@ -255,7 +262,7 @@ class ZTokCodec:
                     warnings.warn(f"texts[{index}] did not come back as it was and is stored as it is", stacklevel=2)
                     info.corrections = Corrections.stored_raw(original)
                 else:
-                    info.corrections = own.smallest(self._text_bytes(tokens), original)
+                    info.corrections = own.smallest(detokenize(self.tokenizer, tokens), original)
         return self._zbatch(z.joined(counts), infos, precision)
 
     @cached_property
@@ -265,9 +272,6 @@ class ZTokCodec:
     def tokenize(self, texts: Sequence[str]) -> list[array]:
         """The text tokens of every document, as `compress` sees them: arrays of C ints."""
         return tokenize(self.tokenizer, texts)
-
-    def _text_bytes(self, tokens: Sequence[int]) -> bytes:
-        return detokenize(self.tokenizer, tokens)
 
     def _zbatch(self, z: ZTokens, infos: list[DocumentInfo], precision: str) -> ZBatch:
         return ZBatch(
@@ -300,13 +304,11 @@ class ZTokCodec:
             return self._coded_units.decompress(z)
         tokens, results = self._decompress(z, batch_segments, progress), []
         for info, own in zip(z.documents, tokens):
-            corrections = info.corrections
-            if corrections is None:
-                results.append(self._text_bytes(own))
-                continue
-            data = corrections.raw if corrections.raw is not None else corrections.restore(self._text_bytes(own))
-            info.verify(data)
-            results.append(data)
+            text, corrections = detokenize(self.tokenizer, own), info.corrections
+            if corrections is not None:
+                text = corrections.raw if corrections.raw is not None else corrections.restore(text)
+                info.verify(text)
+            results.append(text)
         return results
 
     def decompress_tokens(
@@ -394,5 +396,5 @@ class ZTokCodec:
             raise CodecError(f"question: expected one string, or one for each of {len(z)} documents, got {question!r}")
         check_count("max_new_tokens", max_new_tokens)
         written = answer_question(self.model, z, self.tokenize(questions), max_new_tokens)
-        answers = [self._text_bytes(t).decode("utf-8", "replace").strip() for t in written]
+        answers = [detokenize(self.tokenizer, t).decode("utf-8", "replace").strip() for t in written]
         return answers[0] if single else answers

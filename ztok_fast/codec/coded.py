@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ztok_fast.codec.aligned_parts import AlignedPart, ZTokenSize, read_aligned
 from ztok_fast.codec.base_model import BaseModel, load_base
-from ztok_fast.codec.errors import CodecError, ZFileError
+from ztok_fast.codec.errors import CodecError, ZBatchError, ZFileError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.reading import Reader
 from ztok_fast.codec.text import detokenize, tokenize
 from ztok_fast.codec.varint import read_varint, varint
+from ztok_fast.codec.windows import Windows
 from ztok_fast.engine import Engine
 from ztok_fast.ops import decode_tokens, range_decoder, range_encode
 from ztok_fast.ops.entropy.range_encode import Streams
@@ -33,14 +37,16 @@ DEFAULT_BASE = "mini-base"
 PART_BYTES = 1 << 20
 """Most bytes of one part: what bounds the memory, and what a damaged file can ask for."""
 
-CODED, RAW, LZMA = range(3)
-"""How a part is stored: its tokens, its bytes, or its bytes compressed, whichever is smallest."""
+CODED, RAW, LZMA, ALIGNED = range(4)
+"""How a part is stored: its tokens, its bytes, or its bytes compressed, whichever is smallest; or its tokens in aligned
+windows."""
 
 _LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": PART_BYTES}]
 _MOST_TOKENS = 64
 """Tokens in a byte of a coded part at most: what a damaged count can ask for. Text that takes less is LZMA's."""
 
 _FORMAT = b"ztok coded 1"
+Own = TypeVar("Own")
 MOST_CONTEXT = 1 << 15
 DEFAULT_CONTEXT = DEFAULT_WINDOW = 512
 """The window is what mini-base was trained with."""
@@ -101,6 +107,17 @@ class TextCoder:
         self.engine = Engine.from_model(base.model, None, precision, slots=rows, capacity=self.window)
         self.reader = Reader(self.engine, base.bos_token_id, rows, self.window)
         self.identity = identity_of(base, precision, context, self.window)
+        self.size: ZTokenSize | None = None
+
+    def aligned(self, size: ZTokenSize) -> TextCoder:
+        """A coder that stores tokens in aligned windows of this size; what any coder has stored, both read.
+
+        Raises:
+            CodecError: a size that no Z-token can have.
+        """
+        found = copy(self)
+        found.size = size.check(self.engine.settings.vocabulary)
+        return found
 
     @classmethod
     def from_pretrained(
@@ -119,23 +136,42 @@ class TextCoder:
         """Store texts of at most `PART_BYTES` bytes each; ``progress`` is told the bytes just finished."""
         tokens = self.tokens(texts)
         segments = [own[i : i + self.context] for own in tokens if own for i in range(0, len(own), self.context)]
-        streams, _ = self.streams(segments)
-        parts, at = [], 0
+        store = self._coded_parts if self.size is None else self._aligned_parts
+        stored, parts = iter(store(segments, [len(own) for own in tokens if own])), []
         for text, own in zip(texts, tokens):
-            count = -(-len(own) // self.context) if own else 0
-            best = Part(RAW, text)
-            if count:
-                mine = streams[at : at + count]
-                head = varint(len(own)) + b"".join(varint(len(s)) for s in mine[:-1])
-                own_part = Part(CODED, head + b"".join(mine))
-                if len(own) <= _MOST_TOKENS * len(own_part.payload):
-                    best = min(best, own_part, key=lambda p: len(p.payload))
-            at += count
-            packed = Part(LZMA, lzma.compress(text, lzma.FORMAT_RAW, filters=_LZMA))
-            parts.append(min(best, packed, key=lambda p: len(p.payload)))
+            found = [Part(RAW, text)]
+            if own:
+                part = next(stored)
+                if len(own) <= _MOST_TOKENS * len(part.payload):
+                    found.append(part)
+            if found[-1].mode != ALIGNED:  # which is wanted for its windows, and not for its size
+                found.append(Part(LZMA, lzma.compress(text, lzma.FORMAT_RAW, filters=_LZMA)))
+            parts.append(min(found, key=lambda part: len(part.payload)))
             if progress:
                 progress(len(text))
         return parts
+
+    def _coded_parts(self, segments: Sequence[Sequence[int]], lengths: Sequence[int]) -> Iterator[Part]:
+        """Texts of so many tokens as streams, one for each segment."""
+        streams, _ = self.streams(segments)
+        for length, own in zip(lengths, self._of_texts(streams, lengths)):
+            yield Part(CODED, varint(length) + b"".join(varint(len(s)) for s in own[:-1]) + b"".join(own))
+
+    def _aligned_parts(self, segments: Sequence[Sequence[int]], lengths: Sequence[int]) -> Iterator[Part]:
+        """As `_coded_parts`, as windows."""
+        assert self.size is not None
+        windows = Windows(self.reader, self.engine.settings.vocabulary, self.size.values).encode(segments)
+        for length, own in zip(lengths, self._of_texts(windows, lengths)):
+            numbers = [[number for number, _ in segment] for segment in own]
+            yield Part(ALIGNED, AlignedPart(self.size, length, numbers).to_bytes())
+
+    def _of_texts(self, segments: list[Own], lengths: Sequence[int]) -> Iterator[list[Own]]:
+        """What belongs to the segments of each text."""
+        at = 0
+        for length in lengths:
+            count = -(-length // self.context)
+            yield segments[at : at + count]
+            at += count
 
     @torch.inference_mode()
     def decode(self, parts: Sequence[Part], lengths: Sequence[int], progress: Progress | None = None) -> list[bytes]:
@@ -150,7 +186,7 @@ class TextCoder:
         segments: list[tuple[int, int, bytes]] = []  # part, tokens, stream
         for index, (part, length) in enumerate(zip(parts, lengths)):
             if part.mode == CODED:
-                segments += [(index, count, stream) for count, stream in self._segments(part.payload, length)]
+                segments += [(index, count, stream) for count, stream in self.read_segments(part.payload, length)]
 
         def ended(which: Tensor) -> None:
             if progress is None:
@@ -160,21 +196,42 @@ class TextCoder:
                 progress(_share(lengths[part], count, index, segments))
 
         written = self.read_streams([stream for _, _, stream in segments], [count for _, count, _ in segments], ended)
-        tokens: dict[int, list[int]] = {}
+        tokens = self._aligned_tokens(parts, lengths)
         for (index, _, _), own in zip(segments, written):
             tokens.setdefault(index, []).extend(own)
         texts = []
         for index, (part, length) in enumerate(zip(parts, lengths)):
-            if part.mode == CODED:
+            if part.mode in (CODED, ALIGNED):
                 text = detokenize(self.base.tokenizer, tokens.get(index, []))
             else:
                 text = part.payload if part.mode == RAW else _unpacked(part.payload, length)
-                if progress:
-                    progress(length)
+            if part.mode != CODED and progress:
+                progress(length)
             if len(text) != length:
                 raise ZFileError(f"part {index}: expected {length} bytes, got {len(text)}: the file is damaged")
             texts.append(text)
         return texts
+
+    def _aligned_tokens(self, parts: Sequence[Part], lengths: Sequence[int]) -> dict[int, list[int]]:
+        """The tokens of the parts that are aligned, by their place."""
+        vocabulary, found = self.engine.settings.vocabulary, dict[int, list[int]]()
+        read: dict[ZTokenSize, list[tuple[int, int, list[int]]]] = {}
+        for index, (part, length) in enumerate(zip(parts, lengths)):
+            if part.mode == ALIGNED:
+                own = self.read_aligned(part.payload, length)
+                counts = [min(self.context, own.tokens - i) for i in range(0, own.tokens, self.context)]
+                read.setdefault(own.size, []).extend((index, *segment) for segment in zip(counts, own.windows))
+        for size, segments in read.items():
+            windows = Windows(self.reader, vocabulary, size.values)
+            try:
+                written = windows.decode([own for _, _, own in segments], max(count for _, count, _ in segments))
+            except ZBatchError as error:
+                raise ZFileError(f"aligned part: {error}") from error
+            for (index, count, _), tokens in zip(segments, written):
+                if len(tokens) != count:
+                    raise ZFileError(f"aligned part: expected {count} tokens of a segment, got {len(tokens)}: damaged")
+                found.setdefault(index, []).extend(tokens)
+        return found
 
     def tokens(self, texts: Sequence[bytes]) -> list[list[int]]:
         """The tokens of every text; none where they do not stand for its very bytes."""
@@ -209,7 +266,12 @@ class TextCoder:
         written, _ = self.reader.write(torch.tensor(counts, dtype=torch.int64), choose, ended)
         return [row[:count] for row, count in zip(written.tolist(), counts)]
 
-    def _segments(self, payload: bytes, length: int) -> list[tuple[int, bytes]]:
+    def read_aligned(self, payload: bytes, length: int) -> AlignedPart:
+        """The windows of an aligned part of ``length`` bytes, not decoded."""
+        most = min(length, _MOST_TOKENS * len(payload))
+        return read_aligned(payload, most, self.context, self.engine.settings.vocabulary)
+
+    def read_segments(self, payload: bytes, length: int) -> list[tuple[int, bytes]]:
         """Token counts and streams of a coded part of ``length`` bytes."""
         total, at = read_varint(payload, 0)
         # A token is at least one byte of text.

@@ -29,7 +29,7 @@ from ztok_fast.codec.container import (
     read_header,
     read_records,
 )
-from ztok_fast.codec.container_file import DocumentFile
+from ztok_fast.codec.container_file import DocumentFile, open_file
 from ztok_fast.codec.container_writer import BLOCK_BYTES, BLOCK_PARTS
 from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZFileError
@@ -174,6 +174,22 @@ def texts_of(files: Sequence[bytes], coder: TextCoder) -> list[bytes]:
             raise ZFileError(f"file {number}: {error}") from error
         found[number] = text
     return found
+
+
+def stored_parts(path: str | Path) -> Iterator[tuple[Head, bytes]]:
+    """The records of a file, which are not decoded; of a run the head alone.
+
+    Raises:
+        ZFileError: the file is truncated, damaged or of another kind.
+    """
+    with open_file(Path(path)) as stream:
+        try:
+            header, index = read_header(stream, CODED_FORM), Index()
+            for head in read_records(stream, index, os.fstat(stream.fileno()).st_size, CODED_FORM):
+                yield head, b"" if head.kind == RUN else stream.read(head.stored)
+            check_end(stream, header, index)
+        except ZFileError as error:
+            raise ZFileError(f"{path}: {error}") from error
 
 
 def check_header(stream: BinaryIO, coder: TextCoder) -> bytes:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from ztok_fast.codec.coded import TextCoder
+from ztok_fast.codec.aligned_parts import ZTokenSize
+from ztok_fast.codec.coded import ALIGNED, TextCoder
+from ztok_fast.codec.coded_file import CodedFile, stored_parts
+from ztok_fast.codec.coded_writer import write_coded
+from ztok_fast.codec.container_writer import parts_of
 from ztok_fast.codec.documents import DocumentInfo, digest_of
-from ztok_fast.codec.errors import CodecError, ZBatchError
+from ztok_fast.codec.errors import CodecError, ZBatchError, ZFileError
 from ztok_fast.codec.layout import offsets
 from ztok_fast.codec.text import detokenize
 from ztok_fast.codec.windows import Windows
 from ztok_fast.codec.ztokens import ZDocuments
-
-MOST_BITS = 63
 
 
 @dataclass(eq=False, kw_only=True)
@@ -93,18 +97,11 @@ class UnitCoder:
     """
 
     def __init__(self, coder: TextCoder, levels: int = 4, codebook_size: int = 2048) -> None:
-        for name, value, least in (("levels", levels, 1), ("codebook_size", codebook_size, 2)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise CodecError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        vocabulary, values = coder.engine.settings.vocabulary, codebook_size**levels
-        if not vocabulary < values <= 1 << MOST_BITS:
-            raise CodecError(
-                f"coded units: expected Z-tokens of more values than the {vocabulary} tokens of the base model and at "
-                f"most 2^{MOST_BITS}, got {codebook_size}^{levels}"
-            )
+        vocabulary = coder.engine.settings.vocabulary
+        self.size = ZTokenSize(levels, codebook_size).check(vocabulary)
         self.coder, self.levels, self.codebook_size = coder, levels, codebook_size
-        self._windows = Windows(coder.reader, vocabulary, values)
-        self._bits = values.bit_length() - 1  # of a stream in a window
+        self._windows = Windows(coder.reader, vocabulary, self.size.values)
+        self._bits = self.size.values.bit_length() - 1  # of a stream in a window
 
     @torch.inference_mode()
     def compress(self, texts: Sequence[str | bytes], aligned: bool = False) -> CodedUnits:
@@ -141,6 +138,33 @@ class UnitCoder:
             codebook_size=self.codebook_size,
             aligned=aligned,
         )
+
+    def save(self, units: CodedUnits, path: str | Path) -> int:
+        """Write the texts of units to a file of their form (docs/file-format.md); returns its size in bytes.
+
+        The units are decoded, and the texts are coded again: `write_coded` with `TextCoder.aligned` takes texts.
+
+        Raises:
+            CodecError: there is no document. ZBatchError, ExactMismatchError: as of `decompress`.
+        """
+        parts = (part for text in self.decompress(units) for part in parts_of(io.BytesIO(text)))
+        return write_coded(path, parts, self.coder.aligned(self.size) if units.aligned else self.coder)
+
+    def load(self, path: str | Path) -> CodedUnits:
+        """The documents of a file as units, which are aligned where the file's are.
+
+        Raises:
+            ZFileError: the file is damaged, of another coder, or has Z-tokens of another size.
+            CodecError: a document is no text that tokens can represent; `CodedFile` reads such files.
+        """
+        own, aligned = unit_coder_of(path, self.coder)
+        if aligned and own.size != self.size:
+            raise ZFileError(
+                f"{path}: expected Z-tokens of {self.levels} codes from {self.codebook_size}, got {own.levels} from "
+                f"{own.codebook_size}"
+            )
+        with CodedFile(path, self.coder) as file:
+            return self.compress(list(file), aligned)
 
     def decompress(self, units: CodedUnits) -> list[bytes]:
         """The texts.
@@ -223,6 +247,21 @@ class UnitCoder:
         for column in codes.long().unbind(1):
             whole = whole * self.codebook_size + column
         return whole.tolist()
+
+
+def unit_coder_of(path: str | Path, coder: TextCoder) -> tuple[UnitCoder, bool]:
+    """What codes the Z-tokens of a file of coded units, and whether they are aligned.
+
+    Raises:
+        ZFileError: the file is damaged.
+    """
+    for head, payload in stored_parts(path):
+        if head.kind == ALIGNED:
+            try:
+                return UnitCoder(coder, *coder.read_aligned(payload, head.length).size), True
+            except ZFileError as error:
+                raise ZFileError(f"{path}: {error}") from error
+    return UnitCoder(coder), False
 
 
 def _as_bytes(index: int, text: object) -> bytes:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ztok_fast.codec.coded import CODED, RAW, Part, Progress, TextCoder
+from ztok_fast.codec.coded import ALIGNED, CODED, RAW, Part, Progress, TextCoder
 from ztok_fast.codec.coded_file import block_bytes, header_of
 from ztok_fast.codec.container_writer import Piece, Stored, Writer, parts_of, pieces_of, write_file
 from ztok_fast.codec.documents import digest_of
@@ -64,7 +64,7 @@ def _stored(block: list[Piece], coder: TextCoder, verify: bool, progress: Progre
     texts = [piece.text for piece in block]
     parts = coder.encode(texts, None if verify else progress)
     if verify:
-        coded = [i for i, part in enumerate(parts) if part.mode == CODED]
+        coded = [i for i, part in enumerate(parts) if part.mode in (CODED, ALIGNED)]
         try:
             back = coder.decode([parts[i] for i in coded], [len(texts[i]) for i in coded], progress)
         except ZFileError:

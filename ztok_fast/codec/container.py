@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ztok_fast.codec.coded import CODED, LZMA, PART_BYTES, RAW
+from ztok_fast.codec.coded import ALIGNED, CODED, LZMA, PART_BYTES, RAW
 from ztok_fast.codec.documents import HASH_BYTES, digest_of
 from ztok_fast.codec.errors import ZFileError
 from ztok_fast.codec.varint import MOST_BYTES, read_varint, varint
@@ -57,7 +57,7 @@ class Head(NamedTuple):
     """What stands before the bytes of a record.
 
     Attributes:
-        kind: how it is stored: `CODED`, `RAW`, `LZMA` or `RUN`, or a kind of learned units.
+        kind: how it is stored: `CODED`, `RAW`, `LZMA`, `ALIGNED` or `RUN`, or a kind of learned units.
         length: bytes of text; stored: bytes of the record after this head.
         digest: 8 bytes, of coded units `digest_of` the text.
         goes_on: the document has another record; follows: the file has another record.
@@ -110,8 +110,8 @@ def read_head(stream: BinaryIO, number: int, document: int, end: int, form: Form
     learned = form is LEARNED_FORM
     if learned and kind < LEAST_LEARNED:
         raise ZFileError(f"record {number}: expected a document of learned units, got kind {kind}: it is damaged")
-    if not learned and kind not in (CODED, RAW, LZMA, RUN):
-        raise ZFileError(f"record {number}: expected a kind of storage of 0, 1, 2 or 15, got {kind}: it is damaged")
+    if not learned and kind not in (CODED, RAW, LZMA, ALIGNED, RUN):
+        raise ZFileError(f"record {number}: expected a kind of storage of 0 to 3 or 15, got {kind}: it is damaged")
     if goes_on and not follows:
         raise ZFileError(f"record {number}: expected the document to go on, got the last record: it is damaged")
     if kind == RUN:
