@@ -150,8 +150,9 @@ def general_compressors() -> dict[str, Compressor]:
 
 def coded_files(coder: TextCoder, path: Path) -> Compressor:
     """Whole files of coded units, by way of the file ``path``."""
-    from ztok_fast.codec.coded_file import parts_of, read_coded
+    from ztok_fast.codec.coded_file import read_coded
     from ztok_fast.codec.coded_writer import write_coded
+    from ztok_fast.codec.container_writer import parts_of
 
     def compress(data: bytes) -> bytes:
         write_coded(path, parts_of(io.BytesIO(data)), coder, verify=False)

@@ -227,7 +227,7 @@ class ZTokCodec:
         precision = self._engines.use()
         documents = self.tokenize(contents)
         if not exact:
-            warn_of_lost_bytes(originals, (detokenize(self.tokenizer, tokens) for tokens in documents))
+            warn_of_lost_bytes(originals, map(self._text_bytes, documents))
         limit = self.config.section_tokens
         sections = [d[i : i + limit] for d in documents for i in range(0, len(d), limit)]
         counts = [-(-len(d) // limit) for d in documents]
@@ -243,14 +243,9 @@ class ZTokCodec:
             batch_tokens=batch_tokens,
             progress=progress,
         )
+        used = levels or self.config.num_codebooks
         infos = [
-            DocumentInfo(
-                tokens=len(tokens),
-                budget=ratio,
-                levels=levels or self.config.num_codebooks,
-                digest=digest_of(original).hex() if exact else None,
-                byte_length=len(original),
-            )
+            DocumentInfo(len(tokens), ratio, used, digest_of(original).hex() if exact else None, len(original))
             for tokens, original in zip(documents, originals)
         ]
         if exact:
@@ -262,7 +257,7 @@ class ZTokCodec:
                     warnings.warn(f"texts[{index}] did not come back as it was and is stored as it is", stacklevel=2)
                     info.corrections = Corrections.stored_raw(original)
                 else:
-                    info.corrections = own.smallest(detokenize(self.tokenizer, tokens), original)
+                    info.corrections = own.smallest(self._text_bytes(tokens), original)
         return self._zbatch(z.joined(counts), infos, precision)
 
     @cached_property
@@ -272,6 +267,9 @@ class ZTokCodec:
     def tokenize(self, texts: Sequence[str]) -> list[array]:
         """The text tokens of every document, as `compress` sees them: arrays of C ints."""
         return tokenize(self.tokenizer, texts)
+
+    def _text_bytes(self, tokens: Sequence[int]) -> bytes:
+        return detokenize(self.tokenizer, tokens)
 
     def _zbatch(self, z: ZTokens, infos: list[DocumentInfo], precision: str) -> ZBatch:
         return ZBatch(
@@ -304,7 +302,7 @@ class ZTokCodec:
             return self._coded_units.decompress(z)
         tokens, results = self._decompress(z, batch_segments, progress), []
         for info, own in zip(z.documents, tokens):
-            text, corrections = detokenize(self.tokenizer, own), info.corrections
+            text, corrections = self._text_bytes(own), info.corrections
             if corrections is not None:
                 text = corrections.raw if corrections.raw is not None else corrections.restore(text)
                 info.verify(text)
@@ -396,5 +394,5 @@ class ZTokCodec:
             raise CodecError(f"question: expected one string, or one for each of {len(z)} documents, got {question!r}")
         check_count("max_new_tokens", max_new_tokens)
         written = answer_question(self.model, z, self.tokenize(questions), max_new_tokens)
-        answers = [detokenize(self.tokenizer, t).decode("utf-8", "replace").strip() for t in written]
+        answers = [self._text_bytes(t).decode("utf-8", "replace").strip() for t in written]
         return answers[0] if single else answers
