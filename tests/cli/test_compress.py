@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import tqdm
@@ -88,7 +89,7 @@ def test_empty_stdin_is_an_empty_document(tiny, tmp_path, stdin):
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["lossy", "exact"])
-def test_progress_bar_counts_every_token_on_a_terminal(tiny, tmp_path, monkeypatch, exact, codec_folder):
+def test_progress_bar_counts_every_byte_on_a_terminal(tiny, tmp_path, monkeypatch, exact):
     bars = []
 
     class Watched(tqdm.tqdm):
@@ -101,9 +102,33 @@ def test_progress_bar_counts_every_token_on_a_terminal(tiny, tmp_path, monkeypat
     monkeypatch.setattr(common, "BAR_DELAY_SECONDS", 0.0)
     (tmp_path / "a.txt").write_text(TEXT)
     result = tiny("compress", tmp_path / "a.txt", *(["--exact"] if exact else []))
-    assert result.status == 0 and "compress" in result.err and "tokens" in result.err
-    tokens = load(codec_folder, tmp_path / "a.txt.ztok").tokens
-    assert bars[0] == ((2 * tokens, 2 * tokens) if exact else (tokens, tokens))
+    assert result.status == 0 and "compress" in result.err and "B/s" in result.err
+    assert bars[0] == (len(TEXT.encode()), len(TEXT.encode()))
+
+
+def test_a_run_that_stopped_is_gone_on_from(tiny, tmp_path, monkeypatch):
+    """And one document of what it then wrote is read alone."""
+    for module in ("learned_file", "learned_writer"):
+        monkeypatch.setattr(f"ztok_fast.codec.{module}.BLOCK_BYTES", 60)
+    names = [tmp_path / f"{index}.txt" for index in range(4)]
+    for index, name in enumerate(names):
+        name.write_text(f"Text {index}. {TEXT}")
+    assert tiny("compress", *names, "--exact", "-o", tmp_path / "whole.ztok").status == 0
+    target = tmp_path / "x.ztok"
+    kept = names[3].read_bytes()
+    names[3].unlink()
+    names[3].mkdir()
+    monkeypatch.setattr(common, "check_input", lambda path: Path(path))
+    assert_mistake(tiny("compress", *names, "--exact", "-o", target), "3.txt")
+    assert os.path.exists(f"{target}.partial") and not target.exists()
+    names[3].rmdir()
+    names[3].write_bytes(kept)
+    result = tiny("compress", *names, "--exact", "-o", target)
+    size = sum(len(name.read_bytes()) for name in names)
+    assert f"{size} bytes ({len(kept)} of them were there) -> {target.stat().st_size}" in result.out
+    assert target.read_bytes() == (tmp_path / "whole.ztok").read_bytes()
+    assert tiny("decompress", target, "--document", 2).bytes == names[2].read_bytes()
+    assert "documents       4" in tiny("info", target).out
 
 
 def test_no_bar_without_a_terminal(tiny, tmp_path):
@@ -162,10 +187,14 @@ def test_a_device_is_written_to(tiny, compressed):
 
 
 def test_output_that_stops_being_writable_is_an_error_too(tiny, tmp_path, compressed, monkeypatch):
-    def full(self, data):
-        raise OSError(28, "No space left on device", str(self))
+    opened = Path.open
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    def full(self, mode="r", *options, **more):
+        if mode[0] in "wa":
+            raise OSError(28, "No space left on device", str(self))
+        return opened(self, mode, *options, **more)
+
+    monkeypatch.setattr("pathlib.Path.open", full)
     for command, name in (("decompress", "out.txt"), ("generate", "out.ztok")):
         result = tiny(command, compressed, "-o", tmp_path / name)
         assert_mistake(result, f"ztok: error: {tmp_path / name}: No space left on device\n")

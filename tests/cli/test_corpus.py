@@ -28,7 +28,7 @@ def test_a_corpus_becomes_codes(tiny, corpus, tmp_path):
 
 def test_what_cannot_be_done_is_said(tiny, corpus, tmp_path):
     assert_mistake(tiny("compress", "--corpus", corpus), "-o: expected a file name ending in .parquet")
-    assert_mistake(tiny("compress", "--corpus", corpus, "-o", tmp_path / "z.ztok"), "ends in .parquet")
+    assert_mistake(tiny("compress", "--corpus", corpus, "-o", tmp_path / "z.txt"), "ends in .parquet")
     assert_mistake(tiny("compress", "--corpus", corpus, "-o", corpus), "would be overwritten")
     assert_mistake(
         tiny("compress", "--corpus", tmp_path / "none.parquet", "-o", tmp_path / "z.parquet"), "no such file"
@@ -50,6 +50,17 @@ def test_a_corpus_of_z_tokens_comes_back(tiny, corpus, tmp_path):
     assert tiny("decompress", z, "-o", back).status == 0
     assert rows_of(back) == [{"id": "one", "text": TEXT}, {"id": "two", "text": "a"}]
     assert tiny("decompress", z, "--document", 1).bytes == b"a"
+
+
+def test_a_corpus_becomes_the_documents_of_one_file(tiny, corpus, tmp_path):
+    z = tmp_path / "z.ztok"
+    result = tiny("compress", "--corpus", corpus, "-o", z, "--exact")
+    assert result.status == 0 and f"{len(TEXT.encode()) + 1} bytes -> {z.stat().st_size}, " in result.out
+    assert tiny("decompress", z).bytes == TEXT.encode() + b"a"
+    assert tiny("decompress", z, "--document", 1).bytes == b"a"
+    column = ("--text-column", "none", "-o", tmp_path / "y.ztok")
+    assert_mistake(tiny("compress", "--corpus", corpus, *column), "expected a column 'none'")
+    assert not list(tmp_path.glob("y.ztok*"))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".ztok"])
