@@ -90,8 +90,8 @@ def run(options: argparse.Namespace) -> int:
             measurements.append(measure(codec, text, ratio))
             progress(tokens)
     name = "standard input" if options.file == "-" else common.shown_name(options.file)
-    data = page_data(codec, name, common.shown_name(options.codec), measurements, notices)
-    return _write(output, data, options.file)
+    page = page_data(codec, name, common.shown_name(options.codec), measurements, notices)
+    return _write(output, page, options.file)
 
 
 def _write(output: Path, data: dict, source: str) -> int:
