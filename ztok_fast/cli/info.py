@@ -55,7 +55,9 @@ def _describe_file(options: argparse.Namespace) -> int:
     from ztok_fast.codec.learned_file import Reading, read_units
 
     codec = common.load_codec(options)
-    totals, rows, shown = _Totals(), list[list[str]](), list[ZBatch]()
+    totals = _Totals()
+    rows: list[list[str]] = []
+    shown: list[ZBatch] = []
     for block, goes_on in read_units(path, Reading.of(codec)):
         totals.add(block, goes_on)
         for one in block if len(rows) < MOST_ROWS else ():
