@@ -93,7 +93,6 @@ def decompress(options: argparse.Namespace) -> int:
 
 def describe(options: argparse.Namespace) -> int:
     """Say what a file of coded units holds; with ``--units`` also its texts, Z-token by Z-token."""
-    from ztok_fast.cli.info import show_units
     from ztok_fast.codec.coded_file import CodedFile, coder_for
     from ztok_fast.codec.coded_units import unit_coder_of
 
@@ -108,7 +107,7 @@ def describe(options: argparse.Namespace) -> int:
                     print("  no text that the model's tokens can represent: stored without them")
                     continue
                 lengths = coder.compress([text], aligned).unit_lengths.tolist()
-                show_units(coder.coder.base.tokenizer, tokens, lengths, options.tokens)
+                report.show_units(coder.coder.base.tokenizer, tokens, lengths, options.tokens)
     return 0
 
 

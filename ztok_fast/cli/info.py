@@ -76,7 +76,9 @@ def _describe_file(options: argparse.Namespace) -> int:
         if corrections is not None and corrections.raw is not None:
             print("  stored as it is, since that is smaller than what exact mode adds")
         else:
-            show_units(codec.tokenizer, codec.decompress_tokens(one)[0], one.unit_lengths.tolist(), options.tokens)
+            report.show_units(
+                codec.tokenizer, codec.decompress_tokens(one)[0], one.unit_lengths.tolist(), options.tokens
+            )
     return 0
 
 
@@ -204,19 +206,5 @@ def _describe_text(options: argparse.Namespace) -> int:
         )
     )
     print()
-    show_units(codec.tokenizer, tokens, z.unit_lengths.tolist(), options.tokens)
+    report.show_units(codec.tokenizer, tokens, z.unit_lengths.tolist(), options.tokens)
     return 0
-
-
-def show_units(tokenizer, tokens: list[int], unit_lengths: list[int], most: int) -> None:
-    """Print a text with its units told apart, its first ``most`` tokens."""
-    shown, covered = 0, 0
-    for length in unit_lengths:
-        if most and covered + length > most:
-            break
-        shown, covered = shown + 1, covered + length
-    colour = report.use_colour()
-    texts = report.token_texts(tokenizer, tokens[:covered])
-    print(report.fold(report.mark_units(texts, unit_lengths[:shown], colour), colour))
-    if covered < len(tokens):
-        print(f"  ... and {len(tokens) - covered:,} more tokens (--tokens 0 shows all)")

@@ -119,3 +119,17 @@ def fold(text: str, colour: bool, indent: str = "  ") -> str:
 def length_histogram(lengths: Counter[int]) -> str:
     """How many units there are of every length, such as ``1: 40  2: 12``."""
     return "  ".join(f"{length}: {lengths[length]:,}" for length in sorted(lengths)) or "-"
+
+
+def show_units(tokenizer, tokens: list[int], unit_lengths: list[int], most: int) -> None:
+    """Print a text with its units told apart, its first ``most`` tokens."""
+    shown, covered = 0, 0
+    for length in unit_lengths:
+        if most and covered + length > most:
+            break
+        shown, covered = shown + 1, covered + length
+    colour = use_colour()
+    texts = token_texts(tokenizer, tokens[:covered])
+    print(fold(mark_units(texts, unit_lengths[:shown], colour), colour))
+    if covered < len(tokens):
+        print(f"  ... and {len(tokens) - covered:,} more tokens (--tokens 0 shows all)")

@@ -138,7 +138,7 @@ def check_range_values(op: str, argument: str, value: torch.Tensor, low: int, hi
     if value.numel() == 0 or not value_checks(value):
         return
     if value.numel() <= 64:  # a list of Python integers is cheaper than three tensor ops
-        values = value.tolist()
+        values = value.flatten().tolist()
         least, greatest = min(values), max(values)
     else:
         least, greatest = (int(v) for v in value.aminmax())
