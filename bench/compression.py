@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
                 how |= {"type": type(default[0]), "nargs": "+"}
             own.add_argument(f"--{option}", help=HELP.get(option), **how)
     options = parser.parse_args(arguments)
-    with torch.inference_mode():
+    with torch.no_grad():
         rows = print_rows(options.run(options))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -184,6 +184,16 @@ def test_the_commands_of_compression_agree_on_a_models_own_bits(tmp_path):
     assert coded["bits_per_byte"] == pytest.approx(long["bits_per_byte"], rel=0.1)
 
 
+def test_exact_files_of_a_codec_are_measured(tmp_path):
+    texts, out = write_texts(tmp_path / "texts.jsonl", 3), tmp_path / "out.json"
+    compression.main(
+        ["exact", str(texts), "--codec", "ztok-mini", "--ratio", "8", "--documents", "1", "--json", str(out)]
+    )
+    (row,) = json.loads(out.read_text())
+    assert row["r"] == 8 and 0 < row["remainder"] < row["own_bits"] < row["files_of_one"]
+    assert row["files_of_one_/_own"] == pytest.approx(row["files_of_one"] / row["own_bits"])
+
+
 def test_tables():
     text = table(["name", "n"], [["a", "1"], ["bcd", "–"]])
     assert text == "| name |   n |\n| ---- | --: |\n| a    |   1 |\n| bcd  |   – |"
